@@ -1,0 +1,9 @@
+"""The one exception of dfssm that is a message to the user rather than a bug."""
+
+
+class DfssmError(Exception):
+    """Something the user can mend: one line that names the thing, its value and the remedy.
+
+    The commands print it without a traceback and exit with 1. Anything else that escapes is a bug and keeps its
+    traceback.
+    """
