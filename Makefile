@@ -1,0 +1,53 @@
+# make demo    compile the shipped small model, verify it, print text
+# make test    lint, then every test
+# make bench   speed of this machine on the shipped model, beside its roofline
+# Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
+.PHONY: demo test lint format bench build clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+NATIVE := $(shell find plugins cmake scripts -type f -not -name '*.pyc') CMakeLists.txt opset/schema.py opset/header.py
+CXX_FILES := $(shell find plugins -name '*.cpp' -o -name '*.h')
+
+build: $(VENV)/.built
+
+# The environment: once, and again when what it should hold changes. torch comes by way of constraints.txt. Built without
+# isolation: cmake keeps its objects in build/ from one run to the next.
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/bootstrap.sh
+	scripts/bootstrap.sh $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: build
+	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
+	$(BIN)/dfssm compare $(DEMO) examples/demo/model.pt
+	$(BIN)/dfssm run $(DEMO) -p "Once upon a time" -n 100
+
+# One thread each: two test processes on two cores are enough.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/lint-imports --no-cache
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: build
+	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
+	$(BIN)/dfssm bench $(DEMO)
+
+clean:
+	rm -rf build dist .cache .pytest_cache .ruff_cache $(VENV)/.built

@@ -1,0 +1,175 @@
+"""How fast a bundle decodes, beside what the memory would allow, measured in the same rounds."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+from dfssm.opset.tolerances import model_tolerance
+from dfssm.runtime import Engine
+from dfssm.targets import get_target
+
+from .bandwidth import Bandwidth
+from .child import follow_script, run_child
+from .ledger import weight_bytes_of_step
+from .machine import instruction_sets, machine, packages
+
+# Prompt and steps of the check: enough for the matrix kernels of a prompt and those of a step, and for a
+# state to matter; the scalar kernels take about a second a token at 1.3B.
+CHECKED = (6, 2)
+
+Progress = Callable[[int, int], None]
+
+
+def bench(
+    bundle: str,
+    threads: int = 0,
+    prompt: int = 128,
+    tokens: int = 32,
+    rounds: int = 7,
+    peers: tuple[str, ...] = (),
+    progress: Progress = lambda done, total: None,
+) -> dict:
+    """Measure `bundle`; the result is that of docs/json.md, docs/bench.md says how to read it.
+
+    Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, and
+    lets each peer decode as many. Raises DfssmError when the outputs are not right: a wrong kernel's speed
+    means nothing.
+    """
+    engine = Engine.load(bundle, threads=threads)
+    check = check_outputs(bundle, engine)
+    process = run_child(bundle, engine.threads, prompt, tokens)
+    with ExitStack() as stack:
+        runners = {}
+        for peer in peers:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
+            runners |= _open_peer(peer, engine, Path(folder))
+        series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
+
+    weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
+    state = engine.new_state().nbytes
+    floor_seconds = weights / (series["read_gb_s"] * 1e9) + 2 * state / (series["read_write_gb_s"] * 1e9)
+    tok_s = float(np.median(series["tok_s"]))
+    return {
+        "tok_s": tok_s,
+        "tok_s_quartiles": _quartiles(series["tok_s"]),
+        "gb_s": tok_s * (weights + 2 * state) / 1e9,
+        "floor_tok_s": float(np.median(1 / floor_seconds)),
+        "floor_share": float(np.median(series["tok_s"] * floor_seconds)),
+        "read_gb_s": float(np.median(series["read_gb_s"])),
+        "read_write_gb_s": float(np.median(series["read_write_gb_s"])),
+        "step_bytes": {"weights": weights, "state_read": state, "state_written": state},
+        "prefill_tok_s": float(np.median(series["prefill_tok_s"])),
+        "prefill_tok_s_quartiles": _quartiles(series["prefill_tok_s"]),
+        "peers": {
+            name: {
+                "tok_s": float(np.median(series[name])),
+                "tok_s_quartiles": _quartiles(series[name]),
+                "ratio": float(np.median(series["tok_s"] / series[name])),
+            }
+            for name in runners
+        },
+        "threads": engine.threads,
+        "state_dtype": engine.manifest.state_dtype,
+        "target": engine.manifest.target,
+        "isa": get_target(engine.manifest.target).probe().uses.get("isa"),
+        "prompt": prompt,
+        "tokens": tokens,
+        "rounds": rounds,
+        "check": check,
+        "load_seconds": process["load_seconds"],
+        "rss_bytes": process["rss_bytes"],
+        "peak_rss_bytes": process["peak_rss_bytes"],
+        "file_bytes": process["file_bytes"],
+        "anonymous_bytes": process["anonymous_bytes"],
+        "machine": machine() | {"isas": instruction_sets(), "packages": packages()},
+    }
+
+
+def check_outputs(bundle: str, engine: Engine) -> dict:
+    """Compare the engine's logits on a few tokens with those of the scalar kernels, in a process of their
+    own.
+
+    A bundle of a target without such kernels is compared with itself read token by token.
+    Raises DfssmError when they differ by more than the tolerance of a whole model.
+    """
+    prompt, steps = CHECKED
+    actual = follow_script(engine, prompt, steps)
+    with tempfile.TemporaryDirectory(prefix="dfssm-check-") as folder:
+        file = str(Path(folder) / "logits.npy")
+        if engine.manifest.target == "ort-cpu":
+            reference = "scalar kernels"
+            run_child(bundle, engine.threads, prompt, steps, logits=file, isa="scalar")
+        else:
+            reference = "token by token"
+            run_child(bundle, engine.threads, 1, prompt + steps - 1, logits=file)
+        expected = np.load(file)[-len(actual) :]
+    tolerance = model_tolerance(engine.config["n_layer"], engine.config["d_model"])
+    error = tolerance.error(actual, expected)
+    if not error <= tolerance.relative:
+        raise DfssmError(
+            f"{bundle} computes wrong logits: off by {error:.2g} of the largest against {reference}, "
+            f"allowed {tolerance.relative:.2g}; not timed, look at `dfssm compare`"
+        )
+    return {"reference": reference, "max_rel": error, "tolerance": tolerance.relative}
+
+
+def _run_rounds(
+    engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Name -> f64[rounds]: GB/s of the probes, tokens a second of everything else."""
+    bandwidth = Bandwidth(weight_bytes_of_step(engine.config, engine.manifest.layout), engine.threads)
+    ids = np.random.default_rng(1).integers(0, engine.vocab_size, prompt)
+    state = engine.new_state()
+    series: dict[str, list[float]] = {}
+
+    def record(name: str, value: float) -> None:
+        series.setdefault(name, []).append(value)
+
+    engine.prefill(ids, state)
+    _decode(engine, state, 4)  # warm: pages, threads, clocks
+    for index in range(rounds):
+        record("read_gb_s", bandwidth.read())
+        record("read_write_gb_s", bandwidth.read_write())
+        state.reset()
+        start = time.perf_counter()
+        engine.prefill(ids, state)
+        record("prefill_tok_s", prompt / (time.perf_counter() - start))
+        record("tok_s", tokens / _decode(engine, state, tokens))
+        for name, decode in runners.items():
+            decode(2)
+            record(name, tokens / decode(tokens))
+        progress(index + 1, rounds)
+    return {name: np.array(values) for name, values in series.items()}
+
+
+def _decode(engine: Engine, state, tokens: int) -> float:
+    """Seconds of `tokens` greedy steps, choice of the token included."""
+    token = np.zeros(1, np.int64)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        token[0] = state.logits[0].argmax()
+        engine.advance(token, state)
+    return time.perf_counter() - start
+
+
+def _open_peer(name: str, engine: Engine, folder: Path) -> dict[str, Callable[[int], float]]:
+    """The decode functions of a peer, by the name of each variant."""
+    if name != "stock-ort":
+        raise DfssmError(f"unknown peer '{name}': choose stock-ort")
+    from .stock_ort import open_peer
+
+    return {
+        "stock-ort, no head": open_peer(engine.config, folder / "body", engine.threads),
+        "stock-ort, 8-bit head": open_peer(engine.config, folder / "head8", engine.threads, head_bits=8),
+    }
+
+
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.percentile(values, [25, 75])]

@@ -1,0 +1,294 @@
+"""How fast the CPU kernels are, beside what the memory gives: `python -m dfssm.bench.kernels`.
+
+Every kernel runs on the shapes of the 1.3B model, all 48 layers in one call (one tall matrix, one large batch of
+states), so that nothing it streams stays in a cache. Its output is checked before it is timed. Rounds are interleaved:
+each round times every kernel once, with a plain read of memory between them; a share is a kernel's GB/s over the read
+next to it, because on a shared machine that ratio holds still while both numbers move. Medians over rounds; the
+spread is the middle half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfssm import _native
+from dfssm.opset.packing import from_row16, up_from_row16
+from dfssm.opset.reference import (
+    binary_scaffold_matmul_ref,
+    causal_conv1d_step_ref,
+    gated_rms_norm_ref,
+    int8_matmul_ref,
+    quantize_state_ref,
+    rms_norm_ref,
+    selective_scan_step_ref,
+)
+from dfssm.opset.tolerances import op_tolerance
+
+F32 = np.float32
+LAYERS, D_MODEL, D_INNER, HEADS, HEADDIM, D_STATE, VOCABULARY, RANK = 48, 2048, 4096, 64, 64, 128, 50288, 16
+CHANNELS = D_INNER + 2 * D_STATE
+D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + HEADS
+READ_BYTES = 256 << 20
+
+
+@dataclass
+class Kernel:
+    """One line of the table: `run()` moves `bytes` (reads and writes) and does `operations` (2 a multiply-add)."""
+
+    name: str
+    bytes: int
+    operations: int
+    run: Callable[[], object]
+    check: Callable[[], None]
+
+
+def _random_bytes(rng, *shape) -> np.ndarray:
+    return np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
+
+
+def _tensors(rng, **shapes) -> dict[str, np.ndarray]:
+    return {name: rng.standard_normal(shape).astype(F32) for name, shape in shapes.items()}
+
+
+def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
+    """`layers` projections of [rows, columns] under each other, in layout 1."""
+    rows *= layers
+    weights = dict(
+        bits=_random_bytes(rng, rows, columns // 8),
+        scale=rng.uniform(0.01, 0.1, rows).astype(F32),
+        down=_random_bytes(rng, RANK, columns).view(np.int8),
+        down_scale=rng.uniform(1e-4, 1e-3, RANK).astype(F32),
+        up=_random_bytes(rng, rows, RANK).view(np.int8),
+        up_scale=rng.uniform(1e-3, 1e-2, rows).astype(F32),
+    )
+    x = rng.standard_normal((1, tokens, columns)).astype(F32)
+    out = np.empty((1, tokens, rows), F32)
+
+    def run():
+        _native.binary_scaffold_matmul(isa, x, **weights, layout=1, threads=threads, out=out)
+
+    def check():
+        run()
+        for block in rng.integers(rows // 16, size=8):
+            part = slice(16 * block, 16 * block + 16)
+            sample = weights | {k: weights[k][part] for k in ("scale", "up_scale")}
+            sample["bits"] = from_row16(weights["bits"][part], 16)
+            sample["up"] = up_from_row16(weights["up"][part], 16)
+            expected = binary_scaffold_matmul_ref(x, **sample)
+            op_tolerance("BinaryScaffoldMatMul", dict(R=RANK)).check(out[..., part], expected, name)
+
+    moved = rows * (columns // 8 + RANK + 8) + RANK * columns + tokens * (columns + rows) * 4
+    return Kernel(name, moved, 2 * tokens * rows * (columns + RANK), run, check)
+
+
+def head(rng, isa, threads, name, tokens) -> Kernel:
+    w = _random_bytes(rng, VOCABULARY, D_MODEL).view(np.int8)
+    w_scale = rng.uniform(1e-4, 1e-2, VOCABULARY).astype(F32)
+    x = rng.standard_normal((1, tokens, D_MODEL)).astype(F32)
+    out = np.empty((1, tokens, VOCABULARY), F32)
+
+    def run():
+        _native.int8_matmul(isa, x, w, w_scale, threads=threads, out=out)
+
+    def check():
+        run()
+        rows = rng.integers(VOCABULARY, size=256)
+        expected = int8_matmul_ref(x, w[rows], w_scale[rows])
+        op_tolerance("Int8MatMul", {}).check(out[..., rows], expected, name)
+
+    moved = w.nbytes + w_scale.nbytes + x.nbytes + out.nbytes
+    return Kernel(name, moved, 2 * tokens * w.size, run, check)
+
+
+def scan(rng, isa, threads, name, dtype, tokens, layers) -> Kernel:
+    """The states of `layers` layers as a batch, updated in place."""
+    inputs = _tensors(
+        rng,
+        x=(layers, tokens, D_INNER),
+        dt=(layers, tokens, HEADS),
+        B=(layers, tokens, D_STATE),
+        C=(layers, tokens, D_STATE),
+        D=(HEADS,),
+    )
+    inputs["A_log"] = np.log(rng.uniform(1, 16, HEADS)).astype(F32)
+    inputs["dt_bias"] = rng.uniform(-7, -2, HEADS).astype(F32)
+    state = rng.standard_normal((layers, HEADS, D_STATE, HEADDIM)).astype(F32)
+    if dtype == "int8":
+        inputs["state"], inputs["state_scale"] = quantize_state_ref(state)
+    else:
+        inputs["state"] = state.astype(dtype)
+    out = np.empty_like(inputs["x"])
+
+    def run():
+        return _native.selective_scan_step(isa, **inputs, threads=threads, in_place=True, out=out)
+
+    def check():
+        batched = ("x", "dt", "B", "C", "state", "state_scale")
+        first = {k: v[:1].copy() if k in batched else v for k, v in inputs.items()}
+        actual = _native.selective_scan_step(isa, **first, threads=threads)
+        sizes = dict(N=D_STATE, T=tokens, state=dtype)
+        for output, a, e in zip(("y", "new_state", "new_scale"), actual, selective_scan_step_ref(**first), strict=False):
+            op_tolerance("SelectiveScanStep", sizes, output).check(a, e, f"{name} {output}")
+
+    moved = 2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0)) + 2 * out.nbytes
+    return Kernel(name, moved, 6 * tokens * state.size, run, check)
+
+
+def conv(rng, isa, threads, name, tokens) -> Kernel:
+    inputs = _tensors(rng, x=(LAYERS, tokens, CHANNELS), state=(LAYERS, CHANNELS, 3), weight=(CHANNELS, 4), bias=(CHANNELS,))
+    out = np.empty_like(inputs["x"])
+
+    def run():
+        _native.causal_conv1d_step(isa, **inputs, threads=threads, in_place=True, out=out)
+
+    def check():
+        actual = _native.causal_conv1d_step(isa, **inputs)
+        for a, e in zip(actual, causal_conv1d_step_ref(**inputs), strict=True):
+            op_tolerance("CausalConv1dStep", dict(W=4)).check(a, e, name)
+
+    moved = 2 * (out.nbytes + inputs["state"].nbytes) + inputs["weight"].nbytes
+    return Kernel(name, moved, 8 * out.size, run, check)
+
+
+def norm(rng, isa, threads, name, gated) -> Kernel:
+    channels = D_INNER if gated else D_MODEL
+    inputs = _tensors(rng, y=(LAYERS, channels), z=(LAYERS, channels), weight=(channels,))
+    if not gated:
+        inputs["x"] = inputs.pop("y")
+        del inputs["z"]
+    function = _native.gated_rms_norm if gated else _native.rms_norm
+    out = np.empty((LAYERS, channels), F32)
+
+    def run():
+        function(isa, **inputs, threads=threads, out=out)
+
+    def check():
+        run()
+        batch = {k: v if k == "weight" else v[None] for k, v in inputs.items()}
+        expected = (gated_rms_norm_ref if gated else rms_norm_ref)(**batch)[0]
+        op_tolerance("RMSNorm", dict(C=channels)).check(out, expected, name)
+
+    return Kernel(name, (3 if gated else 2) * out.nbytes, 4 * out.size, run, check)
+
+
+def quantize(rng, isa, threads, name) -> Kernel:
+    x = rng.standard_normal((LAYERS, D_INNER)).astype(F32)
+
+    def check():
+        q, s, _ = _native.quantize_activations(isa, x)
+        np.testing.assert_allclose(q * s[:, None], x, atol=float(s.max()) * 0.51)
+
+    return Kernel(name, 5 * x.size, x.size, lambda: _native.quantize_activations(isa, x), check)
+
+
+DECODE = {
+    "in_proj": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 1, LAYERS),
+    "out_proj": lambda *a: scaffold(*a, D_MODEL, D_INNER, 1, LAYERS),
+    "lm_head": lambda *a: head(*a, 1),
+    "scan fp32": lambda *a: scan(*a, "float32", 1, LAYERS),
+    "scan fp16": lambda *a: scan(*a, "float16", 1, LAYERS),
+    "scan int8": lambda *a: scan(*a, "int8", 1, LAYERS),
+    "conv": lambda *a: conv(*a, 1),
+    "gated_rms_norm": lambda *a: norm(*a, True),
+    "rms_norm": lambda *a: norm(*a, False),
+    "quantize": lambda *a: quantize(*a),
+}
+PREFILL = {
+    "in_proj, 2 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 2, LAYERS),
+    "in_proj, 8 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 8, 8),
+    "in_proj, 516 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 516, 1),
+    "out_proj, 516 tokens": lambda *a: scaffold(*a, D_MODEL, D_INNER, 516, 1),
+    "lm_head, 8 tokens": lambda *a: head(*a, 8),
+    "lm_head, 64 tokens": lambda *a: head(*a, 64),
+    "scan fp32, 512 tokens": lambda *a: scan(*a, "float32", 512, 1),
+    "scan int8, 512 tokens": lambda *a: scan(*a, "int8", 512, 1),
+    "conv, 64 tokens": lambda *a: conv(*a, 64),
+}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0) -> dict:
+    """Check, then time the kernels of these names (keys of DECODE and PREFILL) in interleaved rounds."""
+    makers = {name: make for name, make in (DECODE | PREFILL).items() if name in names}
+    kernels = [make(np.random.default_rng(seed), isa, threads, name) for name, make in makers.items()]
+    for kernel in kernels:
+        kernel.check()
+        kernel.run()
+    reads, seconds, shares = [], {k.name: [] for k in kernels}, {k.name: [] for k in kernels}
+    _native.read_bandwidth(READ_BYTES, threads)
+    for _ in range(rounds):
+        for kernel in kernels:
+            before = _native.read_bandwidth(READ_BYTES, threads)
+            took = _seconds(kernel.run)
+            after = _native.read_bandwidth(READ_BYTES, threads)
+            reads += [before, after]
+            seconds[kernel.name].append(took)
+            shares[kernel.name].append(2 * kernel.bytes / took * 1e-9 / (before + after))
+    return {
+        "isa": isa,
+        "threads": threads,
+        "rounds": rounds,
+        "read_gb_s": _quartiles(reads),
+        "kernels": [
+            {
+                "name": k.name,
+                "bytes": k.bytes,
+                "operations": k.operations,
+                "ms": _quartiles([1e3 * s for s in seconds[k.name]]),
+                "gb_s": _quartiles([k.bytes / s * 1e-9 for s in seconds[k.name]]),
+                "gop_s": _quartiles([k.operations / s * 1e-9 for s in seconds[k.name]]),
+                "share_of_read": _quartiles(shares[k.name]),
+            }
+            for k in kernels
+        ],
+    }
+
+
+def _print(result: dict) -> None:
+    read = result["read_gb_s"]
+    print(f"{result['isa']}, {result['threads']} threads, {result['rounds']} rounds; median (middle half)")
+    print(f"plain read of memory: {read['median']:.1f} GB/s ({read['low']:.1f} .. {read['high']:.1f})")
+    print(f"{'kernel':24}{'ms':>9}{'GB/s':>8}{'share of read':>24}{'Gop/s':>9}")
+    for k in result["kernels"]:
+        share = "{median:7.0%} ({low:.0%} .. {high:.0%})".format(**k["share_of_read"])
+        print(
+            f"{k['name']:24}{k['ms']['median']:9.3f}{k['gb_s']['median']:8.1f}{share:>24}"
+            f"{k['gop_s']['median']:9.1f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", choices=_native.isas(), default=_native.isas()[-1])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode")
+    parser.add_argument("--prefill", action="store_true", help="the kernels of prefill in place of those of decode")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    names = options.only or list(PREFILL if options.prefill else DECODE)
+    result = measure(options.isa, options.threads, options.rounds, names)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+
+
+if __name__ == "__main__":
+    main()

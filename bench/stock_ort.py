@@ -1,0 +1,222 @@
+"""The stock-ONNX-Runtime peer: a Mamba-2 decoder of the same shape from nothing but operators ORT ships.
+
+Projections are `com.microsoft::MatMulNBits` with 2-bit weights (`accuracy_level=4`: int8 activations; any
+other level is several hundred times slower), the recurrence is `com.microsoft::CausalConvWithState` and
+`com.microsoft::LinearAttention(update_rule="gated", scale=1)`, which with query = C, key = B, value = dt*x
+and decay = -exp(A_log)*dt is the Mamba-2 recurrence. The weights are random: this graph is for timing only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+BLOCK = 128
+MS = "com.microsoft"
+DATA = "peer.onnx.data"
+
+
+def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) -> Path:
+    """Write the peer graph of `config` (keys of `Mamba2Config`) and its weights; return the .onnx path.
+
+    `head_bits`: 0 = no LM head (the output is the last hidden row), else 8 or 4 = a MatMulNBits head.
+    Inputs: input_ids i64[B,T], conv_state.{i} f32[B,W-1,C], ssm_state.{i} f32[B,H,N,P]; outputs as the step
+        graph.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "peer.onnx"
+    with open(folder / DATA, "wb") as data:
+        model = _Graph(config, data, np.random.default_rng(seed)).model(head_bits)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def open_peer(config: dict, folder: Path, threads: int, head_bits: int = 0) -> Callable[[int], float]:
+    """Build and open the peer; returns decode(tokens) -> seconds. Its states are updated in place, as ours
+    are.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    path = build_peer(config, folder, head_bits)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    held = []  # the binding holds addresses only
+
+    def bind(method: str, name: str, array: np.ndarray) -> None:
+        held.append(array)
+        getattr(binding, method)(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    for tensor in session.get_inputs():
+        shape = [1 if isinstance(size, str) else size for size in tensor.shape]
+        array = np.zeros(shape, np.int64 if tensor.name == "input_ids" else np.float32)
+        bind("bind_input", tensor.name, array)
+        if tensor.name != "input_ids":
+            bind("bind_output", tensor.name.replace(".", "_out."), array)
+    bind(
+        "bind_output",
+        "logits",
+        np.empty((1, 1, config["vocab_size"] if head_bits else config["d_model"]), np.float32),
+    )
+
+    def decode(tokens: int) -> float:
+        start = time.perf_counter()
+        for _ in range(tokens):
+            session.run_with_iobinding(binding)
+        seconds = time.perf_counter() - start
+        assert all(np.isfinite(array).all() for array in held), "the peer's numbers overflowed"
+        return seconds
+
+    return decode
+
+
+class _Graph:
+    def __init__(self, config: dict, data, rng):
+        c = SimpleNamespace(**config)
+        self.c, self.data, self.rng = c, data, rng
+        self.d_inner = c.expand * c.d_model
+        self.heads = self.d_inner // c.headdim
+        self.bc = c.ngroups * c.d_state
+        self.channels = self.d_inner + 2 * self.bc
+        self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
+
+    def model(self, head_bits: int) -> onnx.ModelProto:
+        c = self.c
+        self.inputs.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"]))
+        # int8 rows, one scale a row, as in the student: the table that the lookup reads is no larger than
+        # ours
+        table = self.weight("embedding", self.rng.integers(-127, 128, (c.vocab_size, c.d_model), np.int8))
+        rows = self.op("Cast", [self.op("Gather", [table, "input_ids"])], to=TensorProto.FLOAT)
+        h = self.op("Mul", [rows, self.weight("embedding_scale", np.float32(1 / 127))])
+        for i in range(c.n_layer):
+            h = self.op("Add", [h, self.layer(i, h)])
+        # as in the step graph, only the last token goes on to the norm and the head
+        last = self.weight("last", np.array([-1], np.int64))
+        h = self.norm("norm_f", self.op("Gather", [h, last], axis=1), c.d_model)
+        out = self.linear("lm_head", h, c.vocab_size, c.d_model, head_bits) if head_bits else h
+        self.nodes.append(helper.make_node("Identity", [out], ["logits"]))
+        self.outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, None))
+        graph = helper.make_graph(self.nodes, "stock_mamba2", self.inputs, self.outputs, self.weights)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def layer(self, i: int, h: str) -> str:
+        c, name = self.c, f"layers.{i}"
+        u = self.norm(f"{name}.norm", h, c.d_model)
+        width = self.d_inner + self.channels + self.heads
+        zxbcdt = self.linear(f"{name}.in_proj", u, width, c.d_model, 2)
+        z, xbc, dt = self.split(name, zxbcdt, [self.d_inner, self.channels, self.heads])
+
+        state = self.state(f"conv_state.{i}", ["B", c.d_conv - 1, self.channels])
+        conv_weight = self.weight(f"{name}.conv", self.normal((self.channels, 1, c.d_conv), c.d_conv))
+        conv_bias = self.weight(f"{name}.conv_bias", np.zeros(self.channels, np.float32))
+        xbc = self.op(
+            "CausalConvWithState",
+            [xbc, conv_weight, conv_bias, state],
+            MS,
+            extra=[f"conv_state_out.{i}"],
+            activation="silu",
+            channels_last=1,
+            ndim=1,
+        )
+        x, b, cc = self.split(f"{name}.xbc", xbc, [self.d_inner, self.bc, self.bc])
+
+        dt_bias = self.weight(f"{name}.dt_bias", np.full(self.heads, math.log(math.expm1(0.01)), np.float32))
+        minus_a = self.weight(f"{name}.A", -self.rng.uniform(1, 16, self.heads).astype(np.float32))
+        dt = self.op("Softplus", [self.op("Add", [dt, dt_bias])])
+        by_head = self.weight(f"{name}.by_head", np.array([0, 0, self.heads, c.headdim], np.int64))
+        flat = self.weight(f"{name}.flat", np.array([0, 0, self.d_inner], np.int64))
+        last = self.weight(f"{name}.last", np.array([-1], np.int64))
+        xh = self.op("Reshape", [x, by_head])
+        value = self.op("Reshape", [self.op("Mul", [xh, self.op("Unsqueeze", [dt, last])]), flat])
+        state = self.state(f"ssm_state.{i}", ["B", self.heads, c.d_state, c.headdim])
+        y = self.op(
+            "LinearAttention",
+            [cc, b, value, state, self.op("Mul", [dt, minus_a])],
+            MS,
+            extra=[f"ssm_state_out.{i}"],
+            update_rule="gated",
+            scale=1.0,
+            q_num_heads=c.ngroups,
+            kv_num_heads=self.heads,
+        )
+        skip = self.weight(f"{name}.D", np.ones((self.heads, 1), np.float32))
+        y = self.op("Add", [y, self.op("Reshape", [self.op("Mul", [xh, skip]), flat])])
+        gate = self.op("Mul", [z, self.op("Sigmoid", [z])])
+        y = self.norm(f"{name}.gated_norm", self.op("Mul", [y, gate]), self.d_inner)
+        return self.linear(f"{name}.out_proj", y, c.d_model, self.d_inner, 2)
+
+    def linear(self, name: str, x: str, rows: int, columns: int, bits: int) -> str:
+        blocks = math.ceil(columns / BLOCK)
+        packed = self.rng.integers(0, 256, (rows, blocks, BLOCK * bits // 8), np.uint8)
+        # weights are uniform over 2**bits levels: this scale keeps the output's variance near the input's
+        scale = np.full((rows, blocks), 2 / (2**bits * math.sqrt(columns)), np.float32)
+        return self.op(
+            "MatMulNBits",
+            [x, self.weight(name, packed), self.weight(f"{name}.scales", scale)],
+            MS,
+            K=columns,
+            N=rows,
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+
+    def norm(self, name: str, x: str, width: int) -> str:
+        weight = self.weight(name, np.ones(width, np.float32))
+        return self.op(
+            "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.norm_eps, stash_type=1
+        )
+
+    def split(self, name: str, x: str, sizes: list[int]) -> list[str]:
+        outputs = [f"{name}.part{k}" for k in range(len(sizes))]
+        self.nodes.append(
+            helper.make_node(
+                "Split", [x, self.weight(f"{name}.sizes", np.array(sizes, np.int64))], outputs, axis=-1
+            )
+        )
+        return outputs
+
+    def state(self, name: str, shape: list) -> str:
+        kind, index = name.split(".")
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        self.outputs.append(helper.make_tensor_value_info(f"{kind}_out.{index}", TensorProto.FLOAT, shape))
+        return name
+
+    def op(
+        self, kind: str, inputs: list[str], domain: str = "", extra: list[str] | None = None, **attributes
+    ) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(
+            helper.make_node(kind, inputs, [output, *(extra or [])], domain=domain, **attributes)
+        )
+        return output
+
+    def normal(self, shape: tuple, fan_in: int) -> np.ndarray:
+        return (self.rng.standard_normal(shape) / math.sqrt(fan_in)).astype(np.float32)
+
+    def weight(self, name: str, array) -> str:
+        array = np.asarray(array)
+        tensor = TensorProto(
+            name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape
+        )
+        if array.nbytes < 4096:
+            tensor.raw_data = array.tobytes()
+        else:
+            self.data.write(b"\0" * (-self.data.tell() % 4096))
+            tensor.data_location = TensorProto.EXTERNAL
+            fields = {"location": DATA, "offset": self.data.tell(), "length": array.nbytes}
+            for key, value in fields.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self.data.write(array.tobytes())
+        self.weights.append(tensor)
+        return name

@@ -1,0 +1,59 @@
+"""`dfssm doctor`: what this machine has, what will be used, why not."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from .options import json_option, megabytes, print_result, table
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, what will be used, and why not. Exits 1 when no target is usable."""
+    result = examine()
+    print_result(result, as_json, _text)
+    if not any(target["usable"] for target in result["targets"].values()):
+        raise click.exceptions.Exit(1)
+
+
+def examine() -> dict:
+    """The findings, as in docs/json.md."""
+    from dfssm.bench.machine import instruction_sets, machine, packages
+    from dfssm.targets import TARGETS, get_target
+
+    probes = {name: get_target(name).probe() for name in TARGETS}
+    return {
+        "machine": machine(),
+        "packages": packages(),
+        "isas": instruction_sets(),
+        "environment": {
+            name: os.environ.get(name) for name in ("DFSSM_ISA", "DFSSM_ORT_LIBRARY", "DFSSM_LOG")
+        },
+        "targets": {
+            name: {"usable": probe.usable, "uses": probe.uses, "why_not": probe.why_not or None}
+            for name, probe in probes.items()
+        },
+    }
+
+
+def _text(result: dict) -> str:
+    machine = result["machine"]
+    memory = machine["memory_bytes"]
+    rows = [
+        ["CPU", f"{machine['cpu']}, {machine['cores']} cores to use"],
+        ["memory", megabytes(memory) if memory else "unknown"],
+        ["system", f"{machine['system']}, Python {machine['python']}"],
+        ["kernels for", ", ".join(result["isas"]) or "none: the native part of dfssm is not installed"],
+        ["packages", ", ".join(f"{name} {found or 'missing'}" for name, found in result["packages"].items())],
+    ]
+    rows += [[name, value] for name, value in result["environment"].items() if value is not None]
+    lines = [table(rows), ""]
+    for name, target in result["targets"].items():
+        uses = ", ".join(f"{part} {value}" for part, value in target["uses"].items())
+        lines.append(
+            f"target {name}: " + (f"usable ({uses})" if target["usable"] else f"no: {target['why_not']}")
+        )
+    return "\n".join(lines)

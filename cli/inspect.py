@@ -1,0 +1,86 @@
+"""`dfssm inspect`: what a model or a bundle consists of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dfssm.opset.errors import DfssmError
+
+from .options import json_option, megabytes, print_result, table
+
+_BAR = 40
+
+
+@click.command()
+@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Sizes by role, config and files of a model.pt (or .safetensors) or of a bundle."""
+    if not path.exists():
+        raise DfssmError(f"{path} does not exist: name a model.pt, a .safetensors file or a bundle")
+    print_result(_bundle(path) if path.is_dir() else _model(path), as_json, _text)
+
+
+def _bundle(folder: Path) -> dict:
+    from dfssm.bench.ledger import model_bytes
+    from dfssm.targets.bundle import check_files, read_manifest
+
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=False)
+    return {
+        "path": str(folder),
+        "target": manifest.target,
+        "state_dtype": manifest.state_dtype,
+        "config": manifest.config,
+        "sizes": model_bytes(manifest.config, manifest.layout),
+        "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
+        "tools": manifest.tools,
+        "verification": manifest.verification,
+    }
+
+
+def _model(path: Path) -> dict:
+    from dfssm.bench.ledger import ROLES, role
+    from dfssm.model.checkpoint import load_student_tensors
+
+    config, tensors = load_student_tensors(path)
+    sizes = dict.fromkeys(ROLES, 0)
+    for name, tensor in tensors.items():
+        sizes[role(name)] += tensor.numel() * tensor.element_size()
+    return {
+        "path": str(path),
+        "target": None,
+        "state_dtype": None,
+        "config": config.to_dict(),
+        "sizes": sizes,
+        "files": {path.name: path.stat().st_size},
+        "tools": None,
+        "verification": None,
+    }
+
+
+def _text(result: dict) -> str:
+    config, sizes = result["config"], result["sizes"]
+    kind = f"bundle for {result['target']}, {result['state_dtype']} states" if result["target"] else "student"
+    shape = (
+        f"{config['n_layer']} layers of {config['d_model']}, state {config['d_state']}, "
+        f"vocabulary {config['vocab_size']}, rank {config['rank']}"
+    )
+    whole = sum(sizes.values())
+    rows = [
+        [name, "█" * round(_BAR * count / whole), megabytes(count), f"{100 * count / whole:.1f} %"]
+        for name, count in sorted(sizes.items(), key=lambda item: -item[1])
+        if count
+    ]
+    files = [[name, megabytes(count)] for name, count in result["files"].items()]
+    lines = [
+        f"{result['path']}: {kind}",
+        shape,
+        "",
+        table(rows, right={2, 3}),
+        f"weights {megabytes(whole)}",
+        "",
+    ]
+    return "\n".join([*lines, table(files, right={1})])

@@ -1,0 +1,53 @@
+"""Options and output that several subcommands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=str))
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads; 0 = one a physical core."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
+
+
+def print_result(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    """`result` as one line of JSON, or as the `text` made of it. Numbers that JSON lacks become null."""
+    if as_json:
+        click.echo(json.dumps(_finite(result), allow_nan=False))
+    else:
+        click.echo(text(result))
+
+
+def megabytes(count: float) -> str:
+    """Bytes for reading: 155.2 MB (of 10^6 bytes), 12 kB."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:
+    """`rows` (the first is the heading, "" lines are kept) with aligned columns; `right`: columns set flush
+    right.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,73 @@
+"""`dfssm run`: text from a bundle."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from dfssm.opset.errors import DfssmError
+
+from .options import bundle_argument, json_option, print_result, threads_option
+
+
+@click.command()
+@bundle_argument
+@click.option("-p", "--prompt", default="", metavar="TEXT", help="What to continue.")
+@click.option("-n", "--max-tokens", default=128, show_default=True, metavar="N", help="At most N tokens.")
+@click.option("--temperature", default=0.0, show_default=True, metavar="T", help="0 = the likeliest token.")
+@click.option("--top-k", default=0, metavar="K", help="Draw from the K likeliest; 0 = all.")
+@click.option("--top-p", default=1.0, metavar="P", help="Draw from the likeliest that hold probability P.")
+@click.option("--seed", type=int, metavar="S", help="Repeat the same draws.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option("--load-state", metavar="FILE", help="Continue what a saved state has read.")
+@click.option("--save-state", metavar="FILE", help="Save the state at the end.")
+@threads_option
+@json_option
+def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) -> None:
+    """Continue a text. It streams to stdout; a line about the speed follows on stderr."""
+    from dfssm.runtime import Engine
+
+    engine = Engine.load(bundle, threads=threads)
+    if not prompt and not load_state:
+        raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
+    state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
+    generation = engine.generate(prompt, state=state, **settings)
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
+    for piece in generation:
+        if not as_json:
+            click.echo(piece, nl=False)
+    if save_state:
+        state.save(save_state)
+    figures = _figures(generation, engine)
+    if as_json:
+        print_result({"text": generation.text, "tokens": generation.tokens} | figures, True, str)
+    else:
+        click.echo()
+        click.echo(_speed(figures), err=True)
+
+
+def _figures(generation, engine) -> dict:
+    return {
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": len(generation.tokens),
+        "finish_reason": generation.finish_reason,
+        "prefill_seconds": generation.prefill_seconds,
+        "decode_seconds": generation.decode_seconds,
+        "prefill_tok_s": _rate(generation.prompt_tokens, generation.prefill_seconds),
+        "tok_s": _rate(generation.steps, generation.decode_seconds),
+        "threads": engine.threads,
+    }
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count and seconds else None
+
+
+def _speed(figures: dict) -> str:
+    parts = []
+    if figures["prefill_tok_s"]:
+        parts.append(f"prompt {figures['prompt_tokens']} tokens, {figures['prefill_tok_s']:.1f} tok/s")
+    if figures["tok_s"]:
+        parts.append(f"text {figures['new_tokens']} tokens, {figures['tok_s']:.1f} tok/s")
+    return f"[{' | '.join([*parts, figures['finish_reason']])} | {figures['threads']} threads]"

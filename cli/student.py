@@ -1,0 +1,97 @@
+"""`dfssm init` and `dfssm convert`: students without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dfssm.opset.errors import DfssmError
+
+from .options import json_option, megabytes, print_result
+
+output_option = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="model.pt or .safetensors.",
+)
+planes_option = click.option(
+    "--planes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Binary planes."
+)
+rank_option = click.option(
+    "--rank", type=click.IntRange(0), default=16, show_default=True, metavar="R", help="Of the correction."
+)
+
+
+@click.command()
+@click.option("--preset", metavar="NAME", help="A published shape: mamba2-130m to mamba2-2.7b.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A JSON file of a shape.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S")
+@rank_option
+@planes_option
+@output_option
+@json_option
+def init(preset, config, seed, rank, planes, output, as_json) -> None:
+    """Write a random student of a real shape, for benchmarks and tests."""
+    if bool(preset) == bool(config):
+        raise click.UsageError("Give either --preset or --config.")
+    from dfssm.model.checkpoint import save_student
+    from dfssm.model.config import preset as named
+    from dfssm.model.convert import init_student
+
+    student = init_student(named(preset) if preset else _read_config(config), seed, rank, planes)
+    save_student(output, *student)
+    print_result(_report(output, *student), as_json, _text)
+
+
+@click.command()
+@click.argument("teacher", type=click.Path(path_type=str))
+@rank_option
+@planes_option
+@output_option
+@json_option
+def convert(teacher, rank, planes, output, as_json) -> None:
+    """Make a student of TEACHER without data: signs, scales, and a low rank of what they leave.
+
+    TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm).
+    """
+    from dfssm.model.checkpoint import save_student
+    from dfssm.model.convert import convert as convert_teacher
+    from dfssm.model.pretrained import load_teacher
+
+    student = convert_teacher(load_teacher(teacher), rank, planes)
+    save_student(output, *student)
+    print_result(_report(output, *student), as_json, _text)
+
+
+def _read_config(path: Path):
+    from dfssm.model.config import Mamba2Config
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DfssmError(
+            f"{path} cannot be read as JSON ({error}): give a config as in docs/format.md"
+        ) from None
+    return Mamba2Config.from_dict(values)
+
+
+def _report(output: Path, config, tensors: dict) -> dict:
+    return {
+        "output": str(output),
+        "bytes": output.stat().st_size,
+        "config": config.to_dict(),
+        "tensors": len(tensors),
+    }
+
+
+def _text(result: dict) -> str:
+    config = result["config"]
+    return (
+        f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers of {config['d_model']}, "
+        f"rank {config['rank']}, planes {config['planes']}"
+    )

@@ -1,0 +1,1 @@
+"""dfcompile: from a packed student to a verified bundle."""

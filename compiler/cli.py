@@ -1,0 +1,86 @@
+"""The command `dfcompile`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from dfssm.opset import DfssmError
+
+from .pipeline import Report, Request, compile_model
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="ort-cpu: ONNX Runtime with our CPU kernels. onnx: portable, slow.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: ./MODEL-TARGET]")
+@click.option("--state-dtype", help="fp32, fp16 or int8: how the SSM state is stored.  [default: by target]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="[default: tokenizer.json beside MODEL, if any]")
+@click.option("--verify/--no-verify", default=True, help="Compare the bundle with the student.  [default: verify]")
+@click.option("--force", is_flag=True, help="Replace the output if it is a bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def command(as_json: bool, **options) -> None:
+    """Compile MODEL (model.pt or model.safetensors) into a bundle: a folder that dfssm runs."""
+    with _Bars() as bars:
+        report = compile_model(Request(**options), bars)
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        _print(report)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Exit status 0; 1 and one line on stderr for an error of the user's to mend; 2 for wrong usage; 130
+    for Ctrl-C. A bug keeps its traceback. Whatever the failure, no bundle is left behind.
+    """
+    try:
+        command(args, prog_name="dfcompile", standalone_mode=False)
+    except DfssmError as error:
+        print(f"dfcompile: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (click.Abort, KeyboardInterrupt):
+        raise SystemExit(130) from None
+
+
+class _Bars:
+    """One progress bar a pass, on stderr and only where that is a terminal."""
+
+    def __init__(self):
+        self._name: str | None = None
+        self._bar: tqdm | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self._name != name:
+            self.__exit__()
+            self._name, self._bar = name, tqdm(desc=name, total=total, disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+
+
+def _print(report: Report) -> None:
+    for record in report.passes:
+        click.echo(f"{record.name:<8}{record.seconds:8.2f} s   peak {record.peak_rss_bytes / 1e6:8.0f} MB")
+    verification = report.manifest.verification
+    if verification["passed"]:
+        name, worst = max(verification["outputs"].items(), key=lambda item: item[1]["max_rel"] / item[1]["tolerance"])
+        click.echo(
+            f"verified op by op over {verification['tokens']} + {verification['steps']} tokens; worst is {name}: "
+            f"{worst['max_rel']:.1e} of its largest value, {worst['tolerance']:.1e} allowed"
+        )
+    else:
+        click.echo("not verified (--no-verify)")
+    click.echo(
+        f"{report.output}: {report.bytes / 1e6:.1f} MB, target {report.manifest.target}, "
+        f"state {report.manifest.state_dtype}"
+    )

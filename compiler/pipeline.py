@@ -1,0 +1,211 @@
+"""The passes of dfcompile, in order: load, lower, export, write, verify, finish."""
+
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from dfssm.opset import DfssmError
+from dfssm.opset.schema import STATE_DTYPES
+from dfssm.targets import get_target
+from dfssm.targets.bundle import MANIFEST, MODEL, TOKENIZER, Manifest, file_entry
+
+from .staging import check_output, staged, writing
+
+TOOLS = ("dfssm", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. `output`, `state_dtype` and `tokenizer` left None take their defaults; see docs/format.md."""
+
+    model: Path
+    target: str
+    output: Path | None = None
+    state_dtype: str | None = None
+    tokenizer: Path | None = None
+    verify: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass: its wall time, and the most memory the process had held by its end."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class Progress(Protocol):
+    """Called as the work goes on: `total` steps of pass `name`, of which `done` are done."""
+
+    def __call__(self, name: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Job:
+    """The state that the passes hand on. Each pass reads what earlier ones left and fills in its own part."""
+
+    request: Request
+    target: ModuleType
+    state_dtype: str
+    tokenizer: Path | None
+    stage: Path
+    progress: Progress
+    config: Any = None  # DFSSMConfig
+    tensors: dict[str, Any] = field(default_factory=dict)  # name -> array, canonical
+    lowered: dict[str, Any] = field(default_factory=dict)  # name -> array, in the target's layout
+    graph: Any = None  # onnx_ir.Model
+    files: list[str] = field(default_factory=list)
+    verification: dict = field(default_factory=lambda: {"passed": None})
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it. `to_dict` is what `dfcompile --json` prints."""
+
+    output: Path
+    manifest: Manifest
+    passes: list[PassRecord]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.manifest.files.values())
+
+    def to_dict(self) -> dict:
+        return {
+            "output": str(self.output),
+            "target": self.manifest.target,
+            "state_dtype": self.manifest.state_dtype,
+            "layout": self.manifest.layout,
+            "config": self.manifest.config,
+            "files": self.manifest.files,
+            "bytes": self.bytes,
+            "verification": self.manifest.verification,
+            "passes": [vars(record) for record in self.passes],
+            "seconds": sum(record.seconds for record in self.passes),
+            "peak_rss_bytes": self.passes[-1].peak_rss_bytes,
+        }
+
+
+def compile_model(request: Request, progress: Progress | None = None) -> Report:
+    """Compile `request.model` into a bundle, which is there whole or, after any failure, not at all.
+
+    Raises DfssmError for whatever the user can mend: flags and the machine are checked before the model is read.
+    """
+    target = get_target(request.target)
+    state_dtype = request.state_dtype or target.DEFAULT_STATE_DTYPE
+    if state_dtype not in STATE_DTYPES:
+        raise DfssmError(f"unknown state dtype '{state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
+    probe = target.probe()
+    if not probe.usable:
+        raise DfssmError(f"target {request.target} cannot be used here: {probe.why_not}")
+    if not request.model.is_file():
+        raise DfssmError(f"there is no model file {request.model}")
+    tokenizer = _find_tokenizer(request)
+    # Resolved, so that an output that is a link is replaced where it points.
+    output = (request.output or Path(f"{request.model.stem}-{request.target}")).resolve()
+    check_output(output, request.force)
+
+    records = []
+    with staged(output) as stage:
+        job = Job(request, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
+        for run in (load, lower, export, write, verify, finish):
+            start = time.perf_counter()
+            run(job)
+            records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
+    return Report(output, job.manifest, records)
+
+
+def load(job: Job) -> None:
+    """Read and check the model: names, shapes and dtypes. The tensors stay in the mapped file until they are used."""
+    from dfssm.model.checkpoint import load_student_tensors
+
+    job.config, tensors = load_student_tensors(job.request.model)
+    job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+    if job.tokenizer:
+        _check_tokenizer(job.tokenizer, job.config.vocab_size)
+
+
+def lower(job: Job) -> None:
+    """Put the tensors into the layout of the target, each when it is written."""
+    job.lowered = job.target.lower(job.tensors)
+
+
+def export(job: Job) -> None:
+    """Build the step graph."""
+    from dfssm.export.graph import build_step_graph
+
+    job.graph = build_step_graph(job.config, job.lowered, state_dtype=job.state_dtype, layout=job.target.LAYOUT)
+
+
+def write(job: Job) -> None:
+    """Write the graph, its weights and what the target adds."""
+    from dfssm.export.writer import write_model
+
+    with writing(job.stage / MODEL):
+        job.files += write_model(job.graph, job.stage / MODEL, _step(job, "write"))
+        job.files += job.target.build(job.stage)
+
+
+def verify(job: Job) -> None:
+    """Run what was written against the student it came from."""
+    if not job.request.verify:
+        return
+    from .verify import verify_bundle
+
+    job.verification = verify_bundle(job.target, job.stage, job.request.model, job.state_dtype, _step(job, "verify"))
+
+
+def finish(job: Job) -> None:
+    """Add the tokenizer and the manifest."""
+    with writing(job.stage / MANIFEST):
+        if job.tokenizer:
+            (job.stage / TOKENIZER).write_bytes(job.tokenizer.read_bytes())
+            job.files.append(TOKENIZER)
+        job.manifest = Manifest(
+            target=job.request.target,
+            config=job.config.to_dict(),
+            state_dtype=job.state_dtype,
+            layout=job.target.LAYOUT,
+            files={name: file_entry(job.stage / name) for name in job.files},
+            tools={tool: version(tool) for tool in TOOLS} | {"python": platform.python_version()},
+            verification=job.verification,
+        )
+        (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
+
+
+def _find_tokenizer(request: Request) -> Path | None:
+    """The tokenizer to bundle: the one asked for, else tokenizer.json beside the model, else none."""
+    if request.tokenizer is None:
+        beside = request.model.with_name(TOKENIZER)
+        return beside if beside.is_file() else None
+    if not request.tokenizer.is_file():
+        raise DfssmError(f"there is no tokenizer file {request.tokenizer}: give a tokenizer.json")
+    return request.tokenizer
+
+
+def _check_tokenizer(path: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        entries = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DfssmError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
+    if entries > vocab_size:
+        raise DfssmError(f"{path} has {entries} entries, the model knows {vocab_size}: it is another model's tokenizer")
+
+
+def _step(job: Job, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: job.progress(name, done, total)
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

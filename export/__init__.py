@@ -1,0 +1,1 @@
+"""From a packed student to the ONNX step graph; docs/export.md describes the graph."""

@@ -1,0 +1,185 @@
+"""The step graph of a DF-SSM student: prefill and decode in one graph, T tokens in, logits and new states out.
+
+Written directly from the config and the packed tensors, not traced; docs/export.md says why, and describes the names.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import numpy as np
+import onnx_ir as ir
+
+from dfssm.model.config import DFSSMConfig
+from dfssm.opset import DOMAIN, VERSION
+from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
+from dfssm.opset.schema import LAYOUT_CANONICAL, STATE_DTYPES
+
+from .builder import GraphBuilder
+
+FORMAT_VERSION = 1
+"""Version of the graph's interface (names, dtypes, order of inputs and outputs); `dfssm.format_version` in the file."""
+
+F32, I8, I64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64
+
+
+def build_step_graph(
+    config: DFSSMConfig, tensors: Mapping, *, state_dtype: str = "fp32", layout: int = LAYOUT_CANONICAL
+) -> ir.Model:
+    """The step graph as an onnx-ir model whose weights are still to be read.
+
+    `tensors` maps the names of model.pt to arrays (anything with .shape, .dtype and `__array__`), with the scaffold's
+    `bits` and `up` in `layout`; an array is read each time the model is written, one at a time. `state_dtype` is a
+    `--state-dtype` and decides how the states are stored between steps; all arithmetic is fp32.
+
+    Inputs: `input_ids` i64 [B,T]; `logits_to_keep` i64 [] with default 0; for each layer i `conv_state.{i}` f32
+    [B,C,W-1], `ssm_state.{i}` [B,H,N,P] and, for int8, `ssm_scale.{i}` f32 [B,H,N]. Outputs: `logits` f32 [B,keep,V],
+    then the states as `*_out.{i}`, shaped as the inputs.
+    """
+    return _StepGraph(config, tensors, state_dtype, layout).build()
+
+
+class _StepGraph:
+    def __init__(self, config: DFSSMConfig, tensors: Mapping, state_dtype: str, layout: int):
+        self.config, self.state_dtype, self.layout = config, state_dtype, layout
+        self.g = GraphBuilder(tensors)
+        self.storage = ir.DataType.from_numpy(np.dtype(STATE_DTYPES[state_dtype]))
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+
+        bc = config.ngroups * config.d_state
+        self.in_proj_parts = {"z": config.d_inner, "xBC": config.conv_dim, "dt": config.nheads}
+        self.conv_parts = {"x": config.d_inner, "B": bc, "C": bc}
+        self.last_axis = self.g.constant("axes.last", np.array([-1]))
+        self.in_proj_table = self.g.constant("split.sizes", np.array(list(self.in_proj_parts.values())))
+        self.conv_table = self.g.constant("split_conv.sizes", np.array(list(self.conv_parts.values())))
+
+    def build(self) -> ir.Model:
+        ids = self.g.input("input_ids", I64, ("B", "T"))
+        # An input with an initialiser: a caller that does not feed it gets the logits of all tokens.
+        keep = self.g.constant("logits_to_keep", np.array(0))
+        self.inputs += [ids, keep]
+
+        h = self.embed(ids)
+        for i in range(self.config.n_layer):
+            h = self.block(i, h)
+        self.outputs.insert(0, self.head(h, keep))
+
+        graph = self.g.finish(self.inputs, self.outputs, "dfssm_step", {"": ONNX_OPSET, DOMAIN: VERSION})
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="dfssm",
+            producer_version=version("dfssm"),
+            functions=self.g.functions,
+            metadata_props={
+                "dfssm.format_version": str(FORMAT_VERSION),
+                "dfssm.config": json.dumps(self.config.to_dict()),
+                "dfssm.state_dtype": self.state_dtype,
+                "dfssm.layout": str(self.layout),
+            },
+        )
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        """Rows of the int8 table times their scales, [B,T,D]: the table stays the one initialiser a tied head reads."""
+        g, D = self.g, self.config.d_model
+        rows = g.standard("Gather", [g.weight("embedding.weight"), ids], I8, ("B", "T", D), "/embed/gather", axis=0)
+        scales = g.standard(
+            "Gather", [g.weight("embedding.scale"), ids], F32, ("B", "T"), "/embed/gather_scale", axis=0
+        )
+        rows = g.standard("Cast", [rows], F32, ("B", "T", D), "/embed/cast", to=F32)
+        scales = g.standard("Unsqueeze", [scales, self.last_axis], F32, ("B", "T", 1), "/embed/unsqueeze_scale")
+        return g.standard("Mul", [rows, scales], F32, ("B", "T", D), "/embed/mul")
+
+    def block(self, i: int, h: ir.Value) -> ir.Value:
+        """Layer i on the residual stream h [B,T,D]."""
+        g, c = self.g, self.config
+        name = f"/layers.{i}"
+        x = self.rms_norm(h, f"layers.{i}.norm.weight", f"{name}/norm")
+        projected = self.scaffold(x, f"layers.{i}.in_proj", c.d_in_proj, f"{name}/in_proj")
+        z, xBC, dt = g.split(projected, self.in_proj_parts, self.in_proj_table, f"{name}/split")
+        xBC = self.conv(i, xBC, f"{name}/conv")
+        x, B, C = g.split(xBC, self.conv_parts, self.conv_table, f"{name}/split_conv")
+        y = self.scan(i, x, dt, B, C, f"{name}/scan")
+        (y,) = g.dfssm(
+            "GatedRMSNorm",
+            [y, z, g.weight(f"layers.{i}.gated_norm.weight")],
+            [(F32, y.shape)],
+            f"{name}/gated_norm",
+            eps=c.norm_eps,
+            groups=c.norm_groups,
+        )
+        y = self.scaffold(y, f"layers.{i}.out_proj", c.d_model, f"{name}/out_proj")
+        return g.standard("Add", [h, y], F32, h.shape, f"{name}/residual")
+
+    def head(self, h: ir.Value, keep: ir.Value) -> ir.Value:
+        """Logits of the last `keep` tokens; a slice from -0 = 0 keeps all of them."""
+        g, c = self.g, self.config
+        end = g.constant("slice.end", np.array([np.iinfo(np.int64).max]))
+        tokens = g.constant("axes.tokens", np.array([1]))
+        start = g.standard("Neg", [keep], I64, (), "/keep/neg")
+        start = g.standard("Reshape", [start, self.last_axis], I64, (1,), "/keep/reshape")
+        h = g.standard("Slice", [h, start, end, tokens], F32, ("B", "keep", c.d_model), "/keep/slice")
+        h = self.rms_norm(h, "norm_f.weight", "/norm_f")
+        table = "embedding" if c.tie_embeddings else "lm_head"
+        (logits,) = g.dfssm(
+            "Int8MatMul",
+            [h, g.weight(f"{table}.weight"), g.weight(f"{table}.scale")],
+            [(F32, ("B", "keep", c.vocab_size))],
+            "/lm_head",
+            rename={"y": "logits"},
+        )
+        return logits
+
+    def rms_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+        (out,) = self.g.dfssm("RMSNorm", [x, self.g.weight(weight)], [(F32, x.shape)], name, eps=self.config.norm_eps)
+        return out
+
+    def scaffold(self, x: ir.Value, tensors: str, rows: int, name: str) -> ir.Value:
+        """The projection whose packed tensors are `tensors`.*: [B,T,K] -> [B,T,rows]."""
+        parts = ("bits", "scale", "down", "down_scale", "up", "up_scale")
+        (y,) = self.g.dfssm(
+            "BinaryScaffoldMatMul",
+            [x, *(self.g.weight(f"{tensors}.{part}") for part in parts)],
+            [(F32, ("B", "T", rows))],
+            name,
+            planes=self.config.planes,
+            layout=self.layout,
+        )
+        return y
+
+    def conv(self, i: int, x: ir.Value, name: str) -> ir.Value:
+        c = self.config
+        state = self.g.input(f"conv_state.{i}", F32, ("B", c.conv_dim, c.d_conv - 1))
+        y, new_state = self.g.dfssm(
+            "CausalConv1dStep",
+            [x, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
+            [(F32, x.shape), (F32, state.shape)],
+            name,
+            rename={"new_state": f"conv_state_out.{i}"},
+            activation="silu",
+        )
+        self.inputs.append(state)
+        self.outputs.append(new_state)
+        return y
+
+    def scan(self, i: int, x: ir.Value, dt: ir.Value, B: ir.Value, C: ir.Value, name: str) -> ir.Value:
+        c = self.config
+        shape = ("B", c.nheads, c.d_state, c.headdim)
+        states = [self.g.input(f"ssm_state.{i}", self.storage, shape)]
+        if self.state_dtype == "int8":
+            states.append(self.g.input(f"ssm_scale.{i}", F32, shape[:3]))
+        parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
+        y, *new_states = self.g.dfssm(
+            "SelectiveScanStep",
+            [x, dt, B, C, *parameters, *states],
+            [(F32, x.shape), *((s.dtype, s.shape) for s in states)],
+            name,
+            rename={"new_state": f"ssm_state_out.{i}", "new_state_scale": f"ssm_scale_out.{i}"},
+            ngroups=c.ngroups,
+            dt_min=c.dt_limit[0],
+            dt_max=c.dt_limit[1],
+        )
+        self.inputs += states
+        self.outputs += new_states
+        return y

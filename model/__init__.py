@@ -1,0 +1,1 @@
+"""PyTorch models: the Mamba-2 teacher, the DF-SSM student and their checkpoints."""

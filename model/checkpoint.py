@@ -1,0 +1,179 @@
+"""Reading and writing model.pt and .safetensors: format "dfssm", version 1, strict and without running any
+code.
+
+A file is a format name, a version, the configuration and the tensors of the packed student in canonical
+layout. The configuration says which tensors there are, of which shape and dtype; anything else is an error
+that names the tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dfssm.opset.errors import DfssmError
+
+from .config import DFSSMConfig
+
+FORMAT, VERSION = "dfssm", 1
+
+
+def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of every tensor of a student of this configuration, in the order of the file."""
+    planes = (config.planes,) if config.planes > 1 else ()
+    vocab, width, inner, rank = config.vocab_size, config.d_model, config.d_inner, config.rank
+    f32, i8, u8 = torch.float32, torch.int8, torch.uint8
+
+    def table(name: str) -> dict[str, tuple]:
+        return {f"{name}.weight": ((vocab, width), i8), f"{name}.scale": ((vocab,), f32)}
+
+    def projection(name: str, k: int, m: int) -> dict[str, tuple]:
+        return {
+            f"{name}.bits": ((*planes, m, k // 8), u8),
+            f"{name}.scale": ((*planes, m), f32),
+            f"{name}.down": ((rank, k), i8),
+            f"{name}.down_scale": ((rank,), f32),
+            f"{name}.up": ((m, rank), i8),
+            f"{name}.up_scale": ((m,), f32),
+        }
+
+    specs = table("embedding")
+    for i in range(config.n_layer):
+        layer = f"layers.{i}"
+        specs[f"{layer}.norm.weight"] = ((width,), f32)
+        specs |= projection(f"{layer}.in_proj", width, config.d_in_proj)
+        specs[f"{layer}.conv.weight"] = ((config.conv_dim, config.d_conv), f32)
+        specs[f"{layer}.conv.bias"] = ((config.conv_dim,), f32)
+        specs |= {f"{layer}.scan.{name}": ((config.nheads,), f32) for name in ("A_log", "D", "dt_bias")}
+        specs[f"{layer}.gated_norm.weight"] = ((inner,), f32)
+        specs |= projection(f"{layer}.out_proj", inner, width)
+    specs["norm_f.weight"] = ((width,), f32)
+    return specs if config.tie_embeddings else specs | table("lm_head")
+
+
+def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise DfssmError unless `tensors` are exactly those of `config`, finite where they are floats."""
+    specs = tensor_specs(config)
+    for name in specs:
+        if name not in tensors:
+            raise DfssmError(f"{source}: tensor {name} is missing; export or convert the student again")
+    for name, tensor in tensors.items():
+        if name not in specs:
+            raise DfssmError(f"{source}: tensor {name} does not belong to its configuration; export it again")
+        shape, dtype = specs[name]
+        if not isinstance(tensor, Tensor):
+            raise DfssmError(f"{source}: {name} is a {type(tensor).__name__}; expected a tensor of {dtype}")
+        if tuple(tensor.shape) != shape:
+            found = f"has shape {list(tensor.shape)}"
+            raise DfssmError(f"{source}: tensor {name} {found}; its configuration asks {list(shape)}")
+        if tensor.dtype != dtype:
+            raise DfssmError(f"{source}: {name} is {tensor.dtype}; format version {VERSION} asks {dtype}")
+        if dtype.is_floating_point and not tensor.isfinite().all():
+            raise DfssmError(f"{source}: {name} holds NaN or infinity; make the student again")
+
+
+def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tensor]) -> None:
+    """Write a packed student; the suffix .safetensors chooses that format, any other torch's.
+
+    Atomic: an interrupted or failed call leaves what was at `path`. Wrong tensors raise DfssmError and write
+    nothing.
+    """
+    path = Path(path)
+    check_tensors(str(path), config, tensors)
+    # In the order of the file, and each its own storage: a view would drag its whole base along.
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in tensor_specs(config)}
+    tensors = {
+        name: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.itemsize else t
+        for name, t in tensors.items()
+    }
+    header = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
+    if path.suffix == ".safetensors":
+        metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config.to_dict())}
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    else:
+        atomic_write(path, lambda temporary: torch.save(header | {"tensors": tensors}, temporary))
+
+
+def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tensor]]:
+    """Read a student, memory-mapped: the bytes are fetched from the file when they are used. The suffix is
+    the format.
+
+    Raises DfssmError if the file is missing, is no student, is truncated, has another version, or if a tensor
+    is missing, unexpected or has the wrong shape or dtype.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DfssmError(f"{path}: no such file; give a model.pt or .safetensors student")
+    header, tensors = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    if header.get("format") != FORMAT:
+        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert, distill or init")
+    if header.get("version") != VERSION:
+        raise DfssmError(
+            f"{path}: format version is {header.get('version')!r}, this dfssm reads {VERSION}; "
+            "export the student again with this version"
+        )
+    try:
+        config = DFSSMConfig.from_dict(header.get("config"))
+    except DfssmError as error:
+        raise DfssmError(f"{path}: {error}") from None
+    check_tensors(str(path), config, tensors)
+    return config, tensors
+
+
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file beside `path`, flush it to the disk and rename it; remove it if that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors makes its files readable by their owner only
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DfssmError(f"{path}: cannot be written ({reason}); choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):  # gone already after the rename
+            temporary.unlink()
+
+
+def _read_torch(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise DfssmError(
+            f"{path}: holds objects other than tensors, which are never loaded; give a student"
+        ) from None
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DfssmError(f"{path}: is damaged or truncated ({reason}); copy or export it again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tensors", {}), dict):
+        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert, distill or init")
+    return content, content.get("tensors", {})
+
+
+def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise DfssmError(f"{path}: no model file, or truncated ({error}); copy or export it again") from None
+    try:
+        version, config = int(metadata.get("version", 0)), json.loads(metadata.get("config", "null"))
+    except ValueError:
+        raise DfssmError(f"{path}: its metadata cannot be read; export the student again") from None
+    return {"format": metadata.get("format"), "version": version, "config": config}, tensors

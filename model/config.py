@@ -1,0 +1,166 @@
+"""Configurations of Mamba-2 (teacher) and DF-SSM (student), strictly validated, and the published presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from dfssm.opset.errors import DfssmError
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """Shape and arithmetic of a Mamba-2 language model, in elements. An invalid value raises DfssmError."""
+
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    d_state: int = 128
+    headdim: int = 64
+    expand: int = 2
+    ngroups: int = 1
+    d_conv: int = 4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    dt_limit: tuple[float, float] = (0.0, math.inf)  # clamp of softplus(dt + dt_bias)
+    norm_groups: int = 1  # groups of the gated norm: 1 in transformers, ngroups in mamba_ssm
+    chunk_size: int = 64  # tokens a chunk of the sequence form: speed and memory only, not the result
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layer",
+            "d_state",
+            "headdim",
+            "expand",
+            "ngroups",
+            "norm_groups",
+        ):
+            self._require_int(name, 1)
+        self._require_int("chunk_size", 1)
+        self._require_int("d_conv", 2, 4)
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self, name) is not None:
+                self._require_int(name, 0)
+        if type(self.tie_embeddings) is not bool:
+            raise DfssmError(f"config: tie_embeddings is {self.tie_embeddings!r}; it must be true or false")
+        if not _is_real(self.norm_eps) or not 0.0 < self.norm_eps < 1.0:
+            raise DfssmError(f"config: norm_eps is {self.norm_eps!r}; it must be a number between 0 and 1")
+        object.__setattr__(self, "dt_limit", _parse_dt_limit(self.dt_limit))
+        self._require_divides("headdim", self.headdim, "d_inner (expand * d_model)", self.d_inner)
+        self._require_divides("ngroups", self.ngroups, "the number of heads", self.nheads)
+        self._require_divides("norm_groups", self.norm_groups, "d_inner (expand * d_model)", self.d_inner)
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.ngroups * self.d_state
+
+    @property
+    def d_in_proj(self) -> int:
+        """Outputs of in_proj, in this order: z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.nheads
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; an infinite dt_limit is null, since JSON has no infinity."""
+        values = dataclasses.asdict(self)
+        values["dt_limit"] = [None if math.isinf(bound) else bound for bound in self.dt_limit]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of to_dict. An unknown or missing key raises DfssmError that names it."""
+        if not isinstance(values, dict):
+            raise DfssmError(f"config: expected a mapping of names to values, found {type(values).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [name for name in values if name not in fields]
+        if unknown:
+            raise DfssmError(f"config: unknown key {unknown[0]!r}; {cls.__name__} has {', '.join(fields)}")
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise DfssmError(f"config: {missing[0]!r} is missing; it has no default, so it must be given")
+        return cls(**values)
+
+    def _require_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            bounds = f">= {low}" if high is None else f"{low}..{high}"
+            raise DfssmError(f"config: {name} is {value!r}; it must be an integer {bounds}")
+
+    @staticmethod
+    def _require_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+        if whole % divisor:
+            raise DfssmError(f"config: {name} is {divisor}; it must divide {whole_name}, which is {whole}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DFSSMConfig(Mamba2Config):
+    """A Mamba2Config whose projections are binary scaffolds with an int8 low-rank correction."""
+
+    rank: int = 16  # of the correction; 0 = none
+    planes: int = 1  # binary planes of the scaffold
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_int("rank", 0)
+        self._require_int("planes", 1)
+        # A packed row is whole 32-bit words: BinaryScaffoldMatMul needs K % 32 == 0.
+        for name in ("d_model", "d_inner"):
+            if getattr(self, name) % 32:
+                raise DfssmError(
+                    f"config: {name} is {getattr(self, name)}; a binary scaffold needs a multiple of 32"
+                )
+
+    @classmethod
+    def from_teacher(cls, teacher: Mamba2Config, rank: int = 16, planes: int = 1) -> Self:
+        """The student's configuration with the teacher's shape."""
+        shared = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(Mamba2Config)}
+        return cls(**shared, rank=rank, planes=planes)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parse_dt_limit(value: Any) -> tuple[float, float]:
+    bounds = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(bounds) == 2 and bounds[1] is None:
+        bounds = (bounds[0], math.inf)
+    if len(bounds) != 2 or not all(map(_is_real, bounds)) or not 0.0 <= bounds[0] < bounds[1]:
+        raise DfssmError(
+            f"config: dt_limit is {value!r}; it must be [low, high] with 0 <= low < high (null = no limit)"
+        )
+    return float(bounds[0]), float(bounds[1])
+
+
+# The state-spaces checkpoints: 50277 GPT-NeoX tokens, padded to a multiple of 16.
+PRESETS: dict[str, Mamba2Config] = {
+    name: Mamba2Config(vocab_size=50288, d_model=d_model, n_layer=n_layer, bos_token_id=0, eos_token_id=0)
+    for name, d_model, n_layer in (
+        ("mamba2-130m", 768, 24),
+        ("mamba2-370m", 1024, 48),
+        ("mamba2-780m", 1536, 48),
+        ("mamba2-1.3b", 2048, 48),
+        ("mamba2-2.7b", 2560, 64),
+    )
+}
+
+
+def preset(name: str) -> Mamba2Config:
+    """The configuration of a published checkpoint; an unknown name raises DfssmError with the known ones."""
+    if name not in PRESETS:
+        raise DfssmError(f"preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

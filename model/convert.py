@@ -1,0 +1,158 @@
+"""Students without training: a teacher rounded to bits and a low rank, and random students of a real shape.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import DFSSMConfig, Mamba2Config
+from .quant import quantize
+from .student import DFSSMLM, BinaryLinear
+from .teacher import Mamba2LM
+
+
+def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """weight[M,K] -> latents [P,M,K], scales [P,M], and the residual weight - sum of scale * sign(latent).
+
+    Each plane is the best sign matrix with a scale a row for what the planes before it leave: scale = row
+    mean |w|. A latent is in units of its scale.
+    """
+    latents, scales, residual = [], [], weight.float()
+    for _ in range(planes):
+        scale = residual.abs().mean(-1, keepdim=True)
+        latents.append(residual / scale.clamp_min(torch.finfo(torch.float32).tiny))
+        scales.append(scale[:, 0])
+        residual = residual - scale * torch.where(residual > 0, 1.0, -1.0)
+    return torch.stack(latents), torch.stack(scales), residual
+
+
+def low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-R approximation up[M,R] @ down[R,K] of residual[M,K] (Eckart-Young); seeded, so
+    repeatable.
+
+    The singular values go to `down`, whose int8 rows have a scale each; a row of `up` shares one scale over
+    all ranks.
+    """
+    if not rank:
+        return residual.new_zeros(len(residual), 0), residual.new_zeros(0, residual.shape[1])
+    if rank * 8 < min(residual.shape):  # a few leading directions of a large matrix: randomised
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(residual, q=min(rank + 16, *residual.shape), niter=4)
+    else:
+        u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+        v = vh.T
+    pad = max(0, rank - len(s))  # a rank above that of the matrix: zeros
+    u, s, v = (torch.nn.functional.pad(t, (0, pad)) for t in (u, s, v))
+    return u[:, :rank].contiguous(), (s[:rank, None] * v[:, :rank].T).contiguous()
+
+
+def binary_linear_from(weight: Tensor, rank: int, planes: int) -> BinaryLinear:
+    """A trainable projection that starts at the data-free approximation of weight[M,K]."""
+    with torch.device("meta"):
+        linear = BinaryLinear(weight.shape[1], weight.shape[0], rank, planes)
+    latent, scale, residual = binarize(weight.detach(), planes)
+    up, down = low_rank(residual, rank)
+    if planes == 1:
+        latent, scale = latent[0], scale[0]
+    linear.load_state_dict({"latent": latent, "scale": scale, "down": down, "up": up}, assign=True)
+    return linear.requires_grad_(True)
+
+
+def student_from_teacher(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> DFSSMLM:
+    """A trainable student that starts at the data-free conversion of `teacher`; its float parts are copies.
+    """
+    config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
+    student = DFSSMLM(config).to(teacher.norm_f.weight.device)
+    shared = dict(teacher.state_dict())
+    for i in range(config.n_layer):
+        for name in ("in_proj", "out_proj"):
+            weight = shared.pop(f"layers.{i}.{name}.weight")
+            setattr(student.layers[i], name, binary_linear_from(weight, rank, planes))
+    missing, unexpected = student.load_state_dict({k: v.float() for k, v in shared.items()}, strict=False)
+    # Whatever the teacher has no tensor for must be a latent just made.
+    if unexpected or any(".in_proj." not in name and ".out_proj." not in name for name in missing):
+        raise ValueError(f"teacher and student disagree: missing {missing}, unexpected {unexpected}")
+    return student
+
+
+@torch.no_grad()
+def convert(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> tuple[DFSSMConfig, dict[str, Tensor]]:
+    """Data-free student of `teacher`: sign, row mean |w|, rank-R SVD of the residual, int8 rows.
+
+    Returns the configuration and the tensors of model.pt; one projection is held in fp32 at a time.
+    """
+    config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
+    tensors = {}
+    for name, value in teacher.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith(("in_proj", "out_proj")):
+            exported = binary_linear_from(value, rank, planes).export_tensors()
+            tensors |= {f"{prefix}.{key}": tensor for key, tensor in exported.items()}
+        elif prefix in ("embedding", "lm_head") and last == "weight":
+            q, scale = quantize(value)
+            tensors |= {f"{prefix}.weight": q.to(torch.int8), f"{prefix}.scale": scale[:, 0].clone()}
+        else:
+            tensors[name] = value.float().clone()
+    return config, tensors
+
+
+def init_student(
+    shape: Mamba2Config, seed: int = 0, rank: int = 16, planes: int = 1
+) -> tuple[DFSSMConfig, dict[str, Tensor]]:
+    """A random student of the shape of `shape` (a DFSSMConfig brings its own rank and planes), packed from
+    the start.
+
+    Same seed, same tensors. Scales keep every layer's activations near unit variance and the logits' standard
+    deviation near 2, so that numbers are those of a real model though the text is not. Returns configuration
+    and tensors.
+    """
+    config = shape if isinstance(shape, DFSSMConfig) else DFSSMConfig.from_teacher(shape, rank, planes)
+    g = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+
+    def uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=g)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, generator=g)
+
+    code_std = 127 / math.sqrt(3)  # of the uniform codes
+
+    def table(name: str) -> None:
+        tensors[f"{name}.weight"] = codes(config.vocab_size, config.d_model)
+        std = 2 / math.sqrt(config.d_model)
+        tensors[f"{name}.scale"] = uniform((config.vocab_size,), 0.8, 1.2) * (std / code_std)
+
+    def projection(name: str, k: int, m: int, gain: float) -> None:
+        lead = (config.planes,) if config.planes > 1 else ()
+        std = gain / math.sqrt(k)  # of a weight
+        tensors[f"{name}.bits"] = torch.randint(0, 256, (*lead, m, k // 8), dtype=torch.uint8, generator=g)
+        tensors[f"{name}.scale"] = uniform((*lead, m), 0.5, 1.5) * (std / math.sqrt(config.planes))
+        tensors[f"{name}.down"] = codes(config.rank, k)
+        tensors[f"{name}.down_scale"] = uniform((config.rank,), 0.5, 1.5) * (1 / math.sqrt(k) / code_std)
+        tensors[f"{name}.up"] = codes(m, config.rank)
+        correction = 0.3 * gain / math.sqrt(max(config.rank, 1)) / code_std
+        tensors[f"{name}.up_scale"] = uniform((m,), 0.5, 1.5) * (correction if config.rank else 0.0)
+
+    table("embedding")
+    for i in range(config.n_layer):
+        layer = f"layers.{i}"
+        step = uniform((config.nheads,), math.log(1e-3), math.log(0.1)).exp()
+        bound = 1 / math.sqrt(config.d_conv)
+        tensors[f"{layer}.norm.weight"] = torch.ones(config.d_model)
+        projection(f"{layer}.in_proj", config.d_model, config.d_in_proj, gain=1.0)
+        tensors[f"{layer}.conv.weight"] = uniform((config.conv_dim, config.d_conv), -bound, bound)
+        tensors[f"{layer}.conv.bias"] = uniform((config.conv_dim,), -bound, bound)
+        tensors[f"{layer}.scan.A_log"] = uniform((config.nheads,), 1.0, 16.0).log()
+        tensors[f"{layer}.scan.D"] = torch.ones(config.nheads)
+        tensors[f"{layer}.scan.dt_bias"] = step + torch.log(-torch.expm1(-step))  # inverse of softplus
+        tensors[f"{layer}.gated_norm.weight"] = torch.ones(config.d_inner)
+        projection(f"{layer}.out_proj", config.d_inner, config.d_model, gain=1 / math.sqrt(config.n_layer))
+    tensors["norm_f.weight"] = torch.ones(config.d_model)
+    if not config.tie_embeddings:
+        table("lm_head")
+    return config, tensors

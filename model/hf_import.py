@@ -1,0 +1,191 @@
+"""Mamba-2 checkpoints in and out: folders of transformers (Mamba2ForCausalLM) and of mamba_ssm.
+
+Strict: a tensor that is missing, unexpected or misshapen is a DfssmError that names it; nothing is guessed.
+Pickled weights are read with weights_only, so no code runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dfssm.opset.errors import DfssmError
+
+from .checkpoint import atomic_write
+from .config import DFSSMConfig
+from .hf_config import hf_config, read_config, read_json
+from .teacher import Mamba2LM
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+# In the order of preference: a folder of both kinds is read from safetensors, as transformers does.
+_WEIGHTS_FILES = (
+    WEIGHTS_FILE,
+    f"{WEIGHTS_FILE}.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+# Ours -> theirs, inside a layer. The layouts agree but for the embedding: singular in mamba_ssm.
+_LAYER_NAMES = {
+    "norm.weight": "norm.weight",
+    "in_proj.weight": "mixer.in_proj.weight",
+    "conv.weight": "mixer.conv1d.weight",
+    "conv.bias": "mixer.conv1d.bias",
+    "scan.A_log": "mixer.A_log",
+    "scan.D": "mixer.D",
+    "scan.dt_bias": "mixer.dt_bias",
+    "gated_norm.weight": "mixer.norm.weight",
+    "out_proj.weight": "mixer.out_proj.weight",
+}
+_EMBEDDING, _EMBEDDING_MAMBA_SSM = "backbone.embeddings.weight", "backbone.embedding.weight"
+_HEAD = "lm_head.weight"
+
+
+def load_teacher(path: str | Path) -> Mamba2LM:
+    """Read a checkpoint folder into an fp32 Mamba2LM, whatever float type it is stored in.
+
+    Layouts: transformers (config.json has model_type mamba2) and mamba_ssm (config.json has ssm_cfg); weights
+    in model.safetensors or pytorch_model.bin, whole or sharded. Raises DfssmError as the module says.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DfssmError(f"{path}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config, conv_bias = read_config(path / CONFIG_FILE)
+    with torch.device("meta"):
+        model = Mamba2LM(config)
+    source = _weights_path(path)
+    tensors = _read_weights(source)
+    if _EMBEDDING_MAMBA_SSM in tensors and _EMBEDDING not in tensors:
+        tensors[_EMBEDDING] = tensors.pop(_EMBEDDING_MAMBA_SSM)
+    if config.tie_embeddings:
+        _drop_tied_head(source, tensors)
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        if name.endswith(".conv.bias") and not conv_bias:
+            weights[name] = torch.zeros(parameter.shape)
+        else:
+            shape = _source_shape(name, parameter)
+            weights[name] = _take(source, tensors, _source_name(name), shape).view(parameter.shape)
+    if tensors:
+        raise DfssmError(f"{source}: tensor {min(tensors)} does not belong to the model of {CONFIG_FILE}")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def save_teacher(model: Mamba2LM, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model` as a folder that load_teacher and transformers open; `dtype` is fp32, fp16 or bf16.
+
+    Each file is replaced atomically, config.json last. Other files of the folder (a tokenizer) stay. A weight
+    that `dtype` cannot hold raises DfssmError and writes nothing.
+    """
+    path = Path(path)
+    if isinstance(model.config, DFSSMConfig):
+        raise DfssmError(f"{path}: the model is a DF-SSM student, not a teacher; save it as model.pt")
+    if dtype not in _FLOATS:
+        raise DfssmError(f"{path}: dtype {dtype} is not supported; choose {' or '.join(_FLOATS.values())}")
+    tensors = {}
+    for name, value in model.state_dict().items():
+        source = _source_name(name)
+        tensor = value.detach().to("cpu", dtype).reshape(_source_shape(name, value)).contiguous()
+        if not tensor.isfinite().all():
+            raise DfssmError(f"{path}: {source} has values that {_FLOATS[dtype]} cannot hold; use float32")
+        tensors[source] = tensor
+    config = json.dumps(hf_config(model.config, _FLOATS[dtype]), indent=2, sort_keys=True) + "\n"
+    atomic_write(path / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    atomic_write(path / CONFIG_FILE, lambda temporary: temporary.write_text(config))
+
+
+def _source_name(name: str) -> str:
+    if name == "embedding.weight":
+        return _EMBEDDING
+    if name == "lm_head.weight":
+        return _HEAD
+    if name.startswith("layers."):
+        _, index, rest = name.split(".", 2)
+        return f"backbone.layers.{index}.{_LAYER_NAMES[rest]}"
+    return f"backbone.{name}"
+
+
+def _source_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """Both layouts hold the convolution as nn.Conv1d does, [C,1,W]."""
+    shape = tuple(tensor.shape)
+    return (shape[0], 1, shape[1]) if name.endswith("conv.weight") else shape
+
+
+def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Remove a tensor from `tensors`, checked and as fp32."""
+    if name not in tensors:
+        raise DfssmError(f"{source}: tensor {name} is missing; copy the checkpoint again")
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape:
+        found = list(tensor.shape)
+        raise DfssmError(f"{source}: tensor {name} has shape {found}; its {CONFIG_FILE} asks {list(shape)}")
+    if tensor.dtype not in _FLOATS:
+        raise DfssmError(
+            f"{source}: tensor {name} is {tensor.dtype}; it must be {' or '.join(_FLOATS.values())}"
+        )
+    if not tensor.isfinite().all():
+        raise DfssmError(f"{source}: tensor {name} holds NaN or infinity; copy or train the checkpoint again")
+    return tensor.float()
+
+
+def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:
+    """A tied checkpoint may hold its embedding a second time, under the head's name."""
+    head, embedding = tensors.pop(_HEAD, None), tensors.get(_EMBEDDING)
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise DfssmError(
+            f"{source}: {_HEAD} is not the embedding, yet {CONFIG_FILE} ties them; untie them there"
+        )
+
+
+def _weights_path(folder: Path) -> Path:
+    for name in _WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise DfssmError(f"{folder}: holds no weights; put {' or '.join(_WEIGHTS_FILES)} there")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.name.endswith(".index.json"):
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise DfssmError(f"{path}: weight_map is missing; copy the checkpoint again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(shard) for shard in shards.values()}):
+        if Path(name).name != name:
+            raise DfssmError(f"{path}: shard {name!r} is not beside the index; copy the checkpoint again")
+        if not (path.parent / name).is_file():
+            raise DfssmError(f"{path.parent}: shard {name} is missing; copy the checkpoint again")
+        tensors |= _read_weights(path.parent / name)
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise DfssmError(f"{path}: cannot be read ({error}); copy the checkpoint again") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DfssmError(f"{path}: cannot be read ({reason}); copy the checkpoint again") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DfssmError(f"{path}: is not a mapping of names to tensors; save the model's state_dict")
+    return dict(content)

@@ -1,0 +1,216 @@
+"""The DF-SSM student: the teacher's blocks with 1-bit projections, an int8 low rank and an int8 embedding.
+
+Two forms, one arithmetic (`quant`): the trained form holds real-valued latents and quantises them in every
+forward pass; the packed form holds what model.pt holds and unpacks one projection at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dfssm.opset.errors import DfssmError
+from dfssm.opset.schema import STATE_DTYPES
+
+from .checkpoint import load_student_tensors
+from .config import DFSSMConfig
+from .quant import binary_scaffold_matmul, int8_matmul, pack_bits, quantize, sign, unpack_bits
+from .teacher import Mamba2LM, Mamba2State
+
+
+class BinaryLinear(nn.Module):
+    """A projection in training: latent weights whose sign is the scaffold, a scale a row, latents of the low
+    rank.
+
+    Shapes as in `quant.binary_scaffold_matmul`: latent and scale gain a leading axis when planes > 1. Latents
+    are in units of their row's scale: every weight is then as far from flipping, for one learning rate,
+    whatever its row's size.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
+        super().__init__()
+        lead = (planes,) if planes > 1 else ()
+        self.latent = nn.Parameter(torch.randn(*lead, out_features, in_features))
+        self.scale = nn.Parameter(torch.full((*lead, out_features), in_features**-0.5))
+        self.down = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, down_scale = quantize(self.down)
+        # A rank of 0 leaves rows without a maximum.
+        up, up_scale = quantize(self.up) if len(self.down) else (self.up, self.up.new_zeros(len(self.up), 1))
+        return binary_scaffold_matmul(
+            x, sign(self.latent), self.scale, down, down_scale[:, 0], up, up_scale[:, 0]
+        )
+
+    @torch.no_grad()
+    def export_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed form, by name."""
+        return {
+            "bits": pack_bits(self.latent),
+            "scale": self.scale.detach().float().clone(),
+            **_export_rows("down", self.down),
+            **_export_rows("up", self.up),
+        }
+
+
+class PackedBinaryLinear(nn.Module):
+    """A projection as model.pt holds it; unpacked for the length of a call."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
+        super().__init__()
+        lead = (planes,) if planes > 1 else ()
+        self.register_buffer("bits", torch.empty(*lead, out_features, in_features // 8, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(*lead, out_features))
+        self.register_buffer("down", torch.empty(rank, in_features, dtype=torch.int8))
+        self.register_buffer("down_scale", torch.empty(rank))
+        self.register_buffer("up", torch.empty(out_features, rank, dtype=torch.int8))
+        self.register_buffer("up_scale", torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return binary_scaffold_matmul(
+            x, unpack_bits(self.bits), self.scale, self.down, self.down_scale, self.up, self.up_scale
+        )
+
+
+class Int8Embedding(nn.Module):
+    """A token table in training, int8 a row in every forward pass."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, d_model) * 0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        q, scale = quantize(self.weight[ids])
+        return q * scale
+
+    def project(self, hidden: Tensor) -> Tensor:
+        q, scale = quantize(self.weight)
+        return int8_matmul(hidden, q, scale[:, 0])
+
+    @torch.no_grad()
+    def export_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed form, by name."""
+        codes = _export_rows("weight", self.weight)
+        return {"weight": codes["weight"], "scale": codes["weight_scale"]}
+
+
+class PackedInt8Embedding(nn.Module):
+    """A token table as model.pt holds it."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(vocab_size, d_model, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(vocab_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].float() * self.scale[ids, None]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return int8_matmul(hidden, self.weight, self.scale)
+
+
+@dataclasses.dataclass
+class DFSSMState(Mamba2State):
+    """Mamba2State whose ssm tensors are stored fp32, fp16 or int8, the last with ssm_scale n_layer x
+    f32[B,H,N].
+    """
+
+    ssm_scale: list[Tensor] | None = None
+
+    def detach(self) -> Self:
+        scale = None if self.ssm_scale is None else [t.detach() for t in self.ssm_scale]
+        return type(self)([t.detach() for t in self.conv], [t.detach() for t in self.ssm], scale)
+
+    @classmethod
+    def narrow(cls, state: Mamba2State, state_dtype: str) -> Self:
+        """Round an fp32 SSM state to its storage, as SelectiveScanStep does at the end of a call."""
+        if state_dtype == "int8":
+            codes = [quantize(t) for t in state.ssm]
+            return cls(state.conv, [q.to(torch.int8) for q, _ in codes], [s[..., 0] for _, s in codes])
+        dtype = getattr(torch, STATE_DTYPES[state_dtype])
+        return cls(state.conv, [t.to(dtype) for t in state.ssm])
+
+    def widen(self) -> Mamba2State:
+        """The stored SSM state as fp32."""
+        ssm = [t.float() for t in self.ssm]
+        if self.ssm_scale is not None:
+            ssm = [t * s[..., None] for t, s in zip(ssm, self.ssm_scale, strict=True)]
+        return Mamba2State(self.conv, ssm)
+
+
+class DFSSMLM(Mamba2LM):
+    """The student. `packed` chooses the form; `state_dtype` (fp32, fp16, int8) how the SSM state is kept
+    between calls.
+
+    Calls are those of Mamba2LM, with DFSSMState for the state.
+    """
+
+    def __init__(self, config: DFSSMConfig, packed: bool = False, state_dtype: str = "fp32"):
+        if state_dtype not in STATE_DTYPES:
+            known = ", ".join(STATE_DTYPES)
+            raise DfssmError(f"state dtype {state_dtype!r} is not known; choose one of {known}")
+        linear = PackedBinaryLinear if packed else BinaryLinear
+        super().__init__(
+            config,
+            linear=lambda k, m: linear(k, m, config.rank, config.planes),
+            embedding=PackedInt8Embedding if packed else Int8Embedding,
+        )
+        self.packed, self.state_dtype = packed, state_dtype
+
+    def new_state(self, batch: int) -> DFSSMState:
+        return DFSSMState.narrow(super().new_state(batch), self.state_dtype)
+
+    def hidden_states(self, input_ids: Tensor, state: DFSSMState | None = None) -> tuple[Tensor, DFSSMState]:
+        state = self.new_state(input_ids.shape[0]) if state is None else state
+        hidden, new = super().hidden_states(input_ids, state.widen())
+        return hidden, DFSSMState.narrow(new, self.state_dtype)
+
+    @torch.no_grad()
+    def export_tensors(self) -> dict[str, Tensor]:
+        """The tensors of model.pt, by name: what a packed student holds, and what a trained one rounds to."""
+        if self.packed:
+            return dict(self.state_dict())
+        tensors, quantised = {}, []
+        for prefix, module in self.named_modules():
+            if isinstance(module, BinaryLinear | Int8Embedding):
+                quantised.append(f"{prefix}.")
+                tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.export_tensors().items()}
+        plain = {
+            name: value.detach().float().clone()
+            for name, value in self.state_dict().items()
+            if not name.startswith(tuple(quantised))
+        }
+        return tensors | plain
+
+    def to_packed(self) -> DFSSMLM:
+        """The packed form of this student."""
+        return from_tensors(self.config, self.export_tensors(), self.state_dtype)
+
+
+def from_tensors(config: DFSSMConfig, tensors: dict[str, Tensor], state_dtype: str = "fp32") -> DFSSMLM:
+    """A packed student that uses `tensors` (names, shapes and dtypes of model.pt) without copying them."""
+    with torch.device("meta"):
+        model = DFSSMLM(config, packed=True, state_dtype=state_dtype)
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_student(path: str | Path, state_dtype: str = "fp32") -> DFSSMLM:
+    """Read a model.pt or .safetensors into a packed student, memory-mapped. Raises DfssmError as `checkpoint`
+    does.
+    """
+    return from_tensors(*load_student_tensors(path), state_dtype)
+
+
+def _export_rows(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """int8 codes and row scales of a latent; a low rank of 0 has rows without columns, and then scales of 0.
+    """
+    if not weight.numel():
+        return {name: weight.to(torch.int8), f"{name}_scale": weight.new_zeros(len(weight))}
+    q, scale = quantize(weight)
+    return {name: q.to(torch.int8), f"{name}_scale": scale[:, 0].clone()}

@@ -1,0 +1,229 @@
+"""The Mamba-2 language model: the teacher, and the block structure that the DF-SSM student shares.
+
+Parameter names are those of the student's checkpoint, so that inherited parts are named alike in both.
+The projections and the token tables are made by injected factories; the teacher's are float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfssm.opset.errors import DfssmError
+
+from .config import Mamba2Config
+from .functional import causal_conv1d, gated_rms_norm, rms_norm, selective_scan_step, ssd_chunked
+
+LinearFactory = Callable[[int, int], nn.Module]  # (in, out) -> module mapping [..., in] to [..., out]
+EmbeddingFactory = Callable[[int, int], nn.Module]  # (vocab, d_model) -> module like Embedding below
+
+
+@dataclasses.dataclass
+class Mamba2State:
+    """What a model remembers: per layer the convolution's last tokens and the SSM state."""
+
+    conv: list[Tensor]  # n_layer x [B, conv_dim, d_conv - 1], newest token last
+    ssm: list[Tensor]  # n_layer x [B, nheads, d_state, headdim]
+
+    @classmethod
+    def zeros(
+        cls,
+        config: Mamba2Config,
+        batch: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The state before the first token."""
+        conv = (batch, config.conv_dim, config.d_conv - 1)
+        ssm = (batch, config.nheads, config.d_state, config.headdim)
+        return cls(
+            *(
+                [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                for shape in (conv, ssm)
+            )
+        )
+
+    def detach(self) -> Self:
+        """The same values cut off from the graph: truncated back-propagation through time."""
+        return type(self)([t.detach() for t in self.conv], [t.detach() for t in self.ssm])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    def __init__(self, channels: int, eps: float, groups: int):
+        super().__init__()
+        self.eps, self.groups = eps, groups
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
+
+
+class CausalConv1d(nn.Module):
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        bound = 1.0 / math.sqrt(width)  # what nn.Conv1d draws from for one input channel a group
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(x, state, self.weight, self.bias)
+
+
+class SelectiveScan(nn.Module):
+    """The SSM of one layer: the recurrence for a single token, the chunked form for more.
+
+    Initial values as mamba_ssm: A uniform in [1, 16], step size log-uniform in [0.001, 0.1], D = 1.
+    """
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        heads = config.nheads
+        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        self.ngroups, self.dt_limit, self.chunk_size = config.ngroups, config.dt_limit, config.chunk_size
+
+    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = (x, dt, B, C, self.A_log, self.D, self.dt_bias, state)
+        options = {"ngroups": self.ngroups, "dt_limit": self.dt_limit}
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # a recurrence compounds the rounding of half types
+            if x.shape[1] == 1:
+                return selective_scan_step(*inputs, **options)
+            return ssd_chunked(*inputs, **options, chunk_size=self.chunk_size)
+
+
+class Embedding(nn.Embedding):
+    """A token table that is also, transposed, a head: tied models use one module for both."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden[..., D] -> logits[..., V]."""
+        return F.linear(hidden, self.weight)
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=False)
+
+
+class Mamba2Block(nn.Module):
+    """One layer: hidden + out_proj(gated_norm(scan(conv(in_proj(norm(hidden)))), z))."""
+
+    def __init__(self, config: Mamba2Config, linear: LinearFactory = _linear):
+        super().__init__()
+        state = config.ngroups * config.d_state
+        self.in_proj_split = (config.d_inner, config.conv_dim, config.nheads)  # z | x, B, C | dt
+        self.conv_split = (config.d_inner, state, state)  # x | B | C
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.in_proj = linear(config.d_model, config.d_in_proj)
+        self.conv = CausalConv1d(config.conv_dim, config.d_conv)
+        self.scan = SelectiveScan(config)
+        self.gated_norm = GatedRMSNorm(config.d_inner, config.norm_eps, config.norm_groups)
+        self.out_proj = linear(config.d_inner, config.d_model)
+
+    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden[B,T,D] and the layer's states -> hidden[B,T,D] and the new states."""
+        z, xBC, dt = self.in_proj(self.norm(hidden)).split(self.in_proj_split, dim=-1)
+        xBC, conv_state = self.conv(xBC, conv_state)
+        x, B, C = xBC.split(self.conv_split, dim=-1)
+        y, ssm_state = self.scan(x, dt, B, C, ssm_state)
+        return hidden + self.out_proj(self.gated_norm(y, z)), conv_state, ssm_state
+
+
+class Mamba2LM(nn.Module):
+    """Mamba-2 language model, initialised as mamba_ssm does from torch's global generator.
+
+    `linear` and `embedding` make the projections and the token tables; a table is called with ids and has
+    `project(hidden) -> logits`. A tied model has no lm_head: its embedding projects.
+    """
+
+    def __init__(
+        self, config: Mamba2Config, linear: LinearFactory = _linear, embedding: EmbeddingFactory = Embedding
+    ):
+        super().__init__()
+        self.config = config
+        self.embedding = embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Mamba2Block(config, linear) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else embedding(config.vocab_size, config.d_model)
+        self._init_float_weights()
+
+    @torch.no_grad()
+    def _init_float_weights(self) -> None:
+        """What torch's own defaults leave to do; modules of other kinds initialise themselves."""
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        if isinstance(self.lm_head, nn.Embedding):
+            nn.init.kaiming_uniform_(self.lm_head.weight, a=math.sqrt(5))
+        for layer in self.layers:
+            if isinstance(
+                layer.out_proj, nn.Linear
+            ):  # GPT-2's scaling: the residual stream sums n_layer of them
+                layer.out_proj.weight.div_(math.sqrt(self.config.n_layer))
+
+    @property
+    def head(self) -> nn.Module:
+        return self.embedding if self.lm_head is None else self.lm_head
+
+    def new_state(self, batch: int) -> Mamba2State:
+        """The zero state for `batch` sequences, on the model's device."""
+        weight = self.norm_f.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return Mamba2State.zeros(self.config, batch, weight.device, dtype)
+
+    def hidden_states(
+        self, input_ids: Tensor, state: Mamba2State | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        """input_ids i64[B,T] -> the last layer's output [B,T,D] before norm_f, and the new state."""
+        self._check(input_ids, state)
+        state = self.new_state(input_ids.shape[0]) if state is None else state
+        hidden, new = self.embedding(input_ids), Mamba2State([], [])
+        for layer, conv, ssm in zip(self.layers, state.conv, state.ssm, strict=True):
+            hidden, conv, ssm = layer(hidden, conv, ssm)
+            new.conv.append(conv)
+            new.ssm.append(ssm)
+        return hidden, new
+
+    def forward(
+        self, input_ids: Tensor, state: Mamba2State | None = None, logits_to_keep: int = 0
+    ) -> tuple[Tensor, Mamba2State]:
+        """input_ids i64[B,T] -> logits[B,T,V] (the last `logits_to_keep` tokens; 0 = all) and the new state.
+
+        `state` (None = zeros) continues an earlier call and is not changed. A bad shape raises DfssmError.
+        """
+        hidden, state = self.hidden_states(input_ids, state)
+        return self.head.project(self.norm_f(hidden[:, -logits_to_keep:])), state
+
+    def step(self, token_ids: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """One token a sequence, token_ids i64[B] -> logits[B,V] and the new state."""
+        logits, state = self.forward(token_ids[:, None], state)
+        return logits[:, 0], state
+
+    def _check(self, input_ids: Tensor, state: Mamba2State | None) -> None:
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            shape = list(input_ids.shape)
+            raise DfssmError(
+                f"input_ids has shape {shape}; it must be [batch, tokens] with at least one token"
+            )
+        if state is not None and state.ssm[0].shape[0] != input_ids.shape[0]:
+            batch = state.ssm[0].shape[0]
+            raise DfssmError(
+                f"the state holds {batch} sequences and input_ids {input_ids.shape[0]}; they must agree"
+            )

@@ -1,0 +1,200 @@
+// The plain reference: one loop an index, no tricks. The vector kernels are compared with it.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "half.h"
+#include "packing.h"
+#include "tables.h"
+
+namespace dfssm::scalar {
+namespace {
+
+// inv and s of a row whose largest magnitude is m, as documented at quantize_activations.
+struct RowScale {
+  float inv, s;
+};
+
+RowScale row_scale(float m) {
+  if (m < kTiny) return {0.0f, 0.0f};
+  return {127.0f / m, m / 127.0f};
+}
+
+// One row x [count] to q, strides of 1. Returns its scale: NaN, with q = 0, if any x is not finite.
+float quantize_row(const float* x, int64_t count, int8_t* q) {
+  float m = 0.0f;
+  bool finite = true;
+  for (int64_t k = 0; k < count; ++k) {
+    m = std::fmax(m, std::fabs(x[k]));
+    finite = finite && std::isfinite(x[k]);
+  }
+  const RowScale scale = row_scale(m);
+  for (int64_t k = 0; k < count; ++k) q[k] = finite ? static_cast<int8_t>(std::nearbyint(x[k] * scale.inv)) : 0;
+  return finite ? scale.s : std::numeric_limits<float>::quiet_NaN();
+}
+
+void quantize_activations(const float* x, int64_t n, int64_t K, int8_t* q, float* s, int32_t* sum) {
+  for (int64_t t = 0; t < n; ++t) {
+    s[t] = quantize_row(x + t * K, K, q + t * K);
+    sum[t] = 0;
+    for (int64_t k = 0; k < K; ++k) sum[t] += q[t * K + k];
+  }
+}
+
+size_t scaffold_pack_bytes(int64_t, int64_t) { return 0; }
+
+void scaffold_pack(const int8_t*, int64_t, int64_t, void*) {}
+
+int bit_at(const ScaffoldArgs& a, int64_t plane, int64_t m, int64_t k) {
+  if (a.layout == 0) return a.bits[(plane * a.M + m) * (a.K / 8) + k / 8] >> (k % 8) & 1;
+  const uint8_t* tile = a.bits + plane * padded_rows(a.M) * (a.K / 8) +
+                        (m / kTileRows * (a.K / kTileColumns) + k / kTileColumns) * 64;
+  return tile[m % kTileRows * 4 + k % 4] >> (k % kTileColumns / 4) & 1;
+}
+
+int8_t up_at(const ScaffoldArgs& a, int64_t m, int64_t r) {
+  return a.up[a.layout == 0 ? m * a.R + r : (m / kTileRows * a.R + r) * kTileRows + m % kTileRows];
+}
+
+void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
+  for (int64_t t = 0; t < a.n; ++t) {
+    for (int64_t m = m0; m < m1; ++m) {
+      float y = 0.0f;
+      for (int64_t plane = 0; plane < a.planes; ++plane) {
+        int32_t positive = 0;
+        for (int64_t k = 0; k < a.K; ++k) positive += bit_at(a, plane, m, k) * a.q[t * a.K + k];
+        y += (a.scale[plane * a.M + m] * a.s[t]) * static_cast<float>(2 * positive - a.sum[t]);
+      }
+      if (a.R > 0) {
+        float correction = 0.0f;
+        for (int64_t r = 0; r < a.R; ++r) correction += static_cast<float>(up_at(a, m, r)) * a.h[t * a.R + r];
+        y += a.up_scale[m] * correction;
+      }
+      a.y[t * a.ldy + m] = y;
+    }
+  }
+}
+
+void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
+  for (int64_t t = 0; t < a.n; ++t) {
+    for (int64_t m = m0; m < m1; ++m) {
+      int32_t dot = 0;
+      for (int64_t k = 0; k < a.K; ++k) dot += a.w[m * a.K + k] * a.q[t * a.K + k];
+      a.y[t * a.ldy + m] = (a.w_scale[m] * a.s[t]) * static_cast<float>(dot);
+    }
+  }
+}
+
+float silu(float x) {
+  const float e = std::exp(-std::fabs(x));
+  return x * (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+void causal_conv1d(const ConvArgs& a, int64_t c0, int64_t c1) {
+  const int64_t history = a.W - 1;
+  for (int64_t b = 0; b < a.B; ++b) {
+    for (int64_t c = c0; c < c1; ++c) {
+      float window[4];
+      for (int64_t w = 0; w < history; ++w) window[w] = a.state[(b * a.C + c) * history + w];
+      for (int64_t t = 0; t < a.T; ++t) {
+        window[history] = a.x[(b * a.T + t) * a.C + c];
+        float y = a.bias[c];
+        for (int64_t w = 0; w < a.W; ++w) y += a.weight[c * a.W + w] * window[w];
+        a.y[(b * a.T + t) * a.C + c] = a.silu ? silu(y) : y;
+        for (int64_t w = 0; w < history; ++w) window[w] = window[w + 1];
+      }
+      for (int64_t w = 0; w < history; ++w) a.new_state[(b * a.C + c) * history + w] = window[w];
+    }
+  }
+}
+
+float softplus(float x) { return std::fmax(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
+
+size_t selective_scan_bytes(const ScanArgs& a) { return a.N * a.P * sizeof(float); }
+
+void load_state(const ScanArgs& a, int64_t i, float* h) {
+  const int64_t size = a.N * a.P;
+  for (int64_t j = 0; j < size; ++j) {
+    switch (a.state_type) {
+      case StateType::f32: h[j] = static_cast<const float*>(a.state)[i * size + j]; break;
+      case StateType::f16: h[j] = half_to_float(static_cast<const uint16_t*>(a.state)[i * size + j]); break;
+      case StateType::i8:
+        h[j] = static_cast<float>(static_cast<const int8_t*>(a.state)[i * size + j]) * a.state_scale[i * a.N + j / a.P];
+    }
+  }
+}
+
+void store_state(const ScanArgs& a, int64_t i, const float* h) {
+  const int64_t size = a.N * a.P;
+  if (a.state_type == StateType::i8) {
+    for (int64_t n = 0; n < a.N; ++n) {
+      int8_t* row = static_cast<int8_t*>(a.new_state) + i * size + n * a.P;
+      a.new_state_scale[i * a.N + n] = quantize_row(h + n * a.P, a.P, row);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < size; ++j) {
+    if (a.state_type == StateType::f32) static_cast<float*>(a.new_state)[i * size + j] = h[j];
+    if (a.state_type == StateType::f16) static_cast<uint16_t*>(a.new_state)[i * size + j] = float_to_half(h[j]);
+  }
+}
+
+void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
+  float* state = static_cast<float*>(scratch);  // [N, P]
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t b = i / a.H, head = i % a.H, group = head / (a.H / a.G);
+    load_state(a, i, state);
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t token = b * a.T + t;
+      const float* x = a.x + (token * a.H + head) * a.P;
+      const float* B = a.Bm + (token * a.G + group) * a.N;
+      const float* C = a.Cm + (token * a.G + group) * a.N;
+      const float delta = softplus(a.dt[token * a.H + head] + a.dt_bias[head]);
+      const float d = std::fmin(std::fmax(delta, a.dt_min), a.dt_max);
+      const float decay = std::exp(-std::exp(a.A_log[head]) * d);
+      for (int64_t p = 0; p < a.P; ++p) {
+        float y = 0.0f;
+        for (int64_t n = 0; n < a.N; ++n) {
+          state[n * a.P + p] = decay * state[n * a.P + p] + (d * B[n]) * x[p];
+          y += C[n] * state[n * a.P + p];
+        }
+        a.y[(token * a.H + head) * a.P + p] = y + a.D[head] * x[p];
+      }
+    }
+    store_state(a, i, state);
+  }
+}
+
+void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
+  const int64_t size = a.C / a.groups;
+  for (int64_t i = t0 * a.groups; i < t1 * a.groups; ++i) {
+    const int64_t first = i * size;
+    const float* weight = a.weight + i % a.groups * size;
+    double squares = 0.0;
+    for (int64_t c = 0; c < size; ++c) {
+      const float y = a.y[first + c];
+      const float v = a.z == nullptr ? y : y * silu(a.z[first + c]);
+      squares += static_cast<double>(v) * v;
+      a.out[first + c] = v;
+    }
+    const float factor = static_cast<float>(1.0 / std::sqrt(squares / size + a.eps));
+    for (int64_t c = 0; c < size; ++c) a.out[first + c] = a.out[first + c] * factor * weight[c];
+  }
+}
+
+}  // namespace
+
+const KernelTable kTable = {
+    .name = "scalar",
+    .quantize_activations = quantize_activations,
+    .scaffold_pack_bytes = scaffold_pack_bytes,
+    .scaffold_pack = scaffold_pack,
+    .scaffold_matmul = scaffold_matmul,
+    .int8_matmul = int8_matmul,
+    .causal_conv1d = causal_conv1d,
+    .selective_scan_bytes = selective_scan_bytes,
+    .selective_scan = selective_scan,
+    .rms_norm = rms_norm,
+};
+
+}  // namespace dfssm::scalar

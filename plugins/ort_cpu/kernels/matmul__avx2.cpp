@@ -1,0 +1,297 @@
+// Integer matmuls for AVX2. Without VNNI the byte product VPMADDUBSW adds two products into an int16 that saturates:
+// every use below says why it cannot.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packing.h"
+#include "tables.h"
+
+namespace dfssm::avx2 {
+namespace {
+
+using Dword = int32_t __attribute__((may_alias, aligned(1)));
+
+constexpr int kAhead = 12288;  // bytes to prefetch ahead of the stream of bits
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i broadcast4(const int8_t* q) { return _mm256_set1_epi32(*reinterpret_cast<const Dword*>(q)); }
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int32_t sum(__m256i a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+// int16 pairs added into int32 lanes
+inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+
+// ---- scaffold ----
+
+// Lanes of the eight rows from `row` on that exist, as a mask for masked moves.
+inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(min(a.M - row, 8))), lane);
+}
+
+inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t block) {
+  return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
+}
+
+// (scale * s) * (2 * positive - sum) of one plane, for the eight rows from `row` on.
+inline __m256 scaled(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i positive) {
+  const __m256 scale = _mm256_maskload_ps(a.scale + plane * a.M + row, rows_of(a, row));
+  const __m256i signed_sum = _mm256_sub_epi32(_mm256_add_epi32(positive, positive), _mm256_set1_epi32(a.sum[t]));
+  return _mm256_mul_ps(_mm256_mul_ps(scale, _mm256_set1_ps(a.s[t])), _mm256_cvtepi32_ps(signed_sum));
+}
+
+// y of the eight rows from `row` on: `scaffold` plus the low-rank correction.
+inline void finish(const ScaffoldArgs& a, int64_t row, int64_t t, __m256 scaffold) {
+  const __m256i rows = rows_of(a, row);
+  if (a.R > 0) {
+    const int8_t* up = a.up + row / kTileRows * a.R * kTileRows + row % kTileRows;
+    const float* h = a.h + t * a.R;
+    __m256 correction = _mm256_setzero_ps();
+    for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
+      const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(up)));
+      correction = _mm256_fmadd_ps(_mm256_cvtepi32_ps(lanes), _mm256_set1_ps(h[r]), correction);
+    }
+    scaffold = _mm256_fmadd_ps(_mm256_maskload_ps(a.up_scale + row, rows), correction, scaffold);
+  }
+  _mm256_maskstore_ps(a.y + t * a.ldy + row, rows, scaffold);
+}
+
+// One token. Each half of a tile is split into nibbles; a nibble byte ANDed with 1 << j holds 2^j times its bit, and the
+// four powers keep an int16 accumulator each. A tile adds at most 2 nibbles * 2 products * 8 * 127 = 4064 to the largest,
+// so eight tiles (32512) fit; exact right shifts then fold the four, every partial sum again at most 32512, into int32.
+constexpr int kTilesPerFold = 8;
+
+void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+  const int64_t columns = a.K / kTileColumns;
+  for (int64_t block = block0; block < block1; ++block) {
+    const int64_t row = block * kTileRows;
+    __m256 y[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t plane = 0; plane < a.planes; ++plane) {
+      const uint8_t* tile = tiles_of(a, plane, block);
+      const int8_t* q = a.q;
+      __m256i positive[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+      for (int64_t c = 0; c < columns; c += kTilesPerFold) {
+        __m256i acc[2][4];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
+        for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end; ++i, tile += 64, q += kTileColumns) {
+          prefetch(tile + kAhead);
+#pragma GCC unroll 2
+          for (int high = 0; high < 2; ++high) {
+            __m256i bits[2];
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              bits[half] = load(tile + 32 * half);
+              if (high) bits[half] = _mm256_srli_epi16(bits[half], 4);
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+              const __m256i mask = _mm256_set1_epi8(static_cast<char>(1 << j));
+              const __m256i x = broadcast4(q + 16 * high + 4 * j);
+#pragma GCC unroll 2
+              for (int half = 0; half < 2; ++half) {
+                const __m256i product = _mm256_maddubs_epi16(_mm256_and_si256(bits[half], mask), x);
+                acc[half][j] = _mm256_add_epi16(acc[half][j], product);
+              }
+            }
+          }
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          __m256i words = acc[half][3];
+#pragma GCC unroll 3
+          for (int j = 2; j >= 0; --j) words = _mm256_add_epi16(acc[half][j], _mm256_srai_epi16(words, 1));
+          positive[half] = _mm256_add_epi32(positive[half], widen(words));
+        }
+      }
+      for (int half = 0; half < 2; ++half) {
+        y[half] = _mm256_add_ps(y[half], scaled(a, plane, row + 8 * half, 0, positive[half]));
+      }
+    }
+    for (int half = 0; half < 2; ++half) finish(a, row + 8 * half, 0, y[half]);
+  }
+}
+
+// NT tokens: bits are expanded to bytes of 0 and 1, once for all tokens. A product adds at most 2 * 127 to an int16, so
+// 16 tiles (16 * 8 * 254 = 32512) fit before they are widened.
+constexpr int kTokenTile = 4;
+constexpr int kTilesPerWiden = 16;
+
+template <int NT>
+void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  const int64_t row = block * kTileRows, columns = a.K / kTileColumns;
+  __m256 y[NT][2];
+  for (int i = 0; i < NT * 2; ++i) y[i / 2][i % 2] = _mm256_setzero_ps();
+  for (int64_t plane = 0; plane < a.planes; ++plane) {
+    const uint8_t* tile = tiles_of(a, plane, block);
+    const int8_t* q = a.q + t0 * a.K;
+    __m256i positive[NT][2];
+    for (int i = 0; i < NT * 2; ++i) positive[i / 2][i % 2] = _mm256_setzero_si256();
+    for (int64_t c = 0; c < columns; c += kTilesPerWiden) {
+      __m256i acc[NT][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
+      for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
+        __m256i bits[2] = {load(tile), load(tile + 32)};
+        for (int j = 0; j < 8; ++j, q += 4) {
+          __m256i u8[2];
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            u8[half] = _mm256_and_si256(bits[half], ones);
+            bits[half] = _mm256_srli_epi16(bits[half], 1);
+          }
+#pragma GCC unroll 4
+          for (int t = 0; t < NT; ++t) {
+            const __m256i x = broadcast4(q + t * a.K);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              acc[t][half] = _mm256_add_epi16(acc[t][half], _mm256_maddubs_epi16(u8[half], x));
+            }
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < NT * 2; ++i) {
+        positive[i / 2][i % 2] = _mm256_add_epi32(positive[i / 2][i % 2], widen(acc[i / 2][i % 2]));
+      }
+    }
+    for (int i = 0; i < NT * 2; ++i) {
+      const int t = i / 2, half = i % 2;
+      y[t][half] = _mm256_add_ps(y[t][half], scaled(a, plane, row + 8 * half, t0 + t, positive[t][half]));
+    }
+  }
+  for (int i = 0; i < NT * 2; ++i) finish(a, row + 8 * (i % 2), t0 + i / 2, y[i / 2][i % 2]);
+}
+
+// Tokens in as few tiles as possible, all nearly equal: of two or more tokens none is left alone.
+void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+  const int64_t tiles = (a.n + kTokenTile - 1) / kTokenTile;
+  for (int64_t block = block0; block < block1; ++block) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
+      switch (t1 - t0) {
+        case 2: token_tile<2>(a, block, t0); break;
+        case 3: token_tile<3>(a, block, t0); break;
+        default: token_tile<4>(a, block, t0);
+      }
+    }
+  }
+}
+
+// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added up.
+void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
+  const __m256i byte_of_column = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit_of_column = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t m = m0; m < m1; ++m) {
+    for (int64_t t = 0; t < a.n; ++t) {
+      const int8_t* q = a.q + t * a.K;
+      float y = 0.0f;
+      for (int64_t plane = 0; plane < a.planes; ++plane) {
+        const uint8_t* bits = a.bits + (plane * a.M + m) * (a.K / 8);
+        __m256i acc = _mm256_setzero_si256();
+        for (int64_t k = 0; k < a.K; k += 32) {
+          int32_t word;
+          std::memcpy(&word, bits + k / 8, sizeof word);
+          const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of_column);
+          const __m256i mask = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of_column), bit_of_column);
+          acc = _mm256_add_epi32(acc, widen(_mm256_maddubs_epi16(ones, _mm256_and_si256(mask, load(q + k)))));
+        }
+        y += (a.scale[plane * a.M + m] * a.s[t]) * static_cast<float>(2 * sum(acc) - a.sum[t]);
+      }
+      if (a.R > 0) {
+        float correction = 0.0f;
+        for (int64_t r = 0; r < a.R; ++r) correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
+        y += a.up_scale[m] * correction;
+      }
+      a.y[t * a.ldy + m] = y;
+    }
+  }
+}
+
+// ---- int8 ----
+
+inline __m256i load_words(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline __m256i load_words(const int8_t* p, int64_t count) {
+  int8_t buffer[16] = {};
+  std::memcpy(buffer, p, count);
+  return load_words(buffer);
+}
+
+// Rows [m, m + NR) by tokens [t, t + NT), in int16: VPMADDUBSW would saturate on 2 * 255 * 127.
+template <int NR, int NT>
+void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
+  const int8_t* w = a.w + m * a.K;
+  const int8_t* q = a.q + t * a.K;
+  __m256i acc[NR][NT];
+#pragma GCC unroll 8
+  for (int i = 0; i < NR * NT; ++i) acc[i / NT][i % NT] = _mm256_setzero_si256();
+  const auto columns = [&](auto load_columns) __attribute__((always_inline)) {
+    __m256i x[NT];
+#pragma GCC unroll 2
+    for (int i = 0; i < NT; ++i) x[i] = load_columns(q + i * a.K);
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+      const __m256i words = load_columns(w + r * a.K);
+#pragma GCC unroll 2
+      for (int i = 0; i < NT; ++i) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(words, x[i]));
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= a.K; k += 16) {
+    if (k % 64 == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) prefetch(w + r * a.K + k + kAhead);
+    }
+    columns([k](const int8_t* p) { return load_words(p + k); });
+  }
+  if (k < a.K) columns([k, left = a.K - k](const int8_t* p) { return load_words(p + k, left); });
+  for (int r = 0; r < NR; ++r) {
+    for (int i = 0; i < NT; ++i) {
+      a.y[(t + i) * a.ldy + m + r] = (a.w_scale[m + r] * a.s[t + i]) * static_cast<float>(sum(acc[r][i]));
+    }
+  }
+}
+
+template <int NR>
+void int8_rows(const Int8Args& a, int64_t m) {
+  int64_t t = 0;
+  for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t);
+  if (t < a.n) int8_tile<NR, 1>(a, m, t);
+}
+
+}  // namespace
+
+// Four tokens at stride K are few enough streams to be read in place.
+size_t scaffold_pack_bytes(int64_t, int64_t) { return 0; }
+
+void scaffold_pack(const int8_t*, int64_t, int64_t, void*) {}
+
+void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
+  if (a.layout == 0) return canonical(a, m0, m1);
+  const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
+  return a.n == 1 ? one_token(a, block0, block1) : many_tokens(a, block0, block1);
+}
+
+void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
+  int64_t m = m0;
+  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m);
+  for (; m < m1; ++m) int8_rows<1>(a, m);
+}
+
+}  // namespace dfssm::avx2

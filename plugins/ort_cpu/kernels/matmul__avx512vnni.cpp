@@ -1,0 +1,311 @@
+// Integer matmuls for AVX-512 VNNI. VPDPBUSD multiplies four unsigned by four signed bytes a lane and adds them to an
+// int32 lane without saturating, so every sum below is exact.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packing.h"
+#include "tables.h"
+
+namespace dfssm::avx512vnni {
+namespace {
+
+using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbouring int8 activations
+
+// How far ahead of the stream to prefetch, in bytes: one core then keeps enough lines in flight to fill its share of the
+// memory bandwidth; without it the kernels reach only 80-90 % (bench/kernels.py).
+constexpr int kAhead = 12288;
+
+// Inline assembly because gcc 12 copies the accumulator of the intrinsic through spare registers and spills.
+inline void dot(__m512i& acc, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8)); }
+inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u8), "m"(*reinterpret_cast<const Dword*>(s8)));
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- scaffold ----
+
+// Lanes of the 16-row block `block` that exist.
+inline __mmask16 rows_of(const ScaffoldArgs& a, int64_t block) {
+  const int64_t rows = min(a.M - block * kTileRows, kTileRows);
+  return static_cast<__mmask16>((1u << rows) - 1);
+}
+
+inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t block) {
+  return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
+}
+
+// (scale * s) * (2 * positive - sum) of one plane.
+inline __m512 scaled(const ScaffoldArgs& a, int64_t plane, int64_t block, __mmask16 rows, int64_t t, __m512i positive) {
+  const __m512 scale = _mm512_maskz_loadu_ps(rows, a.scale + plane * a.M + block * kTileRows);
+  const __m512i signed_sum = _mm512_sub_epi32(_mm512_add_epi32(positive, positive), _mm512_set1_epi32(a.sum[t]));
+  return _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(a.s[t])), _mm512_cvtepi32_ps(signed_sum));
+}
+
+// y of one block and token: `scaffold` plus the low-rank correction.
+inline void finish(const ScaffoldArgs& a, int64_t block, __mmask16 rows, int64_t t, __m512 scaffold) {
+  if (a.R > 0) {
+    const int8_t* up = a.up + block * a.R * kTileRows;
+    const float* h = a.h + t * a.R;
+    __m512 correction = _mm512_setzero_ps();
+    for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
+      const __m512i row = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(up)));
+      correction = _mm512_fmadd_ps(_mm512_cvtepi32_ps(row), _mm512_set1_ps(h[r]), correction);
+    }
+    const __m512 up_scale = _mm512_maskz_loadu_ps(rows, a.up_scale + block * kTileRows);
+    scaffold = _mm512_fmadd_ps(up_scale, correction, scaffold);
+  }
+  _mm512_mask_storeu_ps(a.y + t * a.ldy + block * kTileRows, rows, scaffold);
+}
+
+// Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight accumulators a
+// token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8 AND + 8 VPDPBUSD a token and
+// 64-byte tile. Registers: 8 NT accumulators, 8 masks, the tile and its AND; three tokens would spill.
+constexpr int kFewTokens = 2;
+
+template <int NT>
+void few_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+  __m512i mask[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
+  for (int64_t block = block0; block < block1; ++block) {
+    const __mmask16 rows = rows_of(a, block);
+    __m512 y[NT];
+    for (int64_t plane = 0; plane < a.planes; ++plane) {
+      const uint8_t* tile = tiles_of(a, plane, block);
+      const int8_t* q = a.q;
+      __m512i acc[NT][8];
+#pragma GCC unroll 2
+      for (int t = 0; t < NT; ++t) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) acc[t][j] = _mm512_setzero_si512();
+      }
+      for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64, q += kTileColumns) {
+        prefetch(tile + kAhead);
+        const __m512i bits = _mm512_loadu_si512(tile);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+          const __m512i u8 = _mm512_and_si512(bits, mask[j]);
+#pragma GCC unroll 2
+          for (int t = 0; t < NT; ++t) dot_broadcast(acc[t][j], u8, q + t * a.K + 4 * j);
+        }
+      }
+#pragma GCC unroll 2
+      for (int t = 0; t < NT; ++t) {
+        __m512i positive = acc[t][7];
+#pragma GCC unroll 8
+        for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[t][j], _mm512_srai_epi32(positive, 1));
+        const __m512 part = scaled(a, plane, block, rows, t, positive);
+        y[t] = plane == 0 ? part : _mm512_add_ps(y[t], part);
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < NT; ++t) finish(a, block, rows, t, y[t]);
+  }
+}
+
+// Many tokens: each tile is expanded to bytes of 0 and 1 in registers, once for NB * NT products. Packed activations are
+// [K/4, NT] dwords a token tile, so that one tile is one stream. Registers: NB * NT <= 24 accumulators, NB tiles, NB
+// expanded tiles, the mask of ones.
+constexpr int kTokenTile = 12;
+
+template <int NB, int NT>
+void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  const int64_t block_bytes = kTileRows * a.K / 8;
+  __m512 y[NB][NT];
+  for (int64_t plane = 0; plane < a.planes; ++plane) {
+    const uint8_t* tile = tiles_of(a, plane, block);
+    const int8_t* q = static_cast<const int8_t*>(a.packed) + t0 * a.K;
+    __m512i acc[NB][NT];
+#pragma GCC unroll 24
+    for (int i = 0; i < NB * NT; ++i) acc[i / NT][i % NT] = _mm512_setzero_si512();
+    for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64) {
+      __m512i bits[NB];
+#pragma GCC unroll 2
+      for (int b = 0; b < NB; ++b) bits[b] = _mm512_loadu_si512(tile + b * block_bytes);
+#pragma GCC unroll 1
+      for (int j = 0; j < 8; ++j, q += 4 * NT) {
+        __m512i u8[NB];
+#pragma GCC unroll 2
+        for (int b = 0; b < NB; ++b) {
+          u8[b] = _mm512_and_si512(bits[b], ones);
+          bits[b] = _mm512_srli_epi32(bits[b], 1);
+        }
+#pragma GCC unroll 12
+        for (int t = 0; t < NT; ++t) {
+#pragma GCC unroll 2
+          for (int b = 0; b < NB; ++b) dot_broadcast(acc[b][t], u8[b], q + 4 * t);
+        }
+      }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < NB * NT; ++i) {
+      const int b = i / NT, t = i % NT;
+      const __m512 part = scaled(a, plane, block + b, rows_of(a, block + b), t0 + t, acc[b][t]);
+      y[b][t] = plane == 0 ? part : _mm512_add_ps(y[b][t], part);
+    }
+  }
+  for (int b = 0; b < NB; ++b) {
+    for (int t = 0; t < NT; ++t) finish(a, block + b, rows_of(a, block + b), t0 + t, y[b][t]);
+  }
+}
+
+using TokenTile = void (*)(const ScaffoldArgs& a, int64_t block, int64_t t0);
+constexpr TokenTile kTokenTiles[2][kTokenTile + 1] = {
+    {nullptr, nullptr, nullptr, token_tile<1, 3>, token_tile<1, 4>, token_tile<1, 5>, token_tile<1, 6>, token_tile<1, 7>,
+     token_tile<1, 8>, token_tile<1, 9>, token_tile<1, 10>, token_tile<1, 11>, token_tile<1, 12>},
+    {nullptr, nullptr, nullptr, token_tile<2, 3>, token_tile<2, 4>, token_tile<2, 5>, token_tile<2, 6>, token_tile<2, 7>,
+     token_tile<2, 8>, token_tile<2, 9>, token_tile<2, 10>, token_tile<2, 11>, token_tile<2, 12>},
+};
+
+// First token of tile i when n tokens are cut into as few tiles as possible, all nearly equal: for n > kFewTokens none
+// has fewer than 3 tokens.
+inline int64_t tile_count(int64_t n) { return (n + kTokenTile - 1) / kTokenTile; }
+inline int64_t tile_start(int64_t n, int64_t i) { return n * i / tile_count(n); }
+
+void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+  for (int64_t block = block0; block < block1; block += 2) {
+    const int64_t blocks = min(2, block1 - block);
+    for (int64_t i = 0; i < tile_count(a.n); ++i) {
+      const int64_t t0 = tile_start(a.n, i), t1 = tile_start(a.n, i + 1);
+      kTokenTiles[blocks - 1][t1 - t0](a, block, t0);
+    }
+  }
+}
+
+// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at a time.
+void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t m = m0; m < m1; ++m) {
+    for (int64_t t = 0; t < a.n; ++t) {
+      const int8_t* q = a.q + t * a.K;
+      float y = 0.0f;
+      for (int64_t plane = 0; plane < a.planes; ++plane) {
+        const uint8_t* bits = a.bits + (plane * a.M + m) * (a.K / 8);
+        __m512i acc = _mm512_setzero_si512();
+        for (int64_t k = 0; k < a.K; k += 64) {
+          const int64_t bytes = min(8, (a.K - k) / 8);  // the last step may be half: K % 64 may be 32
+          uint64_t mask = 0;
+          std::memcpy(&mask, bits + k / 8, bytes);
+          dot(acc, ones, _mm512_maskz_loadu_epi8(mask, q + k));
+        }
+        const int32_t positive = _mm512_reduce_add_epi32(acc);
+        y += (a.scale[plane * a.M + m] * a.s[t]) * static_cast<float>(2 * positive - a.sum[t]);
+      }
+      if (a.R > 0) {
+        float correction = 0.0f;
+        for (int64_t r = 0; r < a.R; ++r) correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
+        y += a.up_scale[m] * correction;
+      }
+      a.y[t * a.ldy + m] = y;
+    }
+  }
+}
+
+// ---- int8 ----
+
+// The sums of four vectors, side by side.
+inline __m128i sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+struct Full {};  // all 64 columns of a step
+inline __m512i load_columns(const int8_t* p, Full) { return _mm512_loadu_si512(p); }
+inline __m512i load_columns(const int8_t* p, __mmask64 lanes) { return _mm512_maskz_loadu_epi8(lanes, p); }
+
+// Rows [m, m + NR) by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 * sum(q) is
+// taken off at the end.
+template <int NR, int NT>
+void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* w = a.w + m * a.K;
+  const int8_t* q = a.q + t * a.K;
+  __m512i acc[NR][NT];
+#pragma GCC unroll 24
+  for (int i = 0; i < NR * NT; ++i) acc[i / NT][i % NT] = _mm512_setzero_si512();
+  const auto step = [&](int64_t k, auto lanes) __attribute__((always_inline)) {
+    __m512i u8[NR];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+      prefetch(reinterpret_cast<const uint8_t*>(w + r * a.K + k) + kAhead);
+      u8[r] = _mm512_xor_si512(load_columns(w + r * a.K + k, lanes), flip);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < NT; ++i) {
+      const __m512i s8 = load_columns(q + i * a.K + k, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) dot(acc[r][i], u8[r], s8);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 64 <= a.K; k += 64) step(k, Full{});
+  if (k < a.K) step(k, ~__mmask64{0} >> (64 - (a.K - k)));
+#pragma GCC unroll 6
+  for (int i = 0; i < NT; ++i) {
+    float* y = a.y + (t + i) * a.ldy + m;
+    if constexpr (NR == 4) {
+      const __m128i shifted = _mm_set1_epi32(128 * a.sum[t + i]);
+      const __m128i dot = _mm_sub_epi32(sums(acc[0][i], acc[1][i], acc[2][i], acc[3][i]), shifted);
+      const __m128 scale = _mm_mul_ps(_mm_loadu_ps(a.w_scale + m), _mm_set1_ps(a.s[t + i]));
+      _mm_storeu_ps(y, _mm_mul_ps(scale, _mm_cvtepi32_ps(dot)));
+    } else {
+      const int32_t dot = _mm512_reduce_add_epi32(acc[0][i]) - 128 * a.sum[t + i];
+      *y = (a.w_scale[m] * a.s[t + i]) * static_cast<float>(dot);
+    }
+  }
+}
+
+constexpr int kInt8Rows = 4, kInt8Tokens = 6;
+using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t);
+constexpr Int8Tile kInt8Tiles[2][kInt8Tokens + 1] = {
+    {nullptr, int8_tile<1, 1>, int8_tile<1, 2>, int8_tile<1, 3>, int8_tile<1, 4>, int8_tile<1, 5>, int8_tile<1, 6>},
+    {nullptr, int8_tile<4, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>, int8_tile<4, 6>},
+};
+
+}  // namespace
+
+size_t scaffold_pack_bytes(int64_t n, int64_t K) { return n <= kFewTokens ? 0 : n * K; }
+
+void scaffold_pack(const int8_t* q, int64_t n, int64_t K, void* packed) {
+  if (n <= kFewTokens) return;
+  Dword* out = static_cast<Dword*>(packed);
+  for (int64_t i = 0; i < tile_count(n); ++i) {
+    const int64_t t0 = tile_start(n, i), t1 = tile_start(n, i + 1);
+    for (int64_t k = 0; k < K; k += 4) {
+      for (int64_t t = t0; t < t1; ++t) *out++ = *reinterpret_cast<const Dword*>(q + t * K + k);
+    }
+  }
+}
+
+void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
+  if (a.layout == 0) return canonical(a, m0, m1);
+  const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
+  switch (a.n) {
+    case 1: return few_tokens<1>(a, block0, block1);
+    case 2: return few_tokens<2>(a, block0, block1);
+    default: return many_tokens(a, block0, block1);
+  }
+}
+
+void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
+  const int64_t tiles = (a.n + kInt8Tokens - 1) / kInt8Tokens;
+  for (int64_t m = m0; m < m1;) {
+    const bool whole = m + kInt8Rows <= m1;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
+      kInt8Tiles[whole][t1 - t0](a, m, t0);
+    }
+    m += whole ? kInt8Rows : 1;
+  }
+}
+
+}  // namespace dfssm::avx512vnni

@@ -1,0 +1,146 @@
+// AVX2 vectors for float-inl.h: 8 lanes; float tails by masked moves, narrower tails through a small buffer.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace dfssm::avx2 {
+
+constexpr int kLanes = 8;
+using F32 = __m256;
+using I32 = __m256i;
+struct Mask {
+  __m256i lanes;
+  int64_t count;
+};
+struct Full {};  // all lanes
+
+constexpr int kTokens = 2;  // of a scan, at once: what the 16 registers hold
+
+inline Mask first_lanes(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane), n};
+}
+
+inline F32 zero() { return _mm256_setzero_ps(); }
+inline F32 broadcast(float v) { return _mm256_set1_ps(v); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline F32 negate_abs(F32 a) { return _mm256_or_ps(a, _mm256_set1_ps(-0.0f)); }
+inline F32 round_even(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a * 2^exponent for whole exponents in [-126, 127]
+inline F32 scale_by_power(F32 a, F32 exponent) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
+inline F32 where_negative(F32 test, F32 yes, F32 no) { return _mm256_blendv_ps(no, yes, test); }
+inline F32 where_below(F32 a, F32 b, F32 yes, F32 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline float sum(F32 a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline I32 zero_int() { return _mm256_setzero_si256(); }
+inline I32 bits_of(F32 a) { return _mm256_castps_si256(a); }
+inline F32 float_of(I32 bits) { return _mm256_castsi256_ps(bits); }
+inline I32 max(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+inline I32 round_to_int(F32 a) { return _mm256_cvtps_epi32(a); }
+inline int32_t largest(I32 a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+inline int32_t sum(I32 a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+inline F32 load(const float* p, Full) { return _mm256_loadu_ps(p); }
+inline F32 load(const float* p, Mask m) { return _mm256_maskload_ps(p, m.lanes); }
+inline void store(float* p, F32 v, Full) { _mm256_storeu_ps(p, v); }
+inline void store(float* p, F32 v, Mask m) { _mm256_maskstore_ps(p, m.lanes, v); }
+
+// binary16, as bits
+inline F32 load(const uint16_t* p, Full) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F32 load(const uint16_t* p, Mask m) {
+  uint16_t buffer[kLanes] = {};
+  std::memcpy(buffer, p, m.count * sizeof *p);
+  return load(buffer, Full{});
+}
+inline void store(uint16_t* p, F32 v, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(uint16_t* p, F32 v, Mask m) {
+  uint16_t buffer[kLanes];
+  store(buffer, v, Full{});
+  std::memcpy(p, buffer, m.count * sizeof *p);
+}
+
+inline F32 load(const int8_t* p, Full) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32 load(const int8_t* p, Mask m) {
+  int8_t buffer[kLanes] = {};
+  std::memcpy(buffer, p, m.count);
+  return load(buffer, Full{});
+}
+// Every lane of v fits int8.
+inline void store(int8_t* p, I32 v, Full) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+inline void store(int8_t* p, I32 v, Mask m) {
+  int8_t buffer[kLanes];
+  store(buffer, v, Full{});
+  std::memcpy(p, buffer, m.count);
+}
+
+// Four vectors in a row.
+inline void store_4(int8_t* p, const I32 (&v)[4]) {
+  const I32 bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const I32 order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // the packs work within 128-bit lanes
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+}
+
+// Lane i is the largest lane of rows[i]: a transposition that takes the maximum on the way.
+inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
+  I32 half[4], quarter[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    half[i] = max(_mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]), _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    quarter[i] = max(_mm256_unpacklo_epi64(half[2 * i], half[2 * i + 1]), _mm256_unpackhi_epi64(half[2 * i], half[2 * i + 1]));
+  }
+  return max(_mm256_permute2x128_si256(quarter[0], quarter[1], 0x20), _mm256_permute2x128_si256(quarter[0], quarter[1], 0x31));
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// columns[j][i] = p[i * S + j]: the S columns of an [8, S] array.
+template <int S>
+inline void load_columns(const float* p, F32 (&columns)[S]) {
+  float transposed[S][kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < S; ++j) transposed[j][i] = p[i * S + j];
+  }
+  for (int j = 0; j < S; ++j) columns[j] = _mm256_loadu_ps(transposed[j]);
+}
+
+template <int S>
+inline void store_columns(float* p, const F32 (&columns)[S]) {
+  float transposed[S][kLanes];
+  for (int j = 0; j < S; ++j) _mm256_storeu_ps(transposed[j], columns[j]);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < S; ++j) p[i * S + j] = transposed[j][i];
+  }
+}
+
+}  // namespace dfssm::avx2

@@ -1,0 +1,65 @@
+// CausalConv1dStep.
+#include <algorithm>
+
+#include "op.h"
+#include "ops.h"
+
+namespace dfssm::ort {
+namespace {
+
+struct CausalConv1dStep : Kernel {
+  using Schema = opset::CausalConv1dStep;
+  static constexpr ONNXTensorElementDataType kInputTypes[] = {kF32, kF32, kF32, kF32};
+  static constexpr ONNXTensorElementDataType kOutputTypes[] = {kF32, kF32};
+  static constexpr std::pair<size_t, size_t> kInplace[] = {{Schema::k_state, 1}};
+
+  explicit CausalConv1dStep(const OrtKernelInfo* info) : Kernel(kSignature<Schema>, info) {
+    const std::string activation = attribute("activation", Schema::kDefault_activation);
+    silu = activation == "silu";
+    if (!silu && activation != "none") {
+      fail("%s: attribute 'activation' is '%s', expected 'silu' or 'none'", Schema::kName,
+           activation.c_str());
+    }
+  }
+
+  void compute(Call& call) const {
+    const Tensor& x = call.ranked(Schema::k_x, 3);
+    const Tensor& weight = call.ranked(Schema::k_weight, 2);
+    const int64_t B = x[0], T = x[1], C = x[2], W = weight[1];
+    if (W < 2 || W > 4) {
+      fail("%s: input 'weight' has width W=%lld, expected 2, 3 or 4", Schema::kName,
+           static_cast<long long>(W));
+    }
+    call.expect(Schema::k_weight, {C, W});
+    const Tensor& state = call.expect(Schema::k_state, {B, C, W - 1});
+    const Tensor& bias = call.expect(Schema::k_bias, {C});
+
+    ConvArgs args{};
+    args.x = x.as<float>();
+    args.state = state.as<float>();
+    args.weight = weight.as<float>();
+    args.bias = bias.as<float>();
+    args.y = call.output<float>(0, {B, T, C});
+    args.new_state = call.output<float>(1, {B, C, W - 1});
+    args.B = B, args.T = T, args.C = C, args.W = W;
+    args.silu = silu;
+    constexpr int64_t kChannels = 16;
+    const double unit_ns = 15 * static_cast<double>(B * (T + 1));
+    call.parallel((C + kChannels - 1) / kChannels, unit_ns, [&](int64_t begin, int64_t end) {
+      kernels().causal_conv1d(args, begin * kChannels, std::min(end * kChannels, C));
+    });
+  }
+
+  static void infer(Inference& inference) {
+    inference.like(0, Schema::k_x, 3);
+    inference.like(1, Schema::k_state, 3);
+  }
+
+  bool silu;
+};
+
+}  // namespace
+
+const OrtCustomOp* causal_conv1d_step() { return custom_op<CausalConv1dStep>(); }
+
+}  // namespace dfssm::ort

@@ -1,0 +1,58 @@
+// libdfssm_ort_cpu.so: RegisterCustomOps is the one symbol ONNX Runtime looks for.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "ops/op.h"
+#include "ops/ops.h"
+
+namespace dfssm::ort {
+namespace {
+
+OrtStatus* too_old(const OrtApiBase* base) {
+  const std::string text = "dfssm: this library needs the API of ONNX Runtime 1." +
+                           std::to_string(kApiVersion) + ", which version " + base->GetVersionString() +
+                           " does not have; upgrade onnxruntime";
+  return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, text.c_str());
+}
+
+// DFSSM_LOG=1: say once which kernels run. To stderr: when a library is registered, no session and so no
+// logger exists.
+void log_choice() {
+  const char* wanted = std::getenv("DFSSM_LOG");
+  if (!wanted || std::strcmp(wanted, "1") != 0) return;
+  const KernelTable* tables[3];
+  std::string usable;
+  for (int i = 0, count = usable_kernels(tables); i < count; ++i)
+    usable += std::string(" ") + tables[i]->name;
+  std::fprintf(stderr, "dfssm: ort-cpu kernels: %s (usable:%s)\n", kernels().name, usable.c_str());
+}
+
+// One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of
+// them.
+OrtCustomOpDomain* make_domain() {
+  OrtCustomOpDomain* domain = nullptr;
+  check(api->CreateCustomOpDomain(opset::kDomain, &domain));
+  for (const OrtCustomOp* op : {binary_scaffold_matmul(), int8_matmul(), causal_conv1d_step(),
+                                selective_scan_step(), gated_rms_norm(), rms_norm()}) {
+    check(api->CustomOpDomain_Add(domain, op));
+  }
+  log_choice();
+  return domain;
+}
+
+}  // namespace
+}  // namespace dfssm::ort
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  using namespace dfssm::ort;
+  static const bool supported = (api = base->GetApi(kApiVersion)) != nullptr;
+  if (!supported) return too_old(base);
+  return guarded([&] {
+    if (const char* error = dfssm::kernels_error()) fail("%s", error);
+    static OrtCustomOpDomain* const domain = make_domain();
+    check(api->AddCustomOpDomain(options, domain));
+  });
+}

@@ -1,0 +1,8 @@
+"""Running a compiled bundle: NumPy, ONNX Runtime and tokenizers; docs/runtime.md shows the API in use."""
+
+from .engine import Engine
+from .generation import Generation
+from .sampling import Sampling
+from .state import State
+
+__all__ = ["Engine", "Generation", "Sampling", "State"]

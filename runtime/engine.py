@@ -1,0 +1,212 @@
+"""The engine: a bundle, opened, and its step run on states that never leave their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from dfssm.opset.errors import DfssmError
+from dfssm.targets import get_target
+from dfssm.targets.bundle import DATA, TOKENIZER, Manifest, check_files, read_manifest
+
+from .binding import Binding
+from .generation import Generation
+from .memory import trim
+from .sampling import Sampling
+from .state import Layout, State, require_model
+from .threads import default_threads
+
+# Tokens of one run of the graph while reading a prompt: enough to reach the speed of long runs, and the
+# activations of a 1.3B model stay near 30 MB.
+CHUNK = 256
+
+# Longer prompts leave enough memory behind to be worth the time of giving it back.
+LONG = 16
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+Tokens = Sequence[int] | np.ndarray
+
+
+class Engine:
+    """A compiled model, ready to run. Make one with `Engine.load`.
+
+    The engine itself holds weights only; what a sequence remembers is in a `State`. Threads may run one
+    engine at the same time on different states.
+
+    Attributes:
+        config: the model's config, by its JSON keys. manifest: what the bundle says about itself.
+        model: identity of the model (sha256 of its weights). threads: threads a step runs on.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession, threads: int):
+        self.folder, self.manifest, self.session, self.threads = folder, manifest, session, threads
+        self.config = manifest.config
+        self.model = manifest.files[DATA]["sha256"]
+        self.vocab_size = session.get_outputs()[0].shape[-1]
+        # The kernels of ort-cpu may write a state where they read it; a function body in stock ops may not.
+        self._in_place = manifest.target == "ort-cpu"
+        self._layout: Layout = {
+            tensor.name: (np.dtype(_DTYPES[tensor.type]), tuple(tensor.shape[1:]))
+            for tensor in session.get_inputs()
+            if tensor.name not in ("input_ids", "logits_to_keep")
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True) -> Engine:
+        """Open the bundle in folder `path`.
+
+        Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares the sizes of the files
+            only.
+        Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run on this
+        machine.
+        """
+        folder, threads = Path(path), threads or default_threads()
+        manifest = read_manifest(folder)
+        if DATA not in manifest.files:
+            raise DfssmError(f"{folder} has no {DATA}: compile the model again")
+        check_files(folder, manifest, hashes=verify_hashes)
+        return cls(
+            folder, manifest, get_target(manifest.target).open_session(folder, threads=threads), threads
+        )
+
+    @cached_property
+    def tokenizer(self):
+        """The bundle's `tokenizers.Tokenizer`, read at the first use; DfssmError when the bundle has none."""
+        if TOKENIZER not in self.manifest.files:
+            raise DfssmError(f"{self.folder} has no {TOKENIZER}: compile with --tokenizer to work with text")
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER))
+        trim()
+        return tokenizer
+
+    def new_state(self, batch: int = 1) -> State:
+        """The state of `batch` sequences that have read nothing yet."""
+        return State.zeros(self.model, self._layout, self.vocab_size, batch)
+
+    def load_state(self, path: str | Path) -> State:
+        """Read a saved state; DfssmError when it is of another model or of another state dtype."""
+        state = State.load(path)
+        require_model(state, self.model, self._layout, self.vocab_size)
+        return state
+
+    def prefill(self, ids: Tokens | Sequence[Tokens], state: State) -> np.ndarray:
+        """Read a prompt into `state`, which may have read something before.
+
+        Args: ids i64[T] or [1,T] for a state of one row, [B,T], or a list of B rows of unequal lengths, which
+            run one by one; every row has at least one token.
+        Returns: logits f32[B,V] after the last token of each row.
+        """
+        rows = self._rows(ids)
+        if len(rows) != state.batch:
+            raise DfssmError(f"the prompt has {len(rows)} rows, the state has {state.batch}: make them equal")
+        if len({len(row) for row in rows}) == 1:
+            self._read(np.stack(rows), state)
+        else:
+            for index, row in enumerate(rows):
+                self._read(row[None], state.row(index))
+        return state.logits.copy()
+
+    def step(self, ids: Tokens | int, state: State) -> np.ndarray:
+        """Read one token a row: ids [B] (or one int for a state of one row) -> logits f32[B,V]."""
+        ids = self._ids(ids).reshape(-1)
+        if len(ids) != state.batch:
+            raise DfssmError(f"step got {len(ids)} tokens for a state of {state.batch} rows: give one a row")
+        self.advance(ids, state)
+        return state.logits.copy()
+
+    def advance(self, ids: np.ndarray, state: State) -> None:
+        """`step` for loops that count microseconds: ids i64[B] in range, unchecked; logits are left in the
+        state.
+        """
+        binding = self._binding(state)
+        binding.feed_token(ids)
+        binding.run()
+        state.tokens += 1
+
+    def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
+        """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state` if
+        given.
+        """
+        rows = self._rows(ids)
+        if len({len(row) for row in rows}) != 1:
+            raise DfssmError("logits of rows of unequal lengths: call it row by row")
+        state = state or self.new_state(len(rows))
+        if len(rows) != state.batch:
+            raise DfssmError(f"got {len(rows)} rows of tokens, the state has {state.batch}: make them equal")
+        out = np.empty((len(rows), len(rows[0]), self.vocab_size), np.float32)
+        self._read(np.stack(rows), state, out)
+        return out
+
+    def generate(
+        self,
+        prompt: str | Tokens,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        state: State | None = None,
+    ) -> Generation:
+        """Continue `prompt`: an iterator over pieces of text, made as they are asked for.
+
+        Args: `state` (batch 1) continues what it has read, with a `prompt` that may then be empty; it ends up
+            having read everything generated. `stop`: strings that end the text and are not part of it. The
+            sampling arguments are those of `Sampling`; temperature 0 is greedy.
+        Raises DfssmError for an empty prompt without a state, or a setting out of range.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return Generation(
+            self, prompt, max_tokens, sampling, [stop] if isinstance(stop, str) else list(stop), state
+        )
+
+    def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
+        """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
+        binding = self._binding(state)
+        total = ids.shape[1]
+        for start in range(0, total, CHUNK):
+            stop = min(start + CHUNK, total)
+            part = np.ascontiguousarray(ids[:, start:stop])
+            if out is None:
+                binding.feed_prompt(part)
+                binding.run(release_memory=stop == total > LONG)
+            else:
+                out[:, start:stop] = binding.run_all_logits(part)
+                state.logits[:] = out[:, stop - 1]
+            state.tokens += stop - start
+
+    def _binding(self, state: State) -> Binding:
+        if state.binding is None or state.binding.session is not self.session:
+            require_model(state, self.model, self._layout, self.vocab_size)
+            state.binding = Binding(self.session, state, self._in_place)
+        return state.binding
+
+    def _rows(self, ids) -> list[np.ndarray]:
+        """Any accepted form of prompt as a list of checked i64 rows."""
+        if isinstance(ids, np.ndarray):
+            rows = list(ids) if ids.ndim == 2 else [ids]
+        else:
+            rows = list(ids) if len(ids) and not np.isscalar(ids[0]) else [ids]
+        rows = [self._ids(row) for row in rows]
+        for index, row in enumerate(rows):
+            if row.ndim != 1 or not len(row):
+                raise DfssmError(f"row {index} of the prompt has no tokens: give every row at least one")
+        return rows
+
+    def _ids(self, ids) -> np.ndarray:
+        array = np.asarray(ids)
+        if array.size and array.dtype.kind not in "iu":
+            raise DfssmError(f"token ids are {array.dtype}: give integers")
+        wrong = array[(array < 0) | (array >= self.vocab_size)]
+        if wrong.size:
+            raise DfssmError(
+                f"token id {wrong[0]} is out of range: this model has ids 0 to {self.vocab_size - 1}"
+            )
+        return array.astype(np.int64, copy=False)

@@ -1,0 +1,104 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p. NumPy only, deterministic by
+seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. The filters apply in this order, the one of Hugging Face's logits warpers."""
+
+    temperature: float = 0.0  # 0 = greedy: the largest logit, the first of equals
+    top_k: int = 0  # keep the k largest; 0 = all
+    top_p: float = 1.0  # keep the smallest set of largest tokens whose probability reaches p; 1 = all
+    seed: int | None = None  # None = another draw every time
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise DfssmError(f"temperature is {self.temperature}: give a number >= 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise DfssmError(f"top_k is {self.top_k}: give a number >= 0 (0 = all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise DfssmError(f"top_p is {self.top_p}: give a number above 0 and at most 1 (1 = all tokens)")
+        if self.seed is not None and self.seed < 0:
+            raise DfssmError(f"seed is {self.seed}: give a number >= 0")
+
+
+class Sampler:
+    """Draws tokens by `sampling`; holds the random generator, so one sampler is one stream of draws."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self._rng = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Choose one token. `logits`: f32[V], finite; DfssmError when the model has run into NaN or inf."""
+        best = int(np.argmax(logits))  # argmax returns a NaN if there is one
+        if not np.isfinite(logits[best]):
+            raise DfssmError(
+                f"logit of token {best} is {logits[best]}: the model's numbers overflowed, "
+                "check the bundle with `dfssm compare`"
+            )
+        if self.sampling.temperature == 0:
+            return best
+        tokens, weights = candidates(logits, self.sampling)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
+        return int(tokens[min(drawn, len(tokens) - 1)])
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that remain after the filters and their unnormalised probabilities.
+
+    Args: logits f32[V]; `sampling.temperature` > 0.
+    Returns: (tokens i64[n], weights f32[n]); in falling order of weight where a filter is on, else in token
+    order. Equal logits rank by token, so that the same logits give the same set on every machine.
+    """
+    weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    if not sampling.top_k and sampling.top_p == 1:
+        return np.arange(len(weights)), weights
+    if sampling.top_k:
+        tokens = _largest(logits, sampling.top_k)
+        return _nucleus(tokens, weights[tokens], sampling.top_p, weights[tokens].sum(dtype=np.float64))
+    # The nucleus of a language model is small against its vocabulary: sorting the few hundred largest is some
+    # twenty times cheaper than sorting all. Their number grows until they hold the probability that is asked
+    # for.
+    total = weights.sum(dtype=np.float64)
+    count = 256
+    while True:
+        tokens = _largest(logits, count)
+        held = weights[tokens]
+        if len(tokens) == len(weights) or held.sum(dtype=np.float64) >= sampling.top_p * total:
+            return _nucleus(tokens, held, sampling.top_p, total)
+        count *= 8
+
+
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest in falling order, lower index first among equals."""
+    if count < len(logits):
+        least = np.partition(logits, len(logits) - count)[len(logits) - count]
+        chosen = np.flatnonzero(logits >= least)
+    else:
+        chosen = np.arange(len(logits))
+    order = np.argsort(-logits[chosen], kind="stable")
+    return chosen[order[:count]]
+
+
+def _nucleus(
+    tokens: np.ndarray, weights: np.ndarray, top_p: float, total: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest front of (tokens, weights) that holds `top_p` of `total`: the token that crosses p
+    stays.
+    """
+    if top_p == 1:
+        return tokens, weights
+    before = np.cumsum(weights, dtype=np.float64) - weights
+    keep = max(1, int(np.count_nonzero(before < top_p * total)))
+    return tokens[:keep], weights[:keep]

@@ -1,0 +1,205 @@
+"""The recurrent state of a batch of sequences: all that a Mamba-2 model remembers, of fixed size at any
+length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+
+FORMAT = "dfssm-state"
+VERSION = 1
+
+# A state file is a .safetensors file; the names are that format's.
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I64": np.int64}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 1 << 24
+
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and shape of one row
+
+
+class State:
+    """State of `batch` sequences of one model, and the logits of the last token each of them has read.
+
+    Attributes:
+        tensors: name of the graph's input -> array [batch, ...]; the engine reads and writes them in place.
+        logits: f32[batch, vocab], of the last token; the engine writes it at every call.
+        tokens: i64[batch], how many tokens each row has read.
+        model: identity of the model: sha256 of its weights. An engine refuses a state of another model.
+    """
+
+    def __init__(self, model: str, tensors: dict[str, np.ndarray], logits: np.ndarray, tokens: np.ndarray):
+        self.model, self.tensors, self.logits, self.tokens = model, tensors, logits, tokens
+        self.binding: Any = None  # the engine's: these buffers bound to its session, made at the first use
+
+    @classmethod
+    def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
+        """The state before the first token, `batch` rows of `layout`."""
+        if batch < 1:
+            raise DfssmError(f"batch is {batch}: a state has at least one row")
+        tensors = {name: np.zeros((batch, *shape), dtype) for name, (dtype, shape) in layout.items()}
+        return cls(model, tensors, np.zeros((batch, vocab), np.float32), np.zeros(batch, np.int64))
+
+    @property
+    def batch(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recurrent state alone, all rows."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def layout(self) -> Layout:
+        return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in self.tensors.items()}
+
+    def row(self, index: int) -> State:
+        """Row `index` as a state of batch 1 that shares this one's memory: what is written there is written
+        here.
+        """
+        if not 0 <= index < self.batch:
+            raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
+        rows = slice(index, index + 1)
+        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return State(self.model, tensors, self.logits[rows], self.tokens[rows])
+
+    def clone(self) -> State:
+        """An independent copy, to come back to with `copy_from`."""
+        tensors = {name: tensor.copy() for name, tensor in self.tensors.items()}
+        return State(self.model, tensors, self.logits.copy(), self.tokens.copy())
+
+    def copy_from(self, other: State) -> None:
+        """Become `other`, in place. An `other` of one row is copied to every row: a prefix shared by a
+        batch.
+        """
+        self._require_same_model(other)
+        if other.batch not in (1, self.batch):
+            raise DfssmError(f"cannot copy a state of batch {other.batch} into one of batch {self.batch}")
+        for name, tensor in self._arrays().items():
+            np.copyto(tensor, other._arrays()[name])
+
+    def reset(self) -> None:
+        """Forget everything: the state before the first token."""
+        for array in self._arrays().values():
+            array.fill(0)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to `path`, a .safetensors file, atomically."""
+        path = Path(path)
+        header: dict[str, Any] = {
+            "__metadata__": {"format": FORMAT, "version": str(VERSION), "model": self.model}
+        }
+        offset = 0
+        for name, array in self._arrays().items():
+            header[name] = {
+                "dtype": _NAMES[array.dtype],
+                "shape": list(array.shape),
+                "data_offsets": [offset, offset := offset + array.nbytes],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(draft, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                for array in self._arrays().values():
+                    file.write(np.ascontiguousarray(array).data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except OSError as error:
+            raise DfssmError(f"cannot write the state to {path}: {error.strerror}") from None
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> State:
+        """Read a state that `save` wrote. DfssmError when the file is not one, or is cut off or damaged."""
+        path = Path(path)
+        try:
+            with open(path, "rb") as file:
+                return cls._read(file, path.stat().st_size)
+        except OSError as error:
+            raise DfssmError(f"cannot read the state {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DfssmError(
+                f"{path} is not a state that this dfssm can read ({error}): save it again"
+            ) from None
+
+    @classmethod
+    def _read(cls, file, size: int) -> State:
+        lead = file.read(8)
+        length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1
+        if length > min(_MAX_HEADER, size - 8):
+            raise ValueError("no safetensors header")
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT or metadata["version"] != str(VERSION):
+            raise ValueError(
+                f"it is {metadata['format']} version {metadata['version']}, not {FORMAT} {VERSION}"
+            )
+        arrays, offset = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            array = np.empty(entry["shape"], _DTYPES[entry["dtype"]]) if _fits(entry, size) else None
+            if array is None or entry["data_offsets"] != [offset, offset + array.nbytes]:
+                raise ValueError(f"tensor '{name}' does not match its bytes")
+            if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+                raise ValueError("the file is cut off")
+            arrays[name], offset = array, offset + array.nbytes
+        logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
+        if offset != size - 8 - length:
+            raise ValueError("there are bytes after the last tensor")
+        if (
+            tokens.ndim != 1
+            or logits.ndim != 2
+            or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()])
+        ):
+            raise ValueError("its tensors are not of one batch")
+        return cls(str(metadata["model"]), arrays, logits, tokens)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {**self.tensors, "logits": self.logits, "tokens": self.tokens}
+
+    def _require_same_model(self, other: State) -> None:
+        require_model(other, self.model, self.layout, self.logits.shape[1])
+
+
+def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
+    """DfssmError unless `state` was made by the model `model` with states stored as in `layout`."""
+    if state.model != model:
+        raise DfssmError(
+            f"the state is of another model (weights {state.model[:12]}, here {model[:12]}): "
+            "use the bundle that it was made with"
+        )
+    differing = next(
+        (name for name in {**layout, **state.layout} if layout.get(name) != state.layout.get(name)), None
+    )
+    if differing is not None:
+        found, wanted = state.layout.get(differing), layout.get(differing)
+        raise DfssmError(
+            f"{differing} of the state is {_describe(found)}, this bundle has {_describe(wanted)}: "
+            "use the bundle that it was made with"
+        )
+    if state.logits.shape[1] != vocab:
+        raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
+
+
+def _fits(entry: dict, size: int) -> bool:
+    """Whether a header's shape can be in a file of `size` bytes: a damaged one must not allocate a
+    terabyte.
+    """
+    shape = entry["shape"]
+    return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) <= size
+
+
+def _describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:
+    return "missing" if entry is None else f"{np.dtype(entry[0]).name}{list(entry[1])}"

@@ -1,0 +1,112 @@
+"""The bundle on disk: its manifest, read strictly, and the check of its files. Standard library only.
+
+A bundle is a folder made by `dfcompile`; docs/format.md has the format. This module is what a program that opens one
+needs, so it imports neither torch nor onnx.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from dfssm.opset import DfssmError
+from dfssm.opset.schema import STATE_DTYPES
+
+from . import TARGETS
+
+FORMAT = "dfssm-bundle"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json.
+
+    `config` is the model config by its JSON keys, `files` maps a file name to {"sha256": hex, "bytes": int} for every
+    file of the bundle but the manifest, `tools` the versions that made it, `verification` the result of comparing the
+    bundle with the student it was made from ({"passed": None} when that was skipped).
+    """
+
+    target: str
+    config: dict
+    state_dtype: str
+    layout: int
+    files: dict[str, dict]
+    tools: dict[str, str] = field(default_factory=dict)
+    verification: dict = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=2) + "\n"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check `folder`/manifest.json.
+
+    Raises DfssmError when the folder is no bundle, is of another version, or when its manifest lacks a key, has a key
+    that this version does not know, or names a target, a state dtype or a file it cannot mean.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DfssmError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with dfcompile") from None
+    except (OSError, ValueError) as error:
+        raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise DfssmError(f'{path} is not the manifest of a bundle: it lacks "format": "{FORMAT}"')
+    version = document.pop("version", None)
+    if version != VERSION:
+        raise DfssmError(
+            f"{path} has bundle version {version}, this dfssm reads version {VERSION}: compile the model again"
+        )
+    expected = {f.name for f in fields(Manifest)}
+    for key in sorted(expected ^ set(document)):
+        raise DfssmError(f"{path}: key '{key}' is {'missing' if key in expected else 'unknown'}: compile again")
+    for key in ("config", "files", "tools", "verification"):
+        if not isinstance(document[key], dict):
+            raise DfssmError(f"{path}: '{key}' is not an object: compile the model again")
+    manifest = Manifest(**document)
+    if manifest.target not in TARGETS:
+        raise DfssmError(f"{path}: unknown target '{manifest.target}', known are {', '.join(TARGETS)}")
+    if manifest.state_dtype not in STATE_DTYPES:
+        raise DfssmError(f"{path}: unknown state_dtype '{manifest.state_dtype}', known are {', '.join(STATE_DTYPES)}")
+    for name, entry in manifest.files.items():
+        # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
+        if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
+            raise DfssmError(f"{path}: the entry of file '{name}' is not valid: compile the model again")
+    if MODEL not in manifest.files:
+        raise DfssmError(f"{path}: no entry for {MODEL}: compile the model again")
+    return manifest
+
+
+def check_files(folder: str | Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Compare every file of the bundle with its size and, unless `hashes` is False, its sha256 in the manifest.
+
+    Raises DfssmError naming the first file that is missing or differs.
+    """
+    for name, entry in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise DfssmError(f"{path} is missing: the bundle is not complete, copy or compile it again")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise DfssmError(f"{path} has {size} bytes, its manifest says {entry['bytes']}: copy or compile it again")
+        if hashes and sha256(path) != entry["sha256"]:
+            raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
+
+
+def file_entry(path: Path) -> dict:
+    """The manifest's entry of one file: {"sha256": hex, "bytes": int}."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,45 @@
+"""Target `onnx`: the portable step graph. Canonical bits, every op with its body in standard ops, no library of ours.
+
+It runs wherever ONNX runs, through the function bodies: exact, and slow, since they unpack the bits at every step.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime
+
+from dfssm.opset.schema import LAYOUT_CANONICAL
+
+from .bundle import MODEL
+from .session import Probe, create_session, session_options
+
+NAME = "onnx"
+LAYOUT = LAYOUT_CANONICAL
+
+# What every ONNX backend has; nobody picks this target for its speed.
+DEFAULT_STATE_DTYPE = "fp32"
+
+# A step of 1.3B takes half a minute through the bodies. Prefill, one call, is verified over as many tokens as ever.
+VERIFY_STEPS = 1
+
+
+def probe() -> Probe:
+    """Always usable: ONNX Runtime is a dependency of dfssm."""
+    return Probe(NAME, {"onnxruntime": onnxruntime.__version__})
+
+
+def lower(tensors: Mapping) -> Mapping:
+    """The tensors as they are: model.pt holds the canonical layout."""
+    return tensors
+
+
+def build(folder: Path) -> list[str]:
+    """Nothing to add to the graph."""
+    return []
+
+
+def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
+    """The graph `model` of `folder` in stock ONNX Runtime. Raises DfssmError when it does not open."""
+    # Folding would unpack every scaffold to a byte a weight and hold that, 5 GB for 1.3B where 2 GB do; steps gain
+    # little by it.
+    return create_session(Path(folder) / model, session_options(threads), disabled_optimizers=["ConstantFolding"])

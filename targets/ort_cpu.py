@@ -1,0 +1,137 @@
+"""Target `ort-cpu`: ONNX Runtime on x86-64 CPUs with our op library, bits in the 16-row interleave of its kernels."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from dfssm.opset import DOMAIN, OPS, VERSION, DfssmError
+from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
+from dfssm.opset.schema import LAYOUT_ROW16
+
+from .bundle import MODEL
+from .session import Probe, create_session, one_line, session_options
+
+NAME = "ort-cpu"
+LAYOUT = LAYOUT_ROW16
+
+# Decode is bound by bytes moved, and the state is read and written at every token: fp16 halves the largest item of the
+# ledger after the scaffold (1.3B: 200 -> 100 MB a token). int8 halves it again and costs more accuracy: ask for it.
+DEFAULT_STATE_DTYPE = "fp16"
+
+VERIFY_STEPS = 8
+
+LIBRARY = "libdfssm_ort_cpu.so"
+LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
+
+
+class _Relaid:
+    """A matrix [..., M, width] in another layout, made anew when it is read: holding all would double the model."""
+
+    def __init__(self, source, relay: Callable[[np.ndarray], np.ndarray]):
+        *lead, rows, width = source.shape
+        self._source, self._relay = source, relay
+        self.shape = (*lead, padded_rows(rows), width)
+        self.dtype = source.dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self._relay(np.asarray(self._source))
+
+
+def probe() -> Probe:
+    """The op library and the instruction set that `open_session` would use here."""
+    uses = {"onnxruntime": onnxruntime.__version__, "machine": platform.machine()}
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Probe(NAME, uses, f"the kernels need an x86-64 CPU, this is {platform.machine()}; use target onnx")
+    try:
+        library = find_library()
+        _register(session_options(threads=1), library)
+    except DfssmError as error:
+        return Probe(NAME, uses, str(error))
+    uses["library"] = str(library)
+    if find_spec("dfssm._native"):
+        from dfssm import _native
+
+        uses["isa"] = os.environ.get("DFSSM_ISA", _native.default_isa())
+    return Probe(NAME, uses)
+
+
+def find_library(folder: Path | None = None) -> Path:
+    """The op library: $DFSSM_ORT_LIBRARY, else the copy in the bundle `folder`, else the installed one.
+
+    Raises DfssmError when there is none, or when the variable names no file.
+    """
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        if not Path(chosen).is_file():
+            raise DfssmError(f"{LIBRARY_VARIABLE} is {chosen}: there is no such file; unset it or name {LIBRARY}")
+        return Path(chosen)
+    native = find_spec("dfssm._native")
+    installed = native and Path(native.origin).with_name(LIBRARY)
+    for candidate in (folder and folder / LIBRARY, installed):
+        if candidate and candidate.is_file():
+            return candidate
+    raise DfssmError(
+        f"{LIBRARY} is not installed: install dfssm with its native part, or set {LIBRARY_VARIABLE} to the file"
+    )
+
+
+def lower(tensors: Mapping) -> Mapping:
+    """`tensors` (name -> array, canonical) with each `bits` and `up` in layout 1, re-laid when it is read."""
+    relays = {"bits": to_row16, "up": up_to_row16}
+    lowered = dict(tensors)
+    for name, tensor in tensors.items():
+        relay = relays.get(name.rpartition(".")[2])
+        if relay:
+            lowered[name] = _Relaid(tensor, relay)
+    return lowered
+
+
+def build(folder: Path) -> list[str]:
+    """Copies the op library into `folder`, so that the bundle runs where only ONNX Runtime is installed."""
+    shutil.copyfile(find_library(), folder / LIBRARY)
+    return [LIBRARY]
+
+
+def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
+    """The graph `model` of `folder` with the op library registered.
+
+    Raises DfssmError when the library is missing, does not load or is of another version, or when ONNX Runtime refuses
+    the model.
+    """
+    folder = Path(folder)
+    library = find_library(folder)
+    options = session_options(threads)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    _register(options, library)
+    session = create_session(folder / model, options)
+    _check_kernels(session, library)
+    return session
+
+
+def _check_kernels(session: onnxruntime.InferenceSession, library: Path) -> None:
+    """Raises DfssmError when an op has no kernel in `library`: ONNX Runtime would run its body, 100 times slower."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return  # an older ONNX Runtime does not tell
+    parts = session.get_provider_graph_assignment_info()
+    kernels = {node.op_type for part in parts for node in part.get_nodes() if node.domain == DOMAIN}
+    missing = sorted(set(OPS) - kernels)
+    if missing:
+        raise DfssmError(
+            f"{library} has no kernel for {', '.join(missing)} of {DOMAIN} version {VERSION}: it is of another version; "
+            f"reinstall dfssm and compile the model again, or unset {LIBRARY_VARIABLE}"
+        )
+
+
+def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        raise DfssmError(
+            f"{library} does not load into ONNX Runtime {onnxruntime.__version__} ({one_line(error)}): "
+            f"reinstall dfssm, or compile the model again if this is a bundle's copy"
+        ) from error

@@ -1,0 +1,51 @@
+"""Opening a step graph in ONNX Runtime, the part that all targets running there share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnxruntime
+
+from dfssm.opset import DfssmError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What this machine has for a target: `uses` maps parts to what would be used; `why_not` is "" if it is usable."""
+
+    target: str
+    uses: dict[str, str] = field(default_factory=dict)
+    why_not: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.why_not
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Options for a step graph; `threads` = 0 lets ONNX Runtime take one a physical core."""
+    if threads < 0:
+        raise DfssmError(f"threads is {threads}: give 0 (one a core) or more")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # A step is a chain: no two nodes of it can run side by side.
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Errors only: a warning about `logits_to_keep`, an input with a default on purpose, would greet every user.
+    options.log_severity_level = 3
+    return options
+
+
+def create_session(model: Path, options: onnxruntime.SessionOptions, **keywords) -> onnxruntime.InferenceSession:
+    """The session of the graph `model` on the CPU. Raises DfssmError when ONNX Runtime refuses it."""
+    if not model.is_file():
+        raise DfssmError(f"{model} is missing: {model.parent} is not a complete bundle, compile the model again")
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], **keywords)
+    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        raise DfssmError(f"ONNX Runtime {onnxruntime.__version__} cannot open {model}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an ONNX Runtime error, without its numeric prefix."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text

@@ -1,0 +1,159 @@
+"""model.pt and .safetensors: what was written is read, and every fault is one line that names it."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dfssm.model.checkpoint import load_student_tensors, save_student, tensor_specs
+from dfssm.model.config import DFSSMConfig
+from dfssm.model.convert import init_student
+from dfssm.model.student import DFSSMLM, load_student
+from dfssm.opset import DfssmError
+
+CONFIG = DFSSMConfig(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16, rank=2)
+SUFFIXES = ("model.pt", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return init_student(CONFIG, seed=1)[1]
+
+
+def raw_save(path, tensors, format="dfssm", version=1, config=None):
+    """What a wrong or foreign program might have written."""
+    config = CONFIG.to_dict() if config is None else config
+    if path.suffix == ".pt":
+        torch.save({"format": format, "version": version, "config": config, "tensors": tensors}, path)
+    else:
+        save_file(tensors, path, {"format": format, "version": str(version), "config": json.dumps(config)})
+    return path
+
+
+def refused(path) -> str:
+    with pytest.raises(DfssmError) as caught:
+        load_student_tensors(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"rank": 0}, {"planes": 2}])
+def test_round_trip(tmp_path, name, change):
+    config, tensors = init_student(DFSSMConfig(**CONFIG.to_dict() | change), seed=2)
+    save_student(tmp_path / name, config, tensors)
+    loaded_config, loaded = load_student_tensors(tmp_path / name)
+    assert loaded_config == config
+    assert list(loaded) == list(tensor_specs(config)) or name.endswith("safetensors")
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_specs_are_the_buffers_of_the_packed_student():
+    for change in ({}, {"tie_embeddings": False, "planes": 3}, {"rank": 0, "ngroups": 2}):
+        config = DFSSMConfig(**CONFIG.to_dict() | change)
+        held = DFSSMLM(config, packed=True).state_dict()
+        assert {k: (tuple(v.shape), v.dtype) for k, v in held.items()} == tensor_specs(config)
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_missing_extra_misshapen_and_mistyped_tensors_are_named(tmp_path, tensors, name):
+    path = tmp_path / name
+    key = "layers.1.out_proj.up"
+    without = {k: v for k, v in tensors.items() if k != key}
+    assert f"{key} is missing" in refused(raw_save(path, without))
+    extra = "layers.2.norm.weight"
+    assert extra in refused(raw_save(path, tensors | {extra: torch.ones(32)}))
+    message = refused(raw_save(path, tensors | {key: tensors[key][:-1].clone()}))
+    assert f"{key} has shape [31, 2]" in message and "[32, 2]" in message
+    assert f"{key} is torch.float32" in refused(raw_save(path, tensors | {key: tensors[key].float()}))
+    nan = tensors["norm_f.weight"].clone()
+    nan[3] = float("nan")
+    assert "norm_f.weight holds NaN" in refused(raw_save(path, tensors | {"norm_f.weight": nan}))
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_wrong_format_version_and_configuration_are_named(tmp_path, tensors, name):
+    path = tmp_path / name
+    assert "not a DF-SSM student" in refused(raw_save(path, tensors, format="other"))
+    assert "format version is 2" in refused(raw_save(path, tensors, version=2))
+    assert "'rank_'" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"rank_": 1}))
+    assert "headdim is 7" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"headdim": 7}))
+    assert "config" in refused(raw_save(path, tensors, config=[1]))
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_files_are_refused(tmp_path, tensors, name, share):
+    path = tmp_path / name
+    save_student(path, CONFIG, tensors)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    refused(path)
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_missing_files_and_noise_are_refused(tmp_path, name):
+    path = tmp_path / name
+    assert "no such file" in refused(path)
+    path.write_bytes(os.urandom(4096))
+    refused(path)
+
+
+def test_other_models_are_refused(tmp_path):
+    student = {"format": "dfssm", "version": 1, "config": CONFIG.to_dict()}
+    for content in ({"state_dict": {}}, [1, 2], torch.ones(3), student | {"tensors": [1]}):
+        torch.save(content, tmp_path / "model.pt")
+        assert "not a DF-SSM student" in refused(tmp_path / "model.pt")
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert "not a DF-SSM student" in refused(tmp_path / "model.safetensors")
+    (tmp_path / "model.pt").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    refused(tmp_path / "model.pt")
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Payload, "ran", True))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"format": "dfssm", "version": 1, "tensors": Payload()}, path)
+    refused(path)
+    path.write_bytes(pickle.dumps(Payload()))
+    refused(path)
+    assert not Payload.ran
+
+
+def test_refused_tensors_leave_the_old_file(tmp_path, tensors):
+    path = tmp_path / "model.pt"
+    save_student(path, CONFIG, tensors)
+    before = path.read_bytes()
+    with pytest.raises(DfssmError, match="embedding.scale is missing"):
+        save_student(path, CONFIG, {k: v for k, v in tensors.items() if k != "embedding.scale"})
+    assert path.read_bytes() == before
+    with pytest.raises(DfssmError, match="cannot be written"):
+        save_student(path / "below.pt", CONFIG, tensors)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_views_are_written_without_their_base(tmp_path, tensors):
+    base = torch.zeros(1_000_000)
+    save_student(tmp_path / "model.pt", CONFIG, tensors | {"norm_f.weight": base[:32]})
+    assert (tmp_path / "model.pt").stat().st_size < 200_000
+
+
+@torch.no_grad()
+def test_loaded_student_runs(tmp_path, tensors):
+    results = []
+    for name in SUFFIXES:
+        save_student(tmp_path / name, CONFIG, tensors)
+        results.append(load_student(tmp_path / name)(torch.tensor([[1, 2, 3]]))[0])
+    assert torch.equal(*results)

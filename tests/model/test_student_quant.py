@@ -1,0 +1,112 @@
+"""The torch arithmetic against opset/reference.py, and the gradients of its straight-through surrogates."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfssm.model import quant
+from dfssm.opset import packing, reference
+from dfssm.opset.cases import cases
+from dfssm.opset.tolerances import op_tolerance
+
+
+def canonical(op: str):
+    return [c for c in cases(op) if not c.attributes.get("layout")]
+
+
+@pytest.mark.parametrize("case", canonical("BinaryScaffoldMatMul"), ids=lambda c: c.id)
+def test_quantised_activations_are_those_of_the_reference(case):
+    x = case.inputs()["x"]
+    q, s = quant.quantize(torch.from_numpy(x))
+    expected_q, expected_s = reference.quantize_activations_ref(x)
+    np.testing.assert_array_equal(q.numpy(), expected_q)
+    np.testing.assert_array_equal(s.numpy(), expected_s)
+
+
+@pytest.mark.parametrize("case", canonical("BinaryScaffoldMatMul"), ids=lambda c: c.id)
+def test_binary_scaffold_matmul_is_the_reference(case):
+    inputs = case.inputs()
+    expected = reference.REFERENCES[case.op](**inputs, **case.attributes)
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    signs = quant.unpack_bits(tensors.pop("bits"))
+    y = quant.binary_scaffold_matmul(signs=signs, **tensors).numpy()
+    op_tolerance(case.op, case.sizes | case.attributes).check(y, expected)
+    if not case.sizes["R"]:  # then nothing is left that could be added in another order
+        np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("case", cases("Int8MatMul"), ids=lambda c: c.id)
+def test_int8_matmul_is_the_reference(case):
+    inputs = case.inputs()
+    expected = reference.REFERENCES[case.op](**inputs)
+    y = quant.int8_matmul(*(torch.from_numpy(inputs[name]) for name in ("x", "w", "w_scale")))
+    np.testing.assert_array_equal(y.numpy(), expected)
+
+
+def test_integer_sums_above_the_mantissa_of_fp32_are_exact():
+    q = torch.full((1, 2100), 127.0)
+    w = torch.full((1, 2100), 127, dtype=torch.int8)
+    w[0, ::7] = 126  # an odd number of odd terms: an inexact running sum would show
+    expected = np.float32(q.double() @ w.double().T)
+    assert expected > 2**24
+    np.testing.assert_array_equal(quant.integer_matmul(q, w).numpy(), expected)
+
+
+def test_autocast_does_not_touch_the_forward():
+    x, w = torch.randn(3, 5, 64), torch.randint(-127, 128, (33, 64), dtype=torch.int8)
+    arguments = (x, quant.unpack_bits(torch.randint(0, 256, (40, 8), dtype=torch.uint8)), torch.rand(40),
+                 w[:4], torch.rand(4), torch.randint(-127, 128, (40, 4), dtype=torch.int8), torch.rand(40))
+    exact = quant.int8_matmul(x, w, torch.ones(33)), quant.binary_scaffold_matmul(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = quant.int8_matmul(x, w, torch.ones(33)), quant.binary_scaffold_matmul(*arguments)
+    assert all(map(torch.equal, exact, cast))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 64), (2, 5, 96)])
+def test_packing_agrees_with_opset_both_ways(shape):
+    signs = torch.where(torch.randn(shape) > 0, 1.0, -1.0)
+    bits = quant.pack_bits(signs)
+    np.testing.assert_array_equal(bits.numpy(), packing.pack_bits(signs.numpy()))
+    np.testing.assert_array_equal(packing.unpack_bits(bits.numpy()), signs.numpy())
+    assert torch.equal(quant.unpack_bits(bits), signs)
+
+
+def test_rounding_passes_the_gradient_through_scale_and_all():
+    x = torch.randn(4, 32, requires_grad=True)
+    gradient = torch.randn(4, 32)
+    q, s = quant.quantize(x)
+    (q * s).backward(gradient)
+    torch.testing.assert_close(x.grad, gradient, rtol=1e-6, atol=0)
+
+
+def test_sign_passes_the_gradient_inside_its_window_only():
+    latent = torch.tensor([-2.0, -1.4, -0.1, 0.0, 0.1, 1.4, 1.6], requires_grad=True)
+    signs = quant.sign(latent, window=1.5)
+    signs.backward(torch.arange(1.0, 8.0))
+    assert signs.tolist() == [-1, -1, -1, -1, 1, 1, 1]  # zero packs to a 0 bit, which is -1
+    assert latent.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+
+
+def test_matmul_gradients_are_those_of_the_dequantised_product():
+    """y = x_hat W_hat with every quantiser the identity: autograd on floats gives the same gradients."""
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    signs = torch.where(torch.randn(10, 64) > 0, 1.0, -1.0).requires_grad_()
+    scale = torch.rand(10, requires_grad=True)
+    down, up = torch.randn(2, 64, requires_grad=True), torch.randn(10, 2, requires_grad=True)
+    leaves = [x, signs, scale, down, up]
+    gradient = torch.randn(2, 3, 10)
+
+    (dq, ds), (uq, us) = quant.quantize(down), quant.quantize(up)
+    quant.binary_scaffold_matmul(x, signs, scale, dq, ds[:, 0], uq, us[:, 0]).backward(gradient)
+    actual = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+
+    def rounded(t):
+        q, s = quant.quantize(t.detach())
+        return t + (q * s - t).detach()
+
+    weight = scale[:, None] * signs + rounded(up) @ rounded(down)
+    (rounded(x) @ weight.T).backward(gradient)
+    for got, leaf in zip(actual, leaves, strict=True):
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-4)

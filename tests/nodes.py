@@ -1,0 +1,72 @@
+"""ONNX models of one `ai.dfssm` node, the unit under test of every backend that runs ONNX."""
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from dfssm.opset.cases import Case
+from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
+from dfssm.opset.reference import REFERENCES
+from dfssm.opset.schema import DOMAIN, OPS, VERSION
+from dfssm.opset.tolerances import op_tolerance
+
+ACTIVATIONS = {"x", "y", "z", "dt", "B", "C", "state", "state_scale"}
+"""Inputs that change from call to call; all others are weights."""
+
+
+def expected_outputs(case: Case, inputs: dict | None = None) -> list[np.ndarray]:
+    """What the reference makes of the case's inputs."""
+    expected = REFERENCES[case.op](**(inputs or case.inputs()), **case.attributes)
+    return list(expected) if isinstance(expected, tuple) else [expected]
+
+
+def feeds(inputs: dict) -> dict:
+    """The inputs that `node_model(constants=True)` leaves to the caller."""
+    return {name: value for name, value in inputs.items() if name in ACTIVATIONS}
+
+
+def check_outputs(case: Case, actual: list[np.ndarray], inputs: dict | None = None) -> None:
+    """AssertionError unless `actual` is the reference's result within the op's tolerance."""
+    inputs = inputs or case.inputs()
+    expected = expected_outputs(case, inputs)
+    sizes = OPS[case.op].check(inputs, case.attributes) | {"state": case.state_dtype}
+    assert len(actual) == len(expected)
+    for spec, got, wanted in zip(OPS[case.op].outputs, actual, expected, strict=False):
+        assert got.dtype == wanted.dtype
+        op_tolerance(case.op, sizes, spec.name).check(got, wanted, spec.name)
+
+
+def node_model(case: Case, constants=False, body=False, types=True, attributes=None) -> onnx.ModelProto:
+    """The case's op alone, every dimension of its inputs a symbol.
+
+    `constants`: the weights are initializers, as in a real model, else inputs. `body`: the op's function
+    body is there too. `types`: outputs are declared, else the runtime must infer them. `attributes`
+    replace the case's, unchecked.
+    """
+    inputs = case.inputs()
+    quantized = case.state_dtype == "int8"
+    names = [t.name for t in OPS[case.op].outputs if not t.optional or quantized]
+    if attributes is None:
+        node = make_node(case.op, list(inputs), names, "/the/node", **case.attributes)
+    else:
+        node = helper.make_node(case.op, list(inputs), names, "/the/node", domain=DOMAIN, **attributes)
+    fed = feeds(inputs) if constants else inputs
+
+    def info(name: str, value: np.ndarray) -> onnx.ValueInfoProto:
+        dims = [f"{name}_{axis}" for axis in range(value.ndim)]
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), dims)
+
+    outputs = dict(zip(names, expected_outputs(case), strict=True)) if types else {}
+    graph = helper.make_graph(
+        [node],
+        case.op,
+        [info(name, value) for name, value in fed.items()],
+        [info(name, outputs[name]) if types else onnx.ValueInfoProto(name=name) for name in names],
+        [onnx.numpy_helper.from_array(value, name) for name, value in inputs.items() if name not in fed],
+    )
+    return helper.make_model(
+        graph,
+        functions=[function_proto(case.op, case.state_dtype, **case.attributes)] if body else [],
+        opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=IR_VERSION,
+    )

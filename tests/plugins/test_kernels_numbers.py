@@ -1,0 +1,166 @@
+"""Quantisation, half precision, packing, and the messages of dfssm._native."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from kernel_calls import F32, each_isa, run
+
+from dfssm import _native
+from dfssm.opset import packing
+from dfssm.opset.reference import TINY, quantize_activations_ref
+
+
+def _hostile_rows(rng):
+    """Rows [n, K] that hurt quantisation: ties, zeros, denormals, the threshold TINY, the largest floats."""
+    for K in (1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 100, 2048):
+        ties = (rng.integers(-253, 254, (4, K)) / 2).astype(F32)
+        ties[:, 0] = 127
+        yield ties
+        yield rng.standard_normal((4, K)).astype(F32)
+        yield np.zeros((1, K), F32)
+        for magnitude in (1e-45, 1e-38, TINY, np.nextafter(TINY, F32(0)), 1e-20, 1e30, np.finfo(F32).max):
+            row = (rng.uniform(-1, 1, (1, K)) * magnitude).astype(F32)
+            row[0, rng.integers(K)] = magnitude
+            yield row
+        yield np.where(rng.random((2, K)) < 0.5, F32(-0.0), F32(1e-42))
+        # every fp32 rounding of m and 127 / m
+        yield rng.integers(0x00800000, 0x7F7FFFFF, (64, K), dtype=np.int32).view(F32)
+
+
+@each_isa
+def test_quantisation_is_bit_equal(isa):
+    for x in _hostile_rows(np.random.default_rng(0)):
+        with np.errstate(over="ignore", under="ignore"):
+            q, s = quantize_activations_ref(x)
+        actual_q, actual_s, total = _native.quantize_activations(isa, x)
+        np.testing.assert_array_equal(actual_q, q)
+        np.testing.assert_array_equal(actual_s.view(np.int32), s[:, 0].view(np.int32))
+        np.testing.assert_array_equal(total, q.sum(-1, dtype=np.int32))
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_becomes_nan_and_no_other(isa, bad):
+    rng = np.random.default_rng(0)
+    for K in (1, 8, 16, 31, 100):
+        for k in (0, K // 2, K - 1):
+            x = rng.standard_normal((3, K)).astype(F32)
+            clean = _native.quantize_activations(isa, x)
+            x[1, k] = bad
+            q, s, total = _native.quantize_activations(isa, x)
+            assert np.isnan(s[1]) and not q[1].any() and total[1] == 0
+            for a, e in zip((q, s, total), clean, strict=True):
+                np.testing.assert_array_equal(a[[0, 2]], e[[0, 2]])
+            y = _native.int8_matmul(isa, x, np.ones((5, K), np.int8), np.ones(5, F32))
+            assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+def _store(isa, values, dtype, state):
+    """`values` [P] through one scan step into `state` [P]: d = 1, B = 1, decay whatever of it."""
+    P, one = values.size, np.ones(1, F32)
+    inputs = dict(
+        x=values.reshape(1, 1, P), dt=one.reshape(1, 1, 1), B=one.reshape(1, 1, 1), C=one.reshape(1, 1, 1)
+    )
+    inputs |= dict(A_log=np.zeros(1, F32), D=np.zeros(1, F32), dt_bias=np.zeros(1, F32))
+    inputs["state"] = state.astype(dtype).reshape(1, 1, 1, P)
+    return inputs
+
+
+@each_isa
+def test_half_precision_stores_round_as_numpy(isa):
+    rng = np.random.default_rng(0)
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(F32)
+    halves = halves[np.isfinite(halves)]
+    between = (halves[:-1] + halves[1:]) / 2  # exact ties, and one step to either side of them
+    wide = rng.integers(0, 1 << 32, 50_000, dtype=np.uint32).view(F32)
+    values = np.concatenate(
+        [
+            halves,
+            between,
+            np.nextafter(between, F32(9e9)),
+            np.nextafter(between, F32(-9e9)),
+            wide[np.isfinite(wide)],
+            F32([65519.996, 65520, -65520]),
+        ]
+    )
+    inputs = _store(isa, values, np.float16, np.zeros(values.size))
+    _, state = run("SelectiveScanStep", isa, inputs, dt_min=1.0, dt_max=1.0)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(
+            state.ravel().view(np.uint16), (values + F32(0)).astype(np.float16).view(np.uint16)
+        )
+
+
+@each_isa
+def test_half_precision_loads_are_exact(isa):
+    """d = 0: the state passes through one step unchanged, and y = C . state is the state itself."""
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    inputs = _store(isa, np.zeros(halves.size, F32), np.float16, halves)
+    y, state = run("SelectiveScanStep", isa, inputs, dt_min=0.0, dt_max=0.0)
+    np.testing.assert_array_equal(y.ravel(), halves.astype(F32))
+    np.testing.assert_array_equal(state.ravel(), halves)
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_packing_agrees_with_opset_both_ways(lead):
+    rng = np.random.default_rng(0)
+    for M, K in [(1, 32), (15, 64), (16, 96), (17, 32), (40, 160)]:
+        signs = rng.choice(np.array([-1, 1], np.int8), (*lead, M, K))
+        bits = _native.pack_bits(signs)
+        np.testing.assert_array_equal(bits, packing.pack_bits(signs))
+        np.testing.assert_array_equal(_native.pack_bits(signs > 0), bits)
+        np.testing.assert_array_equal(packing.unpack_bits(bits), signs)
+        np.testing.assert_array_equal(_native.unpack_bits(packing.pack_bits(signs)), signs)
+        tiles = _native.interleave16(bits)
+        np.testing.assert_array_equal(tiles, packing.to_row16(bits))
+        np.testing.assert_array_equal(packing.from_row16(tiles, M), bits)
+        np.testing.assert_array_equal(_native.deinterleave16(packing.to_row16(bits), M), bits)
+    for M, R in [(1, 1), (15, 0), (16, 3), (33, 16)]:
+        up = rng.integers(-127, 128, (M, R), dtype=np.int8)
+        np.testing.assert_array_equal(_native.interleave_up16(up), packing.up_to_row16(up))
+        np.testing.assert_array_equal(packing.up_from_row16(_native.interleave_up16(up), M), up)
+
+
+def _valid_matmul():
+    return dict(x=np.ones((2, 32), F32), w=np.ones((3, 32), np.int8), w_scale=np.ones(3, F32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(w=np.ones((3, 31), np.int8)), r"'w' is int8 \[3, 31\], expected int8 \[3, 32\]"),
+        (dict(w=np.ones((3, 32), F32)), r"'w' is float32 \[3, 32\], expected int8 \[3, 32\]"),
+        (dict(x=np.ones((2, 32))), r"'x' is float64 \[2, 32\], expected float32 \[2, 32\]"),
+        (dict(x=np.asfortranarray(np.ones((2, 32), F32))), r"'x' must be in C order"),
+        (dict(w_scale=np.ones((3, 1), F32)), r"'w_scale' has shape \[3, 1\], expected 1 dimensions"),
+        (dict(out=np.ones((2, 4), F32)), r"'out' is float32 \[2, 4\], expected float32 \[2, 3\]"),
+    ],
+)
+def test_a_misfit_is_named(change, message):
+    with pytest.raises(ValueError, match=f"^int8_matmul: {message}$"):
+        _native.int8_matmul("scalar", **(_valid_matmul() | change))
+
+
+def test_an_unknown_isa_is_named():
+    with pytest.raises(ValueError, match=r"^int8_matmul: isa is 'sse9'; this CPU can use scalar.*$"):
+        _native.int8_matmul("sse9", **_valid_matmul())
+
+
+def _default_isa(value):
+    env = {**os.environ, "DFSSM_ISA": value}
+    code = "from dfssm import _native; print(_native.default_isa())"
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_forces_an_isa():
+    assert _native.isas()[0] == "scalar"
+    for isa in _native.isas():
+        assert _default_isa(isa).stdout.strip() == isa
+    assert _default_isa("").stdout.strip() == _native.isas()[-1]
+    refused = _default_isa("avx9000")
+    assert refused.returncode != 0
+    assert f"DFSSM_ISA is 'avx9000'; this CPU can use: {' '.join(_native.isas())}" in refused.stderr

@@ -1,0 +1,150 @@
+"""The ONNX Runtime ops against the references: the cases of every backend, each instruction set there is."""
+
+import threading
+
+import nodes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from dfssm.opset.cases import CASES, Case, cases
+from dfssm.opset.schema import OPS
+
+ONE_OF_EACH = [
+    *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in OPS],
+    *[
+        next(case for case in cases("SelectiveScanStep") if case.state_dtype == d)
+        for d in ("float16", "int8")
+    ],
+    next(case for case in cases("BinaryScaffoldMatMul") if case.attributes == {"layout": 1}),
+]
+LARGE = [  # enough work for several chunks on the thread pool
+    Case("BinaryScaffoldMatMul", dict(B=1, T=1, K=2048, M=4097, R=16), {"layout": 1}),
+    Case("BinaryScaffoldMatMul", dict(B=2, T=35, K=512, M=1030, R=8), {"layout": 1}),
+    Case("BinaryScaffoldMatMul", dict(B=1, T=9, K=512, M=1030, R=8), {"layout": 0}),
+    Case("Int8MatMul", dict(B=1, T=1, K=1024, M=2003)),
+    Case("CausalConv1dStep", dict(B=2, T=40, C=1100, W=4)),
+    Case("SelectiveScanStep", dict(B=1, T=1, H=24, P=64, N=128)),
+    Case("SelectiveScanStep", dict(B=2, T=17, H=6, P=33, N=40, state="int8"), {"ngroups": 2}),
+    Case("GatedRMSNorm", dict(B=2, T=40, C=1000), {"groups": 4}),
+    Case("RMSNorm", dict(B=2, T=80, C=1000)),
+]
+IDS = dict(ids=lambda case: case.id)
+
+
+def op_case(op: str, **sizes) -> Case:
+    return next(c for c in CASES if c.op == op and sizes.items() <= c.sizes.items())
+
+
+@pytest.mark.parametrize("case", CASES, **IDS)
+def test_op_is_the_reference(library, case):
+    model = nodes.node_model(case, constants=True)
+    nodes.check_outputs(case, library.session(model).run(None, nodes.feeds(case.inputs())))
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, **IDS)
+def test_weights_may_be_inputs(default_library, case):
+    nodes.check_outputs(case, default_library.session(nodes.node_model(case)).run(None, case.inputs()))
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, **IDS)
+def test_one_file_runs_three_ways(default_library, case):
+    model = nodes.node_model(case, constants=True, body=True)
+    fed = nodes.feeds(case.inputs())
+    stock = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for run in (default_library.session(model).run, stock.run, ReferenceEvaluator(model).run):
+        nodes.check_outputs(case, run(None, fed))
+
+
+def test_the_kernel_wins_over_the_body(default_library):
+    case = op_case("RMSNorm", C=64)
+    model = nodes.node_model(case, body=True)
+    del model.functions[0].node[:]
+    model.functions[0].node.append(onnx.helper.make_node("Identity", ["x"], ["out"]))
+    nodes.check_outputs(case, default_library.session(model).run(None, case.inputs()))
+
+
+@pytest.mark.parametrize("case", LARGE, **IDS)
+def test_threads_do_not_change_a_bit(library, case):
+    model, inputs = nodes.node_model(case, constants=True), case.inputs()
+    one, two, three = (library.session(model, n).run(None, nodes.feeds(inputs)) for n in (1, 2, 3))
+    nodes.check_outputs(case, one, inputs)
+    for a, b, c in zip(one, two, three, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_session_takes_any_batch_and_length(default_library, op):
+    base = ONE_OF_EACH[list(OPS).index(op)]
+    session = default_library.session(nodes.node_model(base, constants=True))
+    weights = {k: v for k, v in base.inputs().items() if k not in nodes.ACTIVATIONS}
+    for batch, tokens in ((1, 1), (3, 4), (1, 40), (2, 1), (1, 1)):
+        case = Case(op, base.sizes | {"B": batch, "T": tokens}, base.attributes)
+        inputs = case.inputs() | weights
+        nodes.check_outputs(case, session.run(None, nodes.feeds(inputs)), inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    "base",
+    [op_case("CausalConv1dStep", W=4), *(c for c in ONE_OF_EACH if c.op == "SelectiveScanStep")],
+    **IDS,
+)
+def test_state_in_place(library, base, tokens):
+    """Two calls on bound buffers, the state's input and output one and the same."""
+    case = Case(base.op, base.sizes | {"T": tokens}, base.attributes)
+    session = library.session(nodes.node_model(case, constants=True), threads=2)
+    inputs = case.inputs()
+    state = {k: inputs[k].copy() for k in ("state", "state_scale") if k in inputs}
+    values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(v.copy()) for k, v in state.items()}
+    binding = session.io_binding()
+    for name, value in nodes.feeds(inputs).items():
+        if name not in state:
+            binding.bind_cpu_input(name, value)
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(f"new_{name}", value)
+    binding.bind_output("y", "cpu")
+    for _ in range(2):
+        session.run_with_iobinding(binding)
+        outputs = [binding.get_outputs()[-1].numpy(), *(value.numpy() for value in values.values())]
+        nodes.check_outputs(case, outputs, inputs | state)
+        state = {name: value.numpy().copy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, **IDS)
+def test_output_shapes_are_inferred(default_library, case):
+    """Without declared outputs the session knows them: symbols of the inputs, sizes of the weights."""
+    session = default_library.session(nodes.node_model(case, constants=True, types=False))
+    fed = {i.name: i.shape for i in session.get_inputs()}
+    main = next(iter(fed.values()))
+    matmul = case.op in ("BinaryScaffoldMatMul", "Int8MatMul")
+    wanted = [[*main[:2], case.sizes["M"]] if matmul else main]
+    wanted += [fed["state"]] if "state" in fed else []
+    assert [o.shape for o in session.get_outputs()][: len(wanted)] == wanted
+    types = {"float16": "tensor(float16)", "int8": "tensor(int8)"}
+    if "state" in fed:
+        assert session.get_outputs()[1].type == types.get(case.state_dtype, "tensor(float)")
+
+
+def test_two_threads_share_a_session(default_library):
+    case = LARGE[1]
+    session = default_library.session(nodes.node_model(case, constants=True), threads=2)
+    inputs = case.inputs()
+    expected = session.run(None, nodes.feeds(inputs))[0]
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            if not np.array_equal(session.run(None, nodes.feeds(inputs))[0], expected):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong

@@ -1,0 +1,151 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+import tiny
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine, State
+
+IDS = np.random.default_rng(2).integers(0, 256, 9)
+
+
+def follow(engine, state, tokens=(3, 1, 4, 1, 5)):
+    """Logits of the next steps: two states are equal when these are."""
+    return [engine.step([token], state)[0].tolist() for token in tokens]
+
+
+@pytest.fixture
+def state(engine):
+    state = engine.new_state()
+    engine.prefill(IDS, state)
+    return state
+
+
+def test_a_saved_state_continues_identically(engine, state, tmp_path):
+    path = tmp_path / "a.state"
+    state.save(path)
+    loaded = engine.load_state(path)
+    assert loaded.tokens.tolist() == [len(IDS)]
+    assert loaded.logits.tolist() == state.logits.tolist()
+    assert follow(engine, loaded) == follow(engine, state)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.state"], "no temporary file may stay"
+
+
+def test_a_state_file_is_safetensors(engine, state, tmp_path):
+    from safetensors.numpy import load_file
+
+    state.save(tmp_path / "a.state")
+    tensors = load_file(tmp_path / "a.state")
+    assert set(tensors) == {*state.tensors, "logits", "tokens"}
+    assert all((tensors[name] == tensor).all() for name, tensor in state.tensors.items())
+
+
+def test_rollback_continues_identically(engine, state):
+    before = state.clone()
+    first = follow(engine, state)
+    assert follow(engine, state) != first, "the state must matter"
+    state.copy_from(before)
+    assert follow(engine, state) == first
+    assert before.tokens.tolist() == [len(IDS)], "the copy must not move"
+
+
+def test_a_row_shares_memory_with_its_batch(engine, state):
+    batch = engine.new_state(3)
+    batch.row(1).copy_from(state)
+    assert batch.tokens.tolist() == [0, len(IDS), 0]
+    alone = follow(engine, state)
+    together = [engine.step([9, token, 9], batch)[1].tolist() for token in (3, 1, 4, 1, 5)]
+    assert together == alone
+
+
+def test_one_prefix_serves_a_batch(engine, state):
+    batch = engine.new_state(2)
+    batch.copy_from(state)
+    logits = engine.step([3, 3], batch)
+    assert logits[0].tolist() == logits[1].tolist() == engine.step([3], state)[0].tolist()
+
+
+def test_reset_is_a_new_state(engine, state):
+    state.reset()
+    assert follow(engine, state) == follow(engine, engine.new_state())
+
+
+def test_wrong_copies_and_rows_are_named(engine, state):
+    with pytest.raises(DfssmError, match="cannot copy a state of batch 2 into one of batch 3"):
+        engine.new_state(3).copy_from(engine.new_state(2))
+    with pytest.raises(DfssmError, match="row 1 of a state of batch 1"):
+        state.row(1)
+
+
+def test_a_state_of_other_weights_is_refused(engine, state, cpu_target, tmp_path):
+    kind = engine.manifest.state_dtype
+    other = Engine.load(tiny.write_bundle(tmp_path / "b", target=cpu_target, state_dtype=kind, seed=1))
+    state.save(tmp_path / "a.state")
+    for use in (lambda: other.load_state(tmp_path / "a.state"), lambda: other.step([1], state)):
+        with pytest.raises(DfssmError, match="the state is of another model"):
+            use()
+
+
+def test_a_state_of_another_dtype_is_refused(engine, state, cpu_target, tmp_path):
+    kind = {"fp32": "fp16", "fp16": "int8", "int8": "fp32"}[engine.manifest.state_dtype]
+    other = Engine.load(tiny.write_bundle(tmp_path / "b", target=cpu_target, state_dtype=kind))
+    with pytest.raises(DfssmError, match=r"ss[a-z]+_[a-z]+\.0 of the state is .*, this bundle has"):
+        other.step([1], state)
+
+
+def damaged(tmp_path, data: bytes):
+    path = tmp_path / "bad.state"
+    path.write_bytes(data)
+    return path
+
+
+def rewritten(data: bytes, change) -> bytes:
+    """The file with its header changed by `change(header)`."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda h: h["logits"].update(shape=[1, 10**12]), "tensor 'logits' does not match"),
+        (lambda h: h["logits"].update(data_offsets=[0, 4]), "does not match its bytes"),
+        (lambda h: h["tokens"].update(dtype="F64"), "F64"),
+        (lambda h: h.pop("tokens"), "tokens"),
+        (lambda h: h["__metadata__"].update(version="9"), "dfssm-state version 9"),
+        (lambda h: h.pop("__metadata__"), "__metadata__"),
+    ],
+)
+def test_a_changed_header_is_refused(tmp_path, change, named):
+    State.zeros("m", {"conv_state.0": (np.dtype(np.float32), (2, 3))}, 4, 1).save(tmp_path / "good.state")
+    path = damaged(tmp_path, rewritten((tmp_path / "good.state").read_bytes(), change))
+    with pytest.raises(DfssmError, match=f"bad.state is not a state that this dfssm can read.*{named}"):
+        State.load(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\xff" * 100, struct.pack("<Q", 10) + b"not a json"])
+def test_another_file_is_refused(tmp_path, data):
+    with pytest.raises(DfssmError, match="is not a state that this dfssm can read"):
+        State.load(damaged(tmp_path, data))
+
+
+@pytest.mark.parametrize("cut", [-1, -40])
+def test_a_cut_or_longer_file_is_refused(tmp_path, cut):
+    State.zeros("m", {"conv_state.0": (np.dtype(np.float32), (2, 3))}, 4, 1).save(tmp_path / "good.state")
+    data = (tmp_path / "good.state").read_bytes()
+    for bad in (data[:cut], data + b"\0"):
+        with pytest.raises(DfssmError, match="is not a state that this dfssm can read"):
+            State.load(damaged(tmp_path, bad))
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(DfssmError, match="cannot read the state .*nothing.state: No such file"):
+        State.load(tmp_path / "nothing.state")
+    state = State.zeros("m", {}, 1, 1)
+    with pytest.raises(DfssmError, match="cannot write the state to .*No such file"):
+        state.save(tmp_path / "no" / "folder.state")
