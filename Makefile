@@ -13,16 +13,12 @@ CXX_FILES := $(shell find plugins -name '*.cpp' -o -name '*.h')
 
 build: $(VENV)/.built
 
-# The environment: once, and again when what it should hold changes. torch comes by way of constraints.txt. Built without
-# isolation: cmake keeps its objects in build/ from one run to the next.
-$(VENV)/.installed: pyproject.toml constraints.txt scripts/bootstrap.sh
+# Once, and again when the native sources or what the environment should hold change. torch comes by way of
+# constraints.txt. Without build isolation cmake keeps its objects in build/ from one run to the next.
+$(VENV)/.built: pyproject.toml constraints.txt $(NATIVE)
 	scripts/bootstrap.sh $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	touch $@
-
-$(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: build

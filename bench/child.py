@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
-from dfssm.runtime import Engine
+from dfssm.runtime import Engine, State
 
 from .machine import process_memory
 
@@ -28,10 +28,9 @@ def script(vocab_size: int, prompt: int, steps: int) -> tuple[np.ndarray, np.nda
     return ids[:prompt], ids[prompt:]
 
 
-def follow_script(engine: Engine, prompt: int, steps: int) -> np.ndarray:
+def follow_script(engine: Engine, state: State, prompt: int, steps: int) -> np.ndarray:
     """Logits f32[1+steps,V] after the prompt and after each step."""
     first, rest = script(engine.vocab_size, prompt, steps)
-    state = engine.new_state()
     return np.concatenate([engine.prefill(first, state), *(engine.step([token], state) for token in rest)])
 
 
@@ -61,8 +60,9 @@ def main() -> None:
     start = time.perf_counter()
     engine = Engine.load(options.bundle, threads=options.threads)
     load_seconds = time.perf_counter() - start
-    logits = follow_script(engine, options.prompt, options.steps)
-    memory = process_memory()
+    state = engine.new_state()
+    logits = follow_script(engine, state, options.prompt, options.steps)
+    memory = process_memory()  # while the state is there
     if options.logits:
         np.save(options.logits, logits)
     print(json.dumps({"load_seconds": load_seconds} | memory))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.tolerances import model_tolerance
 from dfssm.runtime import Engine
 from dfssm.targets import get_target
 
@@ -20,9 +19,16 @@ from .child import follow_script, run_child
 from .ledger import weight_bytes_of_step
 from .machine import instruction_sets, machine, packages
 
-# Prompt and steps of the check: enough for the matrix kernels of a prompt and those of a step, and for a
-# state to matter; the scalar kernels take about a second a token at 1.3B.
-CHECKED = (6, 2)
+# Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
+# matter; the scalar kernels take seconds a token at 1.3B.
+CHECKED = (3, 1)
+
+# Root mean square of the logits' difference as a share of the logits'. Two correct sets of kernels may differ
+# by some 15 % after 48 layers of a random model: float noise moves an activation across a tie of the int8
+# rounding, and that moves others. Logits that have nothing to do with each other differ by 140 %. Single
+# kernels are held to 1e-6 elsewhere (the tests, `dfssm compare`): this check is for a build or a machine on
+# which one of them is broken.
+WRONG = 0.5
 
 Progress = Callable[[int, int], None]
 
@@ -97,10 +103,10 @@ def check_outputs(bundle: str, engine: Engine) -> dict:
     own.
 
     A bundle of a target without such kernels is compared with itself read token by token.
-    Raises DfssmError when they differ by more than the tolerance of a whole model.
+    Raises DfssmError when they have little to do with each other.
     """
     prompt, steps = CHECKED
-    actual = follow_script(engine, prompt, steps)
+    actual = follow_script(engine, engine.new_state(), prompt, steps)
     with tempfile.TemporaryDirectory(prefix="dfssm-check-") as folder:
         file = str(Path(folder) / "logits.npy")
         if engine.manifest.target == "ort-cpu":
@@ -110,14 +116,13 @@ def check_outputs(bundle: str, engine: Engine) -> dict:
             reference = "token by token"
             run_child(bundle, engine.threads, 1, prompt + steps - 1, logits=file)
         expected = np.load(file)[-len(actual) :]
-    tolerance = model_tolerance(engine.config["n_layer"], engine.config["d_model"])
-    error = tolerance.error(actual, expected)
-    if not error <= tolerance.relative:
+    error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    if not error <= WRONG:
         raise DfssmError(
-            f"{bundle} computes wrong logits: off by {error:.2g} of the largest against {reference}, "
-            f"allowed {tolerance.relative:.2g}; not timed, look at `dfssm compare`"
+            f"{bundle} computes wrong logits: off by {100 * error:.0f} % (rms) against {reference}; "
+            "not timed, look at `dfssm compare`"
         )
-    return {"reference": reference, "max_rel": error, "tolerance": tolerance.relative}
+    return {"reference": reference, "rms_rel": error, "allowed": WRONG}
 
 
 def _run_rounds(

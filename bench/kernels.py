@@ -1,10 +1,11 @@
 """How fast the CPU kernels are, beside what the memory gives: `python -m dfssm.bench.kernels`.
 
-Every kernel runs on the shapes of the 1.3B model, all 48 layers in one call (one tall matrix, one large batch of
-states), so that nothing it streams stays in a cache. Its output is checked before it is timed. Rounds are interleaved:
-each round times every kernel once, with a plain read of memory between them; a share is a kernel's GB/s over the read
-next to it, because on a shared machine that ratio holds still while both numbers move. Medians over rounds; the
-spread is the middle half.
+Every kernel runs on the shapes of the 1.3B model, all 48 layers in one call (one tall matrix, one large batch
+of states), so that nothing it streams stays in a cache. Its output is checked before it is timed. Rounds are
+interleaved: each round times every kernel once, with a plain read of memory before and after it. A share is a
+kernel's GB/s over the mean of those two reads, because on a shared machine that ratio holds still while both
+numbers move. A kernel that writes as much as it reads can pass 100 %. Medians over rounds; the spread is the
+middle half.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ READ_BYTES = 256 << 20
 
 @dataclass
 class Kernel:
-    """One line of the table: `run()` moves `bytes` (reads and writes) and does `operations` (2 a multiply-add)."""
+    """One line of the table: `run()` moves `bytes`, in and out, and does `operations`, 2 a multiply-add."""
 
     name: str
     bytes: int
@@ -133,15 +134,22 @@ def scan(rng, isa, threads, name, dtype, tokens, layers) -> Kernel:
         first = {k: v[:1].copy() if k in batched else v for k, v in inputs.items()}
         actual = _native.selective_scan_step(isa, **first, threads=threads)
         sizes = dict(N=D_STATE, T=tokens, state=dtype)
-        for output, a, e in zip(("y", "new_state", "new_scale"), actual, selective_scan_step_ref(**first), strict=False):
+        for output, a, e in zip(
+            ("y", "new_state", "new_scale"), actual, selective_scan_step_ref(**first), strict=False
+        ):
             op_tolerance("SelectiveScanStep", sizes, output).check(a, e, f"{name} {output}")
 
-    moved = 2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0)) + 2 * out.nbytes
+    moved = (
+        2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0))
+        + 2 * out.nbytes
+    )
     return Kernel(name, moved, 6 * tokens * state.size, run, check)
 
 
 def conv(rng, isa, threads, name, tokens) -> Kernel:
-    inputs = _tensors(rng, x=(LAYERS, tokens, CHANNELS), state=(LAYERS, CHANNELS, 3), weight=(CHANNELS, 4), bias=(CHANNELS,))
+    inputs = _tensors(
+        rng, x=(LAYERS, tokens, CHANNELS), state=(LAYERS, CHANNELS, 3), weight=(CHANNELS, 4), bias=(CHANNELS,)
+    )
     out = np.empty_like(inputs["x"])
 
     def run():
@@ -274,12 +282,18 @@ def _print(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--isa", choices=_native.isas(), default=_native.isas()[-1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode")
-    parser.add_argument("--prefill", action="store_true", help="the kernels of prefill in place of those of decode")
+    parser.add_argument(
+        "--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode"
+    )
+    parser.add_argument(
+        "--prefill", action="store_true", help="the kernels of prefill in place of those of decode"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     names = options.only or list(PREFILL if options.prefill else DECODE)

@@ -69,8 +69,8 @@ def _text(result: dict) -> str:
         [
             f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores, kernels {_isa(result)}, "
             f"ONNX Runtime {machine['packages']['onnxruntime']}, {result['state_dtype']} states",
-            f"checked against {check['reference']}: logits off by {check['max_rel']:.1e}, "
-            f"allowed {check['tolerance']:.1e}",
+            f"checked against {check['reference']}: logits off by {check['rms_rel']:.1e} (rms), "
+            f"allowed {check['allowed']}",
             "",
             table(rows, right={1}),
             "",

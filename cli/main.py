@@ -43,8 +43,9 @@ def dfssm() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0, 1 for an error of the user's to mend or a failed check, 2 for wrong usage,
-    130 for Ctrl-C, 141 when the reader of a pipe has gone. A bug keeps its traceback."""
+    """Entry point. Exit codes: 0; 1 for an error of the user's to mend, a failed check, or a pipe that nobody
+    reads on; 2 for wrong usage; 130 for Ctrl-C. A bug keeps its traceback.
+    """
     try:
         code = dfssm.main(args=args, prog_name="dfssm", standalone_mode=False)
         sys.stdout.flush()
@@ -58,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         # Nobody reads on: leave nothing in the buffer that the interpreter would try to write at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = 1  # as click does where it meets this first
     sys.exit(code or 0)
 
 

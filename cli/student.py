@@ -61,7 +61,7 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     """
     from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import convert as convert_teacher
-    from dfssm.model.pretrained import load_teacher
+    from dfssm.model.hf_import import load_teacher
 
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
@@ -92,6 +92,6 @@ def _report(output: Path, config, tensors: dict) -> dict:
 def _text(result: dict) -> str:
     config = result["config"]
     return (
-        f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers of {config['d_model']}, "
-        f"rank {config['rank']}, planes {config['planes']}"
+        f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers of "
+        f"{config['d_model']}, rank {config['rank']}, planes {config['planes']}"
     )

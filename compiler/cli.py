@@ -20,6 +20,7 @@ from .pipeline import Report, Request, compile_model
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="[default: tokenizer.json beside MODEL, if any]")
 @click.option("--verify/--no-verify", default=True, help="Compare the bundle with the student.  [default: verify]")
 @click.option("--force", is_flag=True, help="Replace the output if it is a bundle.")
+@click.version_option(package_name="dfssm")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(as_json: bool, **options) -> None:
     """Compile MODEL (model.pt or model.safetensors) into a bundle: a folder that dfssm runs."""

@@ -7,7 +7,8 @@ off its own after 48 layers, as far as any backend is off another. Op by op noth
 codes, sums of integers are exact, and what remains are float sums in another order (`op_tolerance`, about 1e-6).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -103,7 +104,7 @@ class _Comparison:
                 self._hold(module, node.op_type, node.name, list(node.output))
         for layer in self.student.layers:
             layer.register_forward_hook(lambda *_: advance())
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             logits = self.student(torch.from_numpy(ids))[0]
         self.compare("logits", "/lm_head", logits, self.tokens("logits"), op_tolerance("Int8MatMul", {}))
 
@@ -121,10 +122,10 @@ class _Comparison:
                 f" largest value, allowed is {tolerance.relative:.3g} ({tolerance.reason})"
             )
         worst = self.errors.setdefault(output, {"max_abs": 0.0, "max_rel": 0.0, "tolerance": tolerance.relative})
-        worst["max_abs"] = max(worst["max_abs"], float(np.abs(bundle.astype(np.float64) - expected).max()))
+        worst["max_abs"] = max(worst["max_abs"], relative * (float(np.abs(expected).max()) or 1.0))
         worst["max_rel"] = max(worst["max_rel"], relative)
 
-    def tolerance(self, op: str, node: str, output: str = "y") -> Tolerance:
+    def tolerance(self, op: str, output: str = "y") -> Tolerance:
         """What the op allows, with the sizes of this model."""
         if op == "Embedding":
             return reduction(1)
@@ -133,13 +134,14 @@ class _Comparison:
 
     def _hold(self, module: nn.Module, op: str, node: str, names: list[str]) -> None:
         """Compare the module's first output, then put the bundle's value in its place; a conv's state is compared."""
+        label, tolerance = names[0].rpartition("/")[2], self.tolerance(op)
 
         def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
             value, *state = output if isinstance(output, tuple) else (output,)
             held = self.tokens(names[0])
-            self.compare(f"{op}.y", node, value, held, self.tolerance(op, node))
+            self.compare(f"{op}.{label}", node, value, held, tolerance)
             if op == "CausalConv1dStep":
-                self.compare(f"{op}.new_state", node, *state, self.watched[names[1]][-1], self.tolerance(op, node))
+                self.compare(f"{op}.new_state", node, *state, self.watched[names[1]][-1], tolerance)
             return (torch.from_numpy(held), *state) if state else torch.from_numpy(held)
 
         module.register_forward_hook(hook)
@@ -158,7 +160,7 @@ class _CallByCall(nn.Module):
 
     def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         c, ys, start = self.comparison, [], 0
-        tolerance = c.tolerance(self.node.op_type, self.node.name, "new_state")
+        tolerance = c.tolerance(self.node.op_type, "new_state")
         for call, tokens in enumerate(c.calls):
             y, state = self.scan(*(v[:, start : start + tokens] for v in (x, dt, B, C)), state)
             ys.append(y)
@@ -168,6 +170,19 @@ class _CallByCall(nn.Module):
             state = _widened(DFSSMState([], stored[:1], stored[1:] or None))
             c.compare(f"{self.node.op_type}.new_state", self.node.name, own, state.numpy(), tolerance)
         return torch.cat(ys, dim=1), state
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The student on one thread, 20 s of one core for 1.3B. It is many small ops: on a busy machine OpenMP's threads
+    spin waiting for each other, and two of them took four times the processor time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _widened(state: DFSSMState) -> Tensor:
@@ -194,6 +209,6 @@ def _run(session, ids: np.ndarray, calls: list[int], advance: Callable[[], None]
     for piece in np.split(ids, np.cumsum(calls)[:-1], axis=1):
         for name, value in zip(names, session.run(None, {"input_ids": piece, **states}), strict=True):
             outputs[name].append(value)
-        states = {name: outputs[name.replace(".", "_out.")][-1] for name in states}
+        states = {name: outputs[name.replace(".", "_out.")][-1] for name in states}  # ssm_state.3: ssm_state_out.3
         advance()
     return outputs

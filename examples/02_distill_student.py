@@ -26,8 +26,9 @@ from dfssm.opset.errors import DfssmError
 
 
 @torch.no_grad()
-def sample(model: DFSSMLM, tokenizer: Tokenizer, prompt: str, seed: int, tokens: int = 120,
-           temperature: float = 0.7) -> str:
+def sample(
+    model: DFSSMLM, tokenizer: Tokenizer, prompt: str, seed: int, tokens: int = 120, temperature: float = 0.7
+) -> str:
     """Continue `prompt` token by token, as the runtime does."""
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt).ids
@@ -42,10 +43,16 @@ def sample(model: DFSSMLM, tokenizer: Tokenizer, prompt: str, seed: int, tokens:
 
 
 @click.command()
-@click.option("--teacher", "teacher_folder", type=click.Path(path_type=Path), default="teacher",
-              show_default=True)
-@click.option("--data", type=click.Path(path_type=Path), multiple=True, required=True,
-              help="A text file, or a folder of *.txt; may be repeated. Best the teacher's own.")
+@click.option(
+    "--teacher", "teacher_folder", type=click.Path(path_type=Path), default="teacher", show_default=True
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A text file, or a folder of *.txt; may be repeated. Best the teacher's own.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="student", show_default=True)
 @click.option("--resume", is_flag=True, help="Go on from OUTPUT/training.pt.")
 @click.option("--rank", default=2, show_default=True, help="Of the int8 correction; about 1/100 of d_model.")
@@ -57,11 +64,31 @@ def sample(model: DFSSMLM, tokenizer: Tokenizer, prompt: str, seed: int, tokens:
 @click.option("--save-every", default=200, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=False, show_default=True,
-              help="torch.compile the blocks: minutes to begin, then faster.")
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=False,
+    show_default=True,
+    help="torch.compile the blocks: minutes to begin, then faster.",
+)
 @click.option("--prompt", default="Once upon a time", show_default=True, help="Of the sample at the end.")
-def main(teacher_folder, data, output, resume, rank, steps, batch, tokens, lr, held_out, save_every, seed,
-         threads, compiled, prompt):
+def main(
+    teacher_folder,
+    data,
+    output,
+    resume,
+    rank,
+    steps,
+    batch,
+    tokens,
+    lr,
+    held_out,
+    save_every,
+    seed,
+    threads,
+    compiled,
+    prompt,
+):
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -69,12 +96,16 @@ def main(teacher_folder, data, output, resume, rank, steps, batch, tokens, lr, h
     corpus, tokenizer = read_corpus(list(data), held_out, load_tokenizer(teacher_folder / "tokenizer.json"))
     student = student_from_teacher(teacher, rank)
     models = {"teacher": teacher, "data_free": from_tensors(*convert(teacher, rank))}
-    perplexities = {name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, tokens)
-                    for name, model in models.items()}
+    perplexities = {
+        name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, tokens)
+        for name, model in models.items()
+    }
     bf16 = bf16_is_faster()
-    click.echo(f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out tokens, rank {rank}, "
-               f"{threads} threads, {'bf16' if bf16 else 'fp32'} gradients; perplexity of the teacher "
-               f"{perplexities['teacher']:.2f}, of its data-free conversion {perplexities['data_free']:.2f}")
+    click.echo(
+        f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out tokens, rank {rank}, "
+        f"{threads} threads, {'bf16' if bf16 else 'fp32'} gradients; perplexity of the teacher "
+        f"{perplexities['teacher']:.2f}, of its data-free conversion {perplexities['data_free']:.2f}"
+    )
     if compiled:
         for layer in [*teacher.layers, *student.layers]:
             layer.compile()
@@ -88,15 +119,24 @@ def main(teacher_folder, data, output, resume, rank, steps, batch, tokens, lr, h
         return F.kl_div(logits.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
 
     # No decay: a latent's size is its distance from flipping, not the size of a weight.
-    schedule = Schedule(steps=steps, batch=batch, tokens=tokens, lr=lr, warmup=min(100, steps // 10 + 1),
-                        weight_decay=0.0, save_every=save_every, seed=seed)
+    schedule = Schedule(
+        steps=steps,
+        batch=batch,
+        tokens=tokens,
+        lr=lr,
+        warmup=min(100, steps // 10 + 1),
+        weight_decay=0.0,
+        save_every=save_every,
+        seed=seed,
+    )
     report = train(student, loss, corpus, schedule, output / "training.pt", resume)
 
     save_student(output / "model.pt", student.config, student.eval().export_tensors())
     tokenizer.save(str(output / "tokenizer.json"))
     shipped = load_student(output / "model.pt")
     report["perplexity"] = perplexities | {
-        "student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, tokens)}
+        "student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, tokens)
+    }
     report["sample"] = sample(shipped, tokenizer, prompt, seed)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     click.echo(json.dumps(report, indent=2))

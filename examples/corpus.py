@@ -15,8 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass
 class Corpus:
-    """Tokenized text: ``train`` and ``held_out`` int64[tokens], ``starts`` int64[documents] into ``train``.
-    """
+    """Tokenized text: train and held_out int64[tokens], starts int64[documents] into train."""
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -24,8 +23,7 @@ class Corpus:
 
 
 def text_files(paths: list[Path]) -> list[Path]:
-    """The files named, and every *.txt below the folders named, sorted. Raises DfssmError if there is none.
-    """
+    """The files named, and every *.txt below the folders named, sorted; DfssmError if there is none."""
     files = []
     for path in paths:
         if not path.exists():
@@ -43,8 +41,9 @@ def split_documents(path: Path, held_out: float) -> tuple[list[str], list[str]]:
     cut = text.rfind(separator, 0, int(len(text) * (1 - held_out)))
     if cut < 0:
         raise DfssmError(f"{path}: too short to hold out {held_out:.0%}; give it together with a longer file")
-    return tuple([doc.strip() for doc in part.split(END_OF_TEXT) if doc.strip()]
-                 for part in (text[:cut], text[cut:]))
+    return tuple(
+        [doc.strip() for doc in part.split(END_OF_TEXT) if doc.strip()] for part in (text[:cut], text[cut:])
+    )
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
@@ -53,8 +52,12 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
 
@@ -69,8 +72,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_corpus(paths: list[Path], held_out: float, tokenizer: Tokenizer | None = None,
-                vocab_size: int = 4096) -> tuple[Corpus, Tokenizer]:
+def read_corpus(
+    paths: list[Path], held_out: float, tokenizer: Tokenizer | None = None, vocab_size: int = 4096
+) -> tuple[Corpus, Tokenizer]:
     """Tokenize all files; trains the tokenizer on the training part when none is given."""
     parts = [split_documents(file, held_out) for file in text_files(paths)]
     train = [doc for part, _ in parts for doc in part]
@@ -96,8 +100,8 @@ def windows(corpus: Corpus, batch: int, tokens: int, generator: torch.Generator)
     while True:
         first = torch.randint(last + 1, (batch,), generator=generator)
         document = torch.randint(len(starts), (batch // 4,), generator=generator)
-        first[:batch // 4] = starts[document]
-        yield torch.stack([corpus.train[i:i + tokens + 1] for i in first.tolist()])
+        first[: batch // 4] = starts[document]
+        yield torch.stack([corpus.train[i : i + tokens + 1] for i in first.tolist()])
 
 
 @torch.no_grad()
@@ -109,8 +113,10 @@ def perplexity(logits: Callable[[torch.Tensor], torch.Tensor], held_out: torch.T
     count = (len(held_out) - 1) // tokens
     if count < 1:
         raise DfssmError(f"the held-out text has {len(held_out)} tokens, a window {tokens}; hold out more")
-    inputs = held_out[:count * tokens].view(count, tokens)
-    targets = held_out[1:count * tokens + 1].view(count, tokens)
-    loss = sum(F.cross_entropy(logits(x).flatten(0, 1).float(), y.flatten(), reduction="sum").double()
-               for x, y in zip(inputs.split(16), targets.split(16), strict=True))
+    inputs = held_out[: count * tokens].view(count, tokens)
+    targets = held_out[1 : count * tokens + 1].view(count, tokens)
+    loss = sum(
+        F.cross_entropy(logits(x).flatten(0, 1).float(), y.flatten(), reduction="sum").double()
+        for x, y in zip(inputs.split(16), targets.split(16), strict=True)
+    )
     return float(torch.exp(loss / targets.numel()))

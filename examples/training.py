@@ -1,5 +1,4 @@
-"""One optimisation loop for the examples: AdamW, cosine schedule, progress bar, atomic checkpoints, resume.
-"""
+"""The optimisation loop of the examples: AdamW, cosine schedule, progress bar, checkpoints, resume."""
 
 import math
 import time
@@ -38,6 +37,7 @@ class Schedule:
 
 def bf16_is_faster(size: int = 512, margin: float = 1.3) -> bool:
     """Time one matmul in both types: without bf16 units (AMX, AVX512-BF16) bf16 is emulated and slower."""
+
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(4 * size, size, dtype=dtype)
         times = []
@@ -53,20 +53,29 @@ def bf16_is_faster(size: int = 512, margin: float = 1.3) -> bool:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay matrices; leave vectors (norms, scales, A, D, biases) alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
-def train(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], corpus: Corpus, schedule: Schedule,
-          checkpoint: Path, resume: bool = False) -> dict[str, float]:
+def train(
+    model: nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    corpus: Corpus,
+    schedule: Schedule,
+    checkpoint: Path,
+    resume: bool = False,
+) -> dict[str, float]:
     """Minimise ``loss(ids i64[batch, tokens + 1])`` over ``schedule.steps`` random windows of the corpus.
 
     Saves ``checkpoint`` every ``save_every`` steps and at the end; ``resume`` goes on from it (same windows,
     same rates, as if never interrupted). Returns {"steps", "tokens", "loss", "seconds"}.
     """
     generator = torch.Generator().manual_seed(schedule.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, schedule.weight_decay), lr=schedule.lr,
-                                  betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.95)
+    )
     first, seconds = 0, 0.0
     if resume:
         if not checkpoint.is_file():
@@ -82,8 +91,14 @@ def train(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], corpus
     begin = time.perf_counter() - seconds
     batches = windows(corpus, schedule.batch, schedule.tokens, generator)
     model.train()
-    bar = tqdm(total=schedule.steps * schedule.batch * schedule.tokens, unit="tok", unit_scale=True,
-               initial=first * schedule.batch * schedule.tokens, mininterval=1.0, dynamic_ncols=True)
+    bar = tqdm(
+        total=schedule.steps * schedule.batch * schedule.tokens,
+        unit="tok",
+        unit_scale=True,
+        initial=first * schedule.batch * schedule.tokens,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
     for step in range(first, schedule.steps):
         ids = next(batches)
         for group in optimizer.param_groups:
@@ -101,10 +116,19 @@ def train(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], corpus
         bar.set_postfix(loss=f"{average:.3f}", lr=f"{schedule.rate(step):.1e}", refresh=False)
         if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
             seconds = time.perf_counter() - begin
-            progress = {"schedule": vars(schedule), "step": step + 1, "seconds": seconds,
-                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "generator": generator.get_state()}
+            progress = {
+                "schedule": vars(schedule),
+                "step": step + 1,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }
             atomic_write(checkpoint, lambda path, value=progress: torch.save(value, path))
     bar.close()
-    return {"steps": schedule.steps, "tokens": schedule.steps * schedule.batch * schedule.tokens,
-            "loss": average, "seconds": seconds}
+    return {
+        "steps": schedule.steps,
+        "tokens": schedule.steps * schedule.batch * schedule.tokens,
+        "loss": average,
+        "seconds": seconds,
+    }

@@ -105,8 +105,7 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
 
 
 def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tensor]]:
-    """Read a student, memory-mapped: the bytes are fetched from the file when they are used. The suffix is
-    the format.
+    """Read a student, memory-mapped: bytes are fetched from the file when used. The suffix is the format.
 
     Raises DfssmError if the file is missing, is no student, is truncated, has another version, or if a tensor
     is missing, unexpected or has the wrong shape or dtype.

@@ -1,5 +1,4 @@
-"""The quantised arithmetic of the student in torch: the operations of `dfssm.opset.reference`, with
-gradients.
+"""The quantised arithmetic of the student in torch: `dfssm.opset.reference`, with gradients.
 
 Integers are carried as integer-valued fp32 tensors, so that the same code trains and evaluates; their
 products and sums are exact. Gradients are straight-through surrogates: rounding counts as the identity, sign
@@ -35,8 +34,8 @@ class _Round(torch.autograd.Function):
 class _Sign(torch.autograd.Function):
     """+1 where x > 0, else -1; the gradient passes where |x| < window.
 
-    The window (the clipped estimator of Hubara et al., arXiv 1602.02830) keeps weights far from the
-    threshold, which no small step could flip, from drifting further.
+    The window (the clipped estimator of Hubara et al., arXiv 1602.02830) keeps weights that no small step
+    could flip from drifting further from the threshold.
     """
 
     @staticmethod
@@ -60,8 +59,7 @@ class _IntegerMatmul(torch.autograd.Function):
             parts = [
                 a @ b.to(q.dtype).T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)
             ]
-        # Each part is exact in fp32; their sum may pass 2^24 and is rounded once, as the reference's int32
-        # is.
+        # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
         return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
 
     @staticmethod
@@ -74,10 +72,9 @@ class _IntegerMatmul(torch.autograd.Function):
 
 
 def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
-    """Exact q[...,K] . w[M,K] -> fp32 [...,M] of int8 codes, fp32 or int8; `largest` bounds |w| (1 for
-    signs).
+    """Exact q[...,K] . w[M,K] -> fp32 [...,M] of int8 codes, held as fp32 or int8.
 
-    Under autocast the forward stays exact and the gradients take the cast type.
+    `largest` bounds |w|: 1 for signs. Under autocast only the gradients take the cast type.
     """
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -86,12 +83,10 @@ def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x[...,K] -> int8 codes q (integer-valued fp32) [...,K] and one scale a row s[...,1]: activations and
-    weights.
+    """Activations or weights x[...,K] -> int8 codes q (integer-valued fp32) [...,K], a scale a row s[...,1].
 
-    m = max|x|, q = rint(x * (127 / m)), s = m / 127, each an fp32 operation of its own; a row with
-    m < opset's TINY gives q = s = 0.
-    The gradient of q * s is the identity: rounding passes it on and the scale counts as a constant.
+    m = max|x|, q = rint(x * (127 / m)), s = m / 127, each an fp32 operation of its own; a row with m < TINY
+    gives q = s = 0. The gradient of q * s is the identity: rounding passes it on, the scale is a constant.
     """
     x = x.float()
     m = x.detach().abs().amax(-1, keepdim=True)

@@ -23,8 +23,7 @@ from .teacher import Mamba2LM, Mamba2State
 
 
 class BinaryLinear(nn.Module):
-    """A projection in training: latent weights whose sign is the scaffold, a scale a row, latents of the low
-    rank.
+    """A projection in training: latents whose sign is the scaffold, a scale a row, latents of the low rank.
 
     Shapes as in `quant.binary_scaffold_matmul`: latent and scale gain a leading axis when planes > 1. Latents
     are in units of their row's scale: every weight is then as far from flipping, for one learning rate,
@@ -37,7 +36,8 @@ class BinaryLinear(nn.Module):
         self.latent = nn.Parameter(torch.randn(*lead, out_features, in_features))
         self.scale = nn.Parameter(torch.full((*lead, out_features), in_features**-0.5))
         self.down = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(out_features, rank))
+        # Not zero, as low-rank adapters begin: a row of zeros has no scale, and would pass no gradient.
+        self.up = nn.Parameter(torch.randn(out_features, rank) * in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         down, down_scale = quantize(self.down)
@@ -116,9 +116,7 @@ class PackedInt8Embedding(nn.Module):
 
 @dataclasses.dataclass
 class DFSSMState(Mamba2State):
-    """Mamba2State whose ssm tensors are stored fp32, fp16 or int8, the last with ssm_scale n_layer x
-    f32[B,H,N].
-    """
+    """Mamba2State with ssm stored as fp32, fp16 or int8, the last with ssm_scale: n_layer x f32[B,H,N]."""
 
     ssm_scale: list[Tensor] | None = None
 
@@ -144,10 +142,9 @@ class DFSSMState(Mamba2State):
 
 
 class DFSSMLM(Mamba2LM):
-    """The student. `packed` chooses the form; `state_dtype` (fp32, fp16, int8) how the SSM state is kept
-    between calls.
+    """The student: `packed` chooses the form, `state_dtype` (fp32, fp16, int8) how the state is kept.
 
-    Calls are those of Mamba2LM, with DFSSMState for the state.
+    Called as Mamba2LM is, with DFSSMState for the state; the SSM state is rounded at the end of a call.
     """
 
     def __init__(self, config: DFSSMConfig, packed: bool = False, state_dtype: str = "fp32"):
@@ -201,15 +198,12 @@ def from_tensors(config: DFSSMConfig, tensors: dict[str, Tensor], state_dtype: s
 
 
 def load_student(path: str | Path, state_dtype: str = "fp32") -> DFSSMLM:
-    """Read a model.pt or .safetensors into a packed student, memory-mapped. Raises DfssmError as `checkpoint`
-    does.
-    """
+    """Read a model.pt or .safetensors into a packed student; DfssmError as `load_student_tensors`."""
     return from_tensors(*load_student_tensors(path), state_dtype)
 
 
 def _export_rows(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """int8 codes and row scales of a latent; a low rank of 0 has rows without columns, and then scales of 0.
-    """
+    """int8 codes and row scales of a latent; the rows of a low rank of 0 are empty, their scales 0."""
     if not weight.numel():
         return {name: weight.to(torch.int8), f"{name}_scale": weight.new_zeros(len(weight))}
     q, scale = quantize(weight)

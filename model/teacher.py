@@ -55,6 +55,8 @@ class Mamba2State:
 
 
 class RMSNorm(nn.Module):
+    """functional.rms_norm with its weight: [..., channels] to the same."""
+
     def __init__(self, channels: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -65,6 +67,8 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
+    """functional.gated_rms_norm with its weight: two [..., channels] to one."""
+
     def __init__(self, channels: int, eps: float, groups: int):
         super().__init__()
         self.eps, self.groups = eps, groups
@@ -75,6 +79,8 @@ class GatedRMSNorm(nn.Module):
 
 
 class CausalConv1d(nn.Module):
+    """functional.causal_conv1d, with SiLU, and its parameters: [B,T,channels] and a state to the same."""
+
     def __init__(self, channels: int, width: int):
         super().__init__()
         bound = 1.0 / math.sqrt(width)  # what nn.Conv1d draws from for one input channel a group
@@ -103,9 +109,8 @@ class SelectiveScan(nn.Module):
     def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         inputs = (x, dt, B, C, self.A_log, self.D, self.dt_bias, state)
         options = {"ngroups": self.ngroups, "dt_limit": self.dt_limit}
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # a recurrence compounds the rounding of half types
+        # A recurrence compounds the rounding of half types.
+        with torch.autocast(x.device.type, enabled=False):
             if x.shape[1] == 1:
                 return selective_scan_step(*inputs, **options)
             return ssd_chunked(*inputs, **options, chunk_size=self.chunk_size)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
-
-_libc = ctypes.CDLL(ctypes.util.find_library("c"))
 
 
 def trim() -> None:
@@ -13,5 +10,6 @@ def trim() -> None:
 
     Reading a prompt of a 1.3B model, or a tokenizer, leaves 10 to 20 MB that decoding never needs again.
     """
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim:
+        malloc_trim(0)

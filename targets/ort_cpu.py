@@ -122,7 +122,7 @@ def _check_kernels(session: onnxruntime.InferenceSession, library: Path) -> None
     missing = sorted(set(OPS) - kernels)
     if missing:
         raise DfssmError(
-            f"{library} has no kernel for {', '.join(missing)} of {DOMAIN} version {VERSION}: it is of another version; "
+            f"{library} has no kernel for {', '.join(missing)} of {DOMAIN} version {VERSION}: it is another version; "
             f"reinstall dfssm and compile the model again, or unset {LIBRARY_VARIABLE}"
         )
 

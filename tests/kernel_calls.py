@@ -41,8 +41,8 @@ def copies(inputs: dict) -> dict:
 
 
 def guarded(a: np.ndarray, at: str) -> np.ndarray:
-    """A copy of `a` that starts (`at`="start") or ends ("end") exactly where a page that cannot be touched begins or
-    ends: the smallest read or write outside the array on that side is a segmentation fault.
+    """A copy of `a` that starts (`at`="start") or ends ("end") right beside a page that cannot be touched:
+    the smallest read or write outside the array on that side is a segmentation fault.
     """
     page = mmap.PAGESIZE
     pages = -(-max(a.nbytes, 1) // page)

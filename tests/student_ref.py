@@ -12,7 +12,7 @@ CONFIGS = {
     "rank0": dict(rank=0),
     "planes2": dict(planes=2, rank=3),
     "groups": dict(ngroups=2, norm_groups=2),
-    # P = 24 and N = 5 are no multiples of a vector, and in_proj has 205 rows: the last tile of layout 1 is partly filled.
+    # P = 24 and N = 5 are no multiples of a vector; in_proj has 206 rows: the last tile of layout 1 is partly filled.
     "odd": dict(vocab_size=53, d_model=96, headdim=24, d_state=5, expand=1, d_conv=3, rank=1, n_layer=1),
     "limits": dict(dt_limit=(0.001, 0.1), d_conv=2),
 }

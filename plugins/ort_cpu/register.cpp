@@ -51,6 +51,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static const bool supported = (api = base->GetApi(kApiVersion)) != nullptr;
   if (!supported) return too_old(base);
   return guarded([&] {
+    std::sscanf(base->GetVersionString(), "1.%d", &ort_minor);
     if (const char* error = dfssm::kernels_error()) fail("%s", error);
     static OrtCustomOpDomain* const domain = make_domain();
     check(api->AddCustomOpDomain(options, domain));

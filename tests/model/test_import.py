@@ -7,7 +7,8 @@ import pytest
 import torch
 from mamba2_ref import edit_json, hf_folder, hf_model
 
-from dfssm.model.config import DFSSMConfig, Mamba2Config
+from dfssm.model.config import PRESETS, DFSSMConfig, Mamba2Config
+from dfssm.model.hf_config import read_config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.student import DFSSMLM
 from dfssm.model.teacher import Mamba2LM
@@ -34,6 +35,15 @@ MAMBA_SSM_JSON = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on more threads, many times so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def random_teacher(config=CONFIG, seed=0) -> Mamba2LM:
     torch.manual_seed(seed)
     model = Mamba2LM(config).requires_grad_(False)
@@ -48,7 +58,7 @@ def same_weights(a, b) -> bool:
 
 
 def mamba_ssm_tensors(model) -> dict[str, torch.Tensor]:
-    """The state_dict that mamba_ssm's MambaLMHeadModel has for these weights: the head is there though tied."""
+    """The state_dict of mamba_ssm's MambaLMHeadModel for these weights: the head is there though tied."""
     named = {
         "backbone.embedding.weight": model.embedding.weight,
         "backbone.norm_f.weight": model.norm_f.weight,
@@ -94,9 +104,6 @@ def test_mamba_ssm_defaults_are_those_of_mamba2_1_3b(tmp_path):
         "ssm_cfg": {"layer": "Mamba2"},
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
-    from dfssm.model.config import PRESETS
-    from dfssm.model.hf_config import read_config
-
     config, conv_bias = read_config(tmp_path / "config.json")
     ids = {"bos_token_id": 0, "eos_token_id": 0}  # which mamba_ssm's config.json does not have
     assert Mamba2Config(**config.to_dict() | ids) == PRESETS["mamba2-1.3b"] and conv_bias
@@ -132,9 +139,8 @@ def test_sharded_weights(tmp_path):
 
     pickled = tmp_path / "pickled"
     pickled.mkdir()
-    edit = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    names = sorted(edit)
     tensors = reference.state_dict()
+    names = sorted(tensors)
     index = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
     for shard in set(index.values()):
         torch.save({name: tensors[name] for name in names if index[name] == shard}, pickled / shard)

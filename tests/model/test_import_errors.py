@@ -169,7 +169,7 @@ class Touch:
 def test_pickled_files(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     weights = folder / "pytorch_model.bin"
-    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
         save({"backbone.norm_f.weight": Touch(tmp_path / "touched")}, weights)
         assert "holds more than tensors, which is never loaded" in refused(folder)
         assert not (tmp_path / "touched").exists()

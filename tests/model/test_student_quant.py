@@ -54,8 +54,15 @@ def test_integer_sums_above_the_mantissa_of_fp32_are_exact():
 
 def test_autocast_does_not_touch_the_forward():
     x, w = torch.randn(3, 5, 64), torch.randint(-127, 128, (33, 64), dtype=torch.int8)
-    arguments = (x, quant.unpack_bits(torch.randint(0, 256, (40, 8), dtype=torch.uint8)), torch.rand(40),
-                 w[:4], torch.rand(4), torch.randint(-127, 128, (40, 4), dtype=torch.int8), torch.rand(40))
+    arguments = (
+        x,
+        quant.unpack_bits(torch.randint(0, 256, (40, 8), dtype=torch.uint8)),
+        torch.rand(40),
+        w[:4],
+        torch.rand(4),
+        torch.randint(-127, 128, (40, 4), dtype=torch.int8),
+        torch.rand(40),
+    )
     exact = quant.int8_matmul(x, w, torch.ones(33)), quant.binary_scaffold_matmul(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         cast = quant.int8_matmul(x, w, torch.ones(33)), quant.binary_scaffold_matmul(*arguments)

@@ -14,6 +14,15 @@ from dfssm.opset import DfssmError
 CONFIG = Mamba2Config(vocab_size=50, d_model=32, n_layer=2, d_state=8, headdim=16, ngroups=2, chunk_size=8)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on more threads, many times so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def worst(found, expected) -> float:
     """The largest difference, relative to the largest expected value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()

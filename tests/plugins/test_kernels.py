@@ -27,7 +27,7 @@ def test_case_table(isa, case):
 
 
 def _whole_numbers(rng, *shape):
-    """fp32 activations that quantise to themselves with scale 1: whole, the largest magnitude of each row 127."""
+    """fp32 activations that quantise to themselves with scale 1: whole, each row's largest magnitude 127."""
     x = rng.integers(-127, 128, shape).astype(F32)
     x[..., rng.integers(shape[-1])] = 127
     return x
@@ -37,7 +37,7 @@ def _whole_numbers(rng, *shape):
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("K", [32, 64, 96, 288, 576])
 def test_scaffold_is_exact_in_integers(isa, layout, K):
-    """Scales of 1 and whole activations leave nothing to round: every output is an exact integer below 2^24."""
+    """Scales of 1 and whole activations leave nothing to round: outputs are exact integers below 2^24."""
     rng = np.random.default_rng(K)
     tokens = (1, 2, 3, 4, 5, 11, 12, 13, 24, 25, 64) if K <= 64 else (1, 3, 5, 13)
     for M, R, n in itertools.product((1, 15, 16, 17, 33, 80), (0, 1, 5, 16), tokens):
@@ -60,7 +60,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
 @each_isa
 @pytest.mark.parametrize("layout", [0, 1])
 def test_scaffold_at_the_ends_of_int8(isa, layout):
-    """All bits set, all activations at +127 or -127: the largest sums any accumulator can meet, over a long row."""
+    """All bits set, all activations +127 or -127: the largest sums an accumulator can meet, on a long row."""
     K, M = 8192, 16
     bits = np.full((M, K // 8), 255, np.uint8)  # the same bytes in both layouts
     empty = np.zeros((0, K), np.int8), np.zeros(0, F32), np.zeros((M, 0), np.int8), np.ones(M, F32)

@@ -115,7 +115,15 @@ def test_state_in_place(library, base, tokens):
         state = {name: value.numpy().copy() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, **IDS)
+ORT_VERSION = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+
+
+@pytest.mark.parametrize(
+    "case",
+    # ONNX Runtime before 1.24 is not trusted with optional inputs, see op.h.
+    [case for case in ONE_OF_EACH if case.op != "SelectiveScanStep" or ORT_VERSION >= (1, 24)],
+    **IDS,
+)
 def test_output_shapes_are_inferred(default_library, case):
     """Without declared outputs the session knows them: symbols of the inputs, sizes of the weights."""
     session = default_library.session(nodes.node_model(case, constants=True, types=False))

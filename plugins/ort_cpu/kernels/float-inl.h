@@ -1,6 +1,7 @@
-// The float kernels of every vector instruction set. Included once by each float__<isa>.cpp, after that set's simd header
-// and with DFSSM_ISA_NAMESPACE naming its namespace: one text, compiled once a set. No standard-library function here may
-// be one the linker merges (std::max, ...): a copy compiled for a wide set must not end up in code for a narrow one.
+// The float kernels of every vector instruction set. Included once by each float__<isa>.cpp, after that set's
+// simd header and with DFSSM_ISA_NAMESPACE naming its namespace: one text, compiled once a set. No
+// standard-library function here may be one the linker merges (std::max, ...): a copy compiled for a wide set
+// must not end up in code for a narrow one.
 #include <cmath>
 #include <cstring>
 
@@ -43,8 +44,8 @@ inline F32 silu(F32 x) {
 
 constexpr int32_t kInfinityBits = 0x7f800000;
 
-// The largest magnitudes of a row [count], lane by lane, as the bits of non-negative floats: integers order those as
-// floats do, with infinity and NaN on top, so that a NaN cannot get lost as it does in MAXPS.
+// The largest magnitudes of a row [count], lane by lane, as the bits of non-negative floats: integers order
+// those as floats do, with infinity and NaN on top, so that a NaN cannot get lost as it does in MAXPS.
 inline I32 largest_magnitudes(const float* x, int64_t count) {
   const auto magnitude = [x](int64_t i, auto lanes) { return bits_of(abs(load(x + i, lanes))); };
   I32 m = zero_int();
@@ -98,8 +99,8 @@ void quantize_activations(const float* x, int64_t n, int64_t K, int8_t* q, float
   for (int64_t t = 0; t < n; ++t) s[t] = quantize_row(x + t * K, K, q + t * K, sums[t]);
 }
 
-// The scales of kLanes rows [kLanes, count] side by side: one transposed maximum and two divisions for all of them.
-// False, and nothing written, if any row is not finite.
+// The scales of kLanes rows [kLanes, count] side by side: one transposed maximum and two divisions for all of
+// them. False, and nothing written, if any row is not finite.
 inline bool row_scales(const float* x, int64_t count, float* inv, float* s) {
   I32 magnitudes[kLanes];
   for (int64_t r = 0; r < kLanes; ++r) magnitudes[r] = largest_magnitudes(x + r * count, count);
@@ -111,13 +112,15 @@ inline bool row_scales(const float* x, int64_t count, float* inv, float* s) {
   return true;
 }
 
-constexpr int64_t kRowBlock = 4 * kLanes;  // rows on their way to int8: the latencies of four groups of scales overlap
+constexpr int64_t kRowBlock =
+    4 * kLanes;  // rows on their way to int8: the latencies of four groups of scales overlap
 
 // `rows` <= kRowBlock rows [rows, count] to int8, each with a scale of its own.
 inline void quantize_rows(const float* x, int64_t rows, int64_t count, int8_t* q, float* s) {
   float inv[kRowBlock];
   int64_t scaled = 0;
-  while (scaled + kLanes <= rows && row_scales(x + scaled * count, count, inv + scaled, s + scaled)) scaled += kLanes;
+  while (scaled + kLanes <= rows && row_scales(x + scaled * count, count, inv + scaled, s + scaled))
+    scaled += kLanes;
   for (int64_t r = 0; r < scaled; ++r) quantize(x + r * count, count, broadcast(inv[r]), q + r * count);
   int32_t unused;
   for (int64_t r = scaled; r < rows; ++r) s[r] = quantize_row(x + r * count, count, q + r * count, unused);
@@ -171,9 +174,12 @@ void conv_width(const ConvArgs& a, int64_t c0, int64_t c1) {
 
 void causal_conv1d(const ConvArgs& a, int64_t c0, int64_t c1) {
   switch (a.W) {
-    case 2: return conv_width<2>(a, c0, c1);
-    case 3: return conv_width<3>(a, c0, c1);
-    default: return conv_width<4>(a, c0, c1);
+    case 2:
+      return conv_width<2>(a, c0, c1);
+    case 3:
+      return conv_width<3>(a, c0, c1);
+    default:
+      return conv_width<4>(a, c0, c1);
   }
 }
 
@@ -205,8 +211,9 @@ void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
 
 // ---- selective scan ----
 
-// One pass over the state takes one token, or kTokens tokens at once: then each element is loaded and stored once for all
-// of them and stays in a register in between. So many vectors of headdim does a pass hold, with a sum for each token:
+// One pass over the state takes one token, or kTokens tokens at once: then each element is loaded and stored
+// once for all of them and stays in a register in between. So many vectors of headdim does a pass hold, with
+// a sum for each token:
 constexpr int kChunk = 4, kChunkOfTokens = 2;
 
 // NV vectors of a row, the last one perhaps partial.
@@ -224,7 +231,8 @@ inline void store_chunk(T* p, Lanes last, const F32 (&v)[NV]) {
   store(p + (NV - 1) * kLanes, v[NV - 1], last);
 }
 
-// A few tokens of one head, over the N state rows from some row on; y is added to. `stride` is from token to token.
+// A few tokens of one head, over the N state rows from some row on; y is added to. `stride` is from token to
+// token.
 struct Step {
   const float* x;  // [tokens, P]
   float* y;        // [tokens, P]
@@ -238,7 +246,8 @@ struct Step {
   int64_t N, P;
 };
 
-// Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to `out`.
+// Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to
+// `out`.
 template <int NT, int NV, class In, class Out, class Lanes>
 inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lanes last) {
   constexpr int kAhead = 4096;  // bytes: far enough to cover a memory access, near enough to stay in L1
@@ -289,10 +298,11 @@ void step(const Step& s, int64_t tokens, const In* in, Out* out) {
   return tokens == 1 ? step_tokens<1>(s, in, out) : step_tokens<kTokens>(s, in, out);
 }
 
-// The last tokens of an int8 state: blocks of rows pass through `tile` to int8. In is int8_t or, with `in` the tile
-// itself, float.
+// The last tokens of an int8 state: blocks of rows pass through `tile` to int8. In is int8_t or, with `in`
+// the tile itself, float.
 template <class In>
-void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* tile, int8_t* out, float* scale) {
+void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* tile, int8_t* out,
+                       float* scale) {
   for (int64_t n = 0; n < all.N; n += kRowBlock) {
     Step s = all;
     s.C += n;
@@ -308,15 +318,15 @@ void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* til
 
 float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-// Floats of scratch: dB [kTokens, N], row factors [N], and the tile: [N, P] between tokens, or a block of rows on the
-// way to int8.
+// Floats of scratch: dB [kTokens, N], row factors [N], and the tile: [N, P] between tokens, or a block of
+// rows on the way to int8.
 size_t selective_scan_bytes(const ScanArgs& a) {
   const int64_t tile_rows = a.T > 1 ? a.N : a.state_type == StateType::i8 ? kRowBlock : 0;
   return sizeof(float) * ((kTokens + 1) * a.N + tile_rows * a.P);
 }
 
-// State is float, uint16_t (binary16) or int8_t. The first pass reads the stored state, the last one writes it, passes
-// between them work in the fp32 tile.
+// State is float, uint16_t (binary16) or int8_t. The first pass reads the stored state, the last one writes
+// it, passes between them work in the fp32 tile.
 template <class State>
 void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
   constexpr bool kScaled = sizeof(State) == 1;
@@ -378,9 +388,12 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
 void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
   float* floats = static_cast<float*>(scratch);
   switch (a.state_type) {
-    case StateType::f32: return scan_heads<float>(a, i0, i1, floats);
-    case StateType::f16: return scan_heads<uint16_t>(a, i0, i1, floats);
-    case StateType::i8: return scan_heads<int8_t>(a, i0, i1, floats);
+    case StateType::f32:
+      return scan_heads<float>(a, i0, i1, floats);
+    case StateType::f16:
+      return scan_heads<uint16_t>(a, i0, i1, floats);
+    case StateType::i8:
+      return scan_heads<int8_t>(a, i0, i1, floats);
   }
 }
 

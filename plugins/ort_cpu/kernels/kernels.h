@@ -1,14 +1,18 @@
 // CPU kernels of the ai.dfssm operators: raw pointers, one dispatch table per instruction set.
 //
 // Contract of every kernel
-//   * Arrays are dense and row-major in the given order, unless a leading dimension (`ld*`, in elements) is given.
-//   * No alignment is needed (64 bytes is fastest). Nothing outside an array is read or written, not even a vector
+//   * Arrays are dense and row-major in the given order, unless a leading dimension (`ld*`, in elements) is
+//   given.
+//   * No alignment is needed (64 bytes is fastest). Nothing outside an array is read or written, not even a
+//   vector
 //     tail; software prefetches may name addresses past the end.
 //   * Inputs and outputs do not overlap, except where "in place" is said.
-//   * Nothing is allocated, nothing is thrown, no global state is touched: calls over disjoint ranges may run on
+//   * Nothing is allocated, nothing is thrown, no global state is touched: calls over disjoint ranges may run
+//   on
 //     different threads. Scratch comes from the caller, in the number of bytes that `*_bytes` returns.
 //   * Sizes are the caller's duty: a kernel checks none.
-//   * Integer sums are exact and equal on every instruction set; `q` of quantize_activations is bit-equal too. Float
+//   * Integer sums are exact and equal on every instruction set; `q` of quantize_activations is bit-equal
+//   too. Float
 //     parts differ by rounding and by order of summation only.
 #pragma once
 
@@ -21,14 +25,17 @@ namespace dfssm {
 inline constexpr float kTiny = 1e-30f;
 
 // BinaryScaffoldMatMul for tokens that quantize_activations has quantised:
-//   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] * h[t,r]
+//   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] *
+//   h[t,r]
 // with h from int8_matmul(w = down, w_scale = down_scale). K % 32 == 0.
 struct ScaffoldArgs {
-  const int8_t* q;        // [n, K]
-  const void* packed;     // scaffold_pack(q), or nullptr where scaffold_pack_bytes(n, K) is 0; layout 0 ignores it
-  const float* s;         // [n]
-  const int32_t* sum;     // [n]
-  const uint8_t* bits;    // layout 0: [planes, M, K/8]; layout 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16)
+  const int8_t* q;  // [n, K]
+  const void*
+      packed;      // scaffold_pack(q), or nullptr where scaffold_pack_bytes(n, K) is 0; layout 0 ignores it
+  const float* s;  // [n]
+  const int32_t* sum;  // [n]
+  const uint8_t*
+      bits;  // layout 0: [planes, M, K/8]; layout 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16)
   const float* scale;     // [planes, M]
   const int8_t* up;       // layout 0: [M, R]; layout 1: [Mp/16, R, 16]; unread if R == 0
   const float* up_scale;  // [M]; unread if R == 0
@@ -37,10 +44,11 @@ struct ScaffoldArgs {
   int64_t ldy;
   int64_t n, K, M, R;
   int planes;
-  int layout;             // 0 or 1
+  int layout;  // 0 or 1
 };
 
-// Int8MatMul for quantised tokens: y[t,m] = (w_scale[m] * s[t]) * sum_k w[m,k] * q[t,k]. Any K; w in [-128, 127].
+// Int8MatMul for quantised tokens: y[t,m] = (w_scale[m] * s[t]) * sum_k w[m,k] * q[t,k]. Any K; w in [-128,
+// 127].
 struct Int8Args {
   const int8_t* q;       // [n, K]
   const float* s;        // [n]
@@ -86,14 +94,14 @@ struct ScanArgs {
   StateType state_type;
 };
 
-// GatedRMSNorm: v = y * silu(z); out = v * rsqrt(mean over each of `groups` equal parts of v^2 + eps) * weight.
-// RMSNorm: z == nullptr, v = y. In place: out == y.
+// GatedRMSNorm: v = y * silu(z); out = v * rsqrt(mean over each of `groups` equal parts of v^2 + eps) *
+// weight. RMSNorm: z == nullptr, v = y. In place: out == y.
 struct NormArgs {
-  const float* y;       // [n, C]
-  const float* z;       // [n, C] or nullptr
-  const float* weight;  // [C]
-  float* out;           // [n, C]
-  int64_t n, C, groups; // C % groups == 0
+  const float* y;        // [n, C]
+  const float* z;        // [n, C] or nullptr
+  const float* weight;   // [C]
+  float* out;            // [n, C]
+  int64_t n, C, groups;  // C % groups == 0
   float eps;
 };
 
@@ -106,11 +114,13 @@ struct KernelTable {
   // x [n, K], q [n, K], s [n], sum [n]. Threads: split over tokens.
   void (*quantize_activations)(const float* x, int64_t n, int64_t K, int8_t* q, float* s, int32_t* sum);
 
-  // Re-orders q for scaffold_matmul of layout 1 with n tokens; 0 bytes: nothing to do. Once a matmul, not per range.
+  // Re-orders q for scaffold_matmul of layout 1 with n tokens; 0 bytes: nothing to do. Once a matmul, not per
+  // range.
   size_t (*scaffold_pack_bytes)(int64_t n, int64_t K);
   void (*scaffold_pack)(const int8_t* q, int64_t n, int64_t K, void* packed);
 
-  // Rows [m0, m1) of y for all n tokens. m0 is a multiple of 16, m1 a multiple of 16 or M (multiples of 32 are fastest).
+  // Rows [m0, m1) of y for all n tokens. m0 is a multiple of 16, m1 a multiple of 16 or M (multiples of 32
+  // are fastest).
   void (*scaffold_matmul)(const ScaffoldArgs& args, int64_t m0, int64_t m1);
 
   // Rows [m0, m1) of y for all n tokens, any m0 <= m1 (multiples of 4 are fastest).
@@ -128,8 +138,8 @@ struct KernelTable {
 };
 
 // The table chosen at the first call: DFSSM_ISA if it is set, otherwise the best this CPU can run.
-// kernels_error() is nullptr, or one line saying that DFSSM_ISA names no usable table and which names are usable;
-// kernels() is then the default table. Callers report the error; the library never exits.
+// kernels_error() is nullptr, or one line saying that DFSSM_ISA names no usable table and which names are
+// usable; kernels() is then the default table. Callers report the error; the library never exits.
 const KernelTable& kernels();
 const char* kernels_error();
 

@@ -29,7 +29,8 @@ float quantize_row(const float* x, int64_t count, int8_t* q) {
     finite = finite && std::isfinite(x[k]);
   }
   const RowScale scale = row_scale(m);
-  for (int64_t k = 0; k < count; ++k) q[k] = finite ? static_cast<int8_t>(std::nearbyint(x[k] * scale.inv)) : 0;
+  for (int64_t k = 0; k < count; ++k)
+    q[k] = finite ? static_cast<int8_t>(std::nearbyint(x[k] * scale.inv)) : 0;
   return finite ? scale.s : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -116,10 +117,15 @@ void load_state(const ScanArgs& a, int64_t i, float* h) {
   const int64_t size = a.N * a.P;
   for (int64_t j = 0; j < size; ++j) {
     switch (a.state_type) {
-      case StateType::f32: h[j] = static_cast<const float*>(a.state)[i * size + j]; break;
-      case StateType::f16: h[j] = half_to_float(static_cast<const uint16_t*>(a.state)[i * size + j]); break;
+      case StateType::f32:
+        h[j] = static_cast<const float*>(a.state)[i * size + j];
+        break;
+      case StateType::f16:
+        h[j] = half_to_float(static_cast<const uint16_t*>(a.state)[i * size + j]);
+        break;
       case StateType::i8:
-        h[j] = static_cast<float>(static_cast<const int8_t*>(a.state)[i * size + j]) * a.state_scale[i * a.N + j / a.P];
+        h[j] = static_cast<float>(static_cast<const int8_t*>(a.state)[i * size + j]) *
+               a.state_scale[i * a.N + j / a.P];
     }
   }
 }
@@ -135,7 +141,8 @@ void store_state(const ScanArgs& a, int64_t i, const float* h) {
   }
   for (int64_t j = 0; j < size; ++j) {
     if (a.state_type == StateType::f32) static_cast<float*>(a.new_state)[i * size + j] = h[j];
-    if (a.state_type == StateType::f16) static_cast<uint16_t*>(a.new_state)[i * size + j] = float_to_half(h[j]);
+    if (a.state_type == StateType::f16)
+      static_cast<uint16_t*>(a.new_state)[i * size + j] = float_to_half(h[j]);
   }
 }
 

@@ -1,5 +1,5 @@
-// Integer matmuls for AVX2. Without VNNI the byte product VPMADDUBSW adds two products into an int16 that saturates:
-// every use below says why it cannot.
+// Integer matmuls for AVX2. Without VNNI the byte product VPMADDUBSW adds two products into an int16 that
+// saturates: every use below says why it cannot.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -18,6 +18,13 @@ constexpr int kAhead = 12288;  // bytes to prefetch ahead of the stream of bits
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline __m256i broadcast4(const int8_t* q) { return _mm256_set1_epi32(*reinterpret_cast<const Dword*>(q)); }
+
+// acc += pairs of u8 * s8, in int16. Inline assembly because gcc 12 gives the sum of the intrinsics a
+// register of its own and spills half of the accumulators.
+inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
+  __m256i products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(u8), "x"(s8));
+}
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -47,7 +54,8 @@ inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t blo
 // (scale * s) * (2 * positive - sum) of one plane, for the eight rows from `row` on.
 inline __m256 scaled(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i positive) {
   const __m256 scale = _mm256_maskload_ps(a.scale + plane * a.M + row, rows_of(a, row));
-  const __m256i signed_sum = _mm256_sub_epi32(_mm256_add_epi32(positive, positive), _mm256_set1_epi32(a.sum[t]));
+  const __m256i signed_sum =
+      _mm256_sub_epi32(_mm256_add_epi32(positive, positive), _mm256_set1_epi32(a.sum[t]));
   return _mm256_mul_ps(_mm256_mul_ps(scale, _mm256_set1_ps(a.s[t])), _mm256_cvtepi32_ps(signed_sum));
 }
 
@@ -67,9 +75,10 @@ inline void finish(const ScaffoldArgs& a, int64_t row, int64_t t, __m256 scaffol
   _mm256_maskstore_ps(a.y + t * a.ldy + row, rows, scaffold);
 }
 
-// One token. Each half of a tile is split into nibbles; a nibble byte ANDed with 1 << j holds 2^j times its bit, and the
-// four powers keep an int16 accumulator each. A tile adds at most 2 nibbles * 2 products * 8 * 127 = 4064 to the largest,
-// so eight tiles (32512) fit; exact right shifts then fold the four, every partial sum again at most 32512, into int32.
+// One token. Each half of a tile is split into nibbles; a nibble byte ANDed with 1 << j holds 2^j times its
+// bit, and the four powers keep an int16 accumulator each. A tile adds at most 2 nibbles * 2 products * 8 *
+// 127 = 4064 to the largest, so eight tiles (32512) fit; exact right shifts then fold the four, every partial
+// sum again at most 32512, into int32.
 constexpr int kTilesPerFold = 8;
 
 void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
@@ -85,7 +94,8 @@ void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
         __m256i acc[2][4];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
-        for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end; ++i, tile += 64, q += kTileColumns) {
+        for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end;
+             ++i, tile += 64, q += kTileColumns) {
           prefetch(tile + kAhead);
 #pragma GCC unroll 2
           for (int high = 0; high < 2; ++high) {
@@ -101,8 +111,7 @@ void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
               const __m256i x = broadcast4(q + 16 * high + 4 * j);
 #pragma GCC unroll 2
               for (int half = 0; half < 2; ++half) {
-                const __m256i product = _mm256_maddubs_epi16(_mm256_and_si256(bits[half], mask), x);
-                acc[half][j] = _mm256_add_epi16(acc[half][j], product);
+                dot_words(acc[half][j], _mm256_and_si256(bits[half], mask), x);
               }
             }
           }
@@ -123,8 +132,8 @@ void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
   }
 }
 
-// NT tokens: bits are expanded to bytes of 0 and 1, once for all tokens. A product adds at most 2 * 127 to an int16, so
-// 16 tiles (16 * 8 * 254 = 32512) fit before they are widened.
+// NT tokens: bits are expanded to bytes of 0 and 1, once for all tokens. A product adds at most 2 * 127 to an
+// int16, so 16 tiles (16 * 8 * 254 = 32512) fit before they are widened.
 constexpr int kTokenTile = 4;
 constexpr int kTilesPerWiden = 16;
 
@@ -145,6 +154,7 @@ void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
       for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
       for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
         __m256i bits[2] = {load(tile), load(tile + 32)};
+#pragma GCC unroll 1
         for (int j = 0; j < 8; ++j, q += 4) {
           __m256i u8[2];
 #pragma GCC unroll 2
@@ -157,7 +167,7 @@ void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
             const __m256i x = broadcast4(q + t * a.K);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
-              acc[t][half] = _mm256_add_epi16(acc[t][half], _mm256_maddubs_epi16(u8[half], x));
+              dot_words(acc[t][half], u8[half], x);
             }
           }
         }
@@ -182,17 +192,24 @@ void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
       switch (t1 - t0) {
-        case 2: token_tile<2>(a, block, t0); break;
-        case 3: token_tile<3>(a, block, t0); break;
-        default: token_tile<4>(a, block, t0);
+        case 2:
+          token_tile<2>(a, block, t0);
+          break;
+        case 3:
+          token_tile<3>(a, block, t0);
+          break;
+        default:
+          token_tile<4>(a, block, t0);
       }
     }
   }
 }
 
-// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added up.
+// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added
+// up.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
-  const __m256i byte_of_column = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i byte_of_column =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit_of_column = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
   const __m256i ones = _mm256_set1_epi8(1);
   for (int64_t m = m0; m < m1; ++m) {
@@ -213,7 +230,8 @@ void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
       }
       if (a.R > 0) {
         float correction = 0.0f;
-        for (int64_t r = 0; r < a.R; ++r) correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
+        for (int64_t r = 0; r < a.R; ++r)
+          correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
         y += a.up_scale[m] * correction;
       }
       a.y[t * a.ldy + m] = y;

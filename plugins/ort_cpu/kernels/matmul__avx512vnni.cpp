@@ -1,5 +1,5 @@
-// Integer matmuls for AVX-512 VNNI. VPDPBUSD multiplies four unsigned by four signed bytes a lane and adds them to an
-// int32 lane without saturating, so every sum below is exact.
+// Integer matmuls for AVX-512 VNNI. VPDPBUSD multiplies four unsigned by four signed bytes a lane and adds
+// them to an int32 lane without saturating, so every sum below is exact.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -13,12 +13,14 @@ namespace {
 
 using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbouring int8 activations
 
-// How far ahead of the stream to prefetch, in bytes: one core then keeps enough lines in flight to fill its share of the
-// memory bandwidth; without it the kernels reach only 80-90 % (bench/kernels.py).
+// How far ahead of the stream to prefetch, in bytes: one core then keeps enough lines in flight to fill its
+// share of the memory bandwidth; without it the kernels reach only 80-90 % (bench/kernels.py).
 constexpr int kAhead = 12288;
 
 // Inline assembly because gcc 12 copies the accumulator of the intrinsic through spare registers and spills.
-inline void dot(__m512i& acc, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8)); }
+inline void dot(__m512i& acc, __m512i u8, __m512i s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
 inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u8), "m"(*reinterpret_cast<const Dword*>(s8)));
 }
@@ -40,9 +42,11 @@ inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t blo
 }
 
 // (scale * s) * (2 * positive - sum) of one plane.
-inline __m512 scaled(const ScaffoldArgs& a, int64_t plane, int64_t block, __mmask16 rows, int64_t t, __m512i positive) {
+inline __m512 scaled(const ScaffoldArgs& a, int64_t plane, int64_t block, __mmask16 rows, int64_t t,
+                     __m512i positive) {
   const __m512 scale = _mm512_maskz_loadu_ps(rows, a.scale + plane * a.M + block * kTileRows);
-  const __m512i signed_sum = _mm512_sub_epi32(_mm512_add_epi32(positive, positive), _mm512_set1_epi32(a.sum[t]));
+  const __m512i signed_sum =
+      _mm512_sub_epi32(_mm512_add_epi32(positive, positive), _mm512_set1_epi32(a.sum[t]));
   return _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(a.s[t])), _mm512_cvtepi32_ps(signed_sum));
 }
 
@@ -62,9 +66,10 @@ inline void finish(const ScaffoldArgs& a, int64_t block, __mmask16 rows, int64_t
   _mm512_mask_storeu_ps(a.y + t * a.ldy + block * kTileRows, rows, scaffold);
 }
 
-// Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight accumulators a
-// token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8 AND + 8 VPDPBUSD a token and
-// 64-byte tile. Registers: 8 NT accumulators, 8 masks, the tile and its AND; three tokens would spill.
+// Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight
+// accumulators a token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8
+// AND + 8 VPDPBUSD a token and 64-byte tile. Registers: 8 NT accumulators, 8 masks, the tile and its AND;
+// three tokens would spill.
 constexpr int kFewTokens = 2;
 
 template <int NT>
@@ -108,9 +113,9 @@ void few_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
   }
 }
 
-// Many tokens: each tile is expanded to bytes of 0 and 1 in registers, once for NB * NT products. Packed activations are
-// [K/4, NT] dwords a token tile, so that one tile is one stream. Registers: NB * NT <= 24 accumulators, NB tiles, NB
-// expanded tiles, the mask of ones.
+// Many tokens: each tile is expanded to bytes of 0 and 1 in registers, once for NB * NT products. Packed
+// activations are [K/4, NT] dwords a token tile, so that one tile is one stream. Registers: NB * NT <= 24
+// accumulators, NB tiles, NB expanded tiles, the mask of ones.
 constexpr int kTokenTile = 12;
 
 template <int NB, int NT>
@@ -157,14 +162,16 @@ void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
 
 using TokenTile = void (*)(const ScaffoldArgs& a, int64_t block, int64_t t0);
 constexpr TokenTile kTokenTiles[2][kTokenTile + 1] = {
-    {nullptr, nullptr, nullptr, token_tile<1, 3>, token_tile<1, 4>, token_tile<1, 5>, token_tile<1, 6>, token_tile<1, 7>,
-     token_tile<1, 8>, token_tile<1, 9>, token_tile<1, 10>, token_tile<1, 11>, token_tile<1, 12>},
-    {nullptr, nullptr, nullptr, token_tile<2, 3>, token_tile<2, 4>, token_tile<2, 5>, token_tile<2, 6>, token_tile<2, 7>,
-     token_tile<2, 8>, token_tile<2, 9>, token_tile<2, 10>, token_tile<2, 11>, token_tile<2, 12>},
+    {nullptr, nullptr, nullptr, token_tile<1, 3>, token_tile<1, 4>, token_tile<1, 5>, token_tile<1, 6>,
+     token_tile<1, 7>, token_tile<1, 8>, token_tile<1, 9>, token_tile<1, 10>, token_tile<1, 11>,
+     token_tile<1, 12>},
+    {nullptr, nullptr, nullptr, token_tile<2, 3>, token_tile<2, 4>, token_tile<2, 5>, token_tile<2, 6>,
+     token_tile<2, 7>, token_tile<2, 8>, token_tile<2, 9>, token_tile<2, 10>, token_tile<2, 11>,
+     token_tile<2, 12>},
 };
 
-// First token of tile i when n tokens are cut into as few tiles as possible, all nearly equal: for n > kFewTokens none
-// has fewer than 3 tokens.
+// First token of tile i when n tokens are cut into as few tiles as possible, all nearly equal: for n >
+// kFewTokens none has fewer than 3 tokens.
 inline int64_t tile_count(int64_t n) { return (n + kTokenTile - 1) / kTokenTile; }
 inline int64_t tile_start(int64_t n, int64_t i) { return n * i / tile_count(n); }
 
@@ -178,7 +185,8 @@ void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
   }
 }
 
-// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at a time.
+// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at
+// a time.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t m = m0; m < m1; ++m) {
@@ -199,7 +207,8 @@ void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
       }
       if (a.R > 0) {
         float correction = 0.0f;
-        for (int64_t r = 0; r < a.R; ++r) correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
+        for (int64_t r = 0; r < a.R; ++r)
+          correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
         y += a.up_scale[m] * correction;
       }
       a.y[t * a.ldy + m] = y;
@@ -222,8 +231,8 @@ struct Full {};  // all 64 columns of a step
 inline __m512i load_columns(const int8_t* p, Full) { return _mm512_loadu_si512(p); }
 inline __m512i load_columns(const int8_t* p, __mmask64 lanes) { return _mm512_maskz_loadu_epi8(lanes, p); }
 
-// Rows [m, m + NR) by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 * sum(q) is
-// taken off at the end.
+// Rows [m, m + NR) by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 *
+// sum(q) is taken off at the end.
 template <int NR, int NT>
 void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -267,8 +276,10 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
 constexpr int kInt8Rows = 4, kInt8Tokens = 6;
 using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t);
 constexpr Int8Tile kInt8Tiles[2][kInt8Tokens + 1] = {
-    {nullptr, int8_tile<1, 1>, int8_tile<1, 2>, int8_tile<1, 3>, int8_tile<1, 4>, int8_tile<1, 5>, int8_tile<1, 6>},
-    {nullptr, int8_tile<4, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>, int8_tile<4, 6>},
+    {nullptr, int8_tile<1, 1>, int8_tile<1, 2>, int8_tile<1, 3>, int8_tile<1, 4>, int8_tile<1, 5>,
+     int8_tile<1, 6>},
+    {nullptr, int8_tile<4, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>,
+     int8_tile<4, 6>},
 };
 
 }  // namespace
@@ -290,9 +301,12 @@ void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
   switch (a.n) {
-    case 1: return few_tokens<1>(a, block0, block1);
-    case 2: return few_tokens<2>(a, block0, block1);
-    default: return many_tokens(a, block0, block1);
+    case 1:
+      return few_tokens<1>(a, block0, block1);
+    case 2:
+      return few_tokens<2>(a, block0, block1);
+    default:
+      return many_tokens(a, block0, block1);
   }
 }
 

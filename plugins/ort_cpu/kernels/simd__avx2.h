@@ -37,7 +37,9 @@ inline F32 scale_by_power(F32 a, F32 exponent) {
   return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
 inline F32 where_negative(F32 test, F32 yes, F32 no) { return _mm256_blendv_ps(no, yes, test); }
-inline F32 where_below(F32 a, F32 b, F32 yes, F32 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline F32 where_below(F32 a, F32 b, F32 yes, F32 no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 inline float sum(F32 a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -67,7 +69,9 @@ inline void store(float* p, F32 v, Full) { _mm256_storeu_ps(p, v); }
 inline void store(float* p, F32 v, Mask m) { _mm256_maskstore_ps(p, m.lanes, v); }
 
 // binary16, as bits
-inline F32 load(const uint16_t* p, Full) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F32 load(const uint16_t* p, Full) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline F32 load(const uint16_t* p, Mask m) {
   uint16_t buffer[kLanes] = {};
   std::memcpy(buffer, p, m.count * sizeof *p);
@@ -113,13 +117,16 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
   I32 half[4], quarter[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    half[i] = max(_mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]), _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
+    half[i] = max(_mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]),
+                  _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    quarter[i] = max(_mm256_unpacklo_epi64(half[2 * i], half[2 * i + 1]), _mm256_unpackhi_epi64(half[2 * i], half[2 * i + 1]));
+    quarter[i] = max(_mm256_unpacklo_epi64(half[2 * i], half[2 * i + 1]),
+                     _mm256_unpackhi_epi64(half[2 * i], half[2 * i + 1]));
   }
-  return max(_mm256_permute2x128_si256(quarter[0], quarter[1], 0x20), _mm256_permute2x128_si256(quarter[0], quarter[1], 0x31));
+  return max(_mm256_permute2x128_si256(quarter[0], quarter[1], 0x20),
+             _mm256_permute2x128_si256(quarter[0], quarter[1], 0x31));
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

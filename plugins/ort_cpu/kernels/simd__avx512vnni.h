@@ -1,4 +1,5 @@
-// AVX-512 vectors for float-inl.h: 16 lanes, tails by mask registers (masked lanes touch no memory and load zero).
+// AVX-512 vectors for float-inl.h: 16 lanes, tails by mask registers (masked lanes touch no memory and load
+// zero).
 #pragma once
 
 #include <immintrin.h>
@@ -23,7 +24,9 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline F32 negate_abs(F32 a) { return _mm512_or_ps(a, _mm512_set1_ps(-0.0f)); }
-inline F32 round_even(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 round_even(F32 a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline F32 scale_by_power(F32 a, F32 exponent) { return _mm512_scalef_ps(a, exponent); }
 inline F32 where_negative(F32 test, F32 yes, F32 no) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), no, yes);
@@ -48,7 +51,9 @@ inline void store(float* p, F32 v, Full) { _mm512_storeu_ps(p, v); }
 inline void store(float* p, F32 v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
 
 // binary16, as bits
-inline F32 load(const uint16_t* p, Full) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F32 load(const uint16_t* p, Full) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline F32 load(const uint16_t* p, Mask m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
 inline void store(uint16_t* p, F32 v, Full) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -60,8 +65,12 @@ inline void store(uint16_t* p, F32 v, Mask m) {
 inline F32 load(const int8_t* p, Full) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline F32 load(const int8_t* p, Mask m) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p))); }
-inline void store(int8_t* p, I32 v, Full) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+inline F32 load(const int8_t* p, Mask m) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p)));
+}
+inline void store(int8_t* p, I32 v, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
 inline void store(int8_t* p, I32 v, Mask m) { _mm_mask_storeu_epi8(p, m, _mm512_cvtepi32_epi8(v)); }
 
 // Four vectors in a row.
@@ -76,11 +85,13 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
   I32 half[8], quarter[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    half[i] = max(_mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
+    half[i] = max(_mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]),
+                  _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    quarter[i] = max(_mm512_unpacklo_epi64(half[2 * i], half[2 * i + 1]), _mm512_unpackhi_epi64(half[2 * i], half[2 * i + 1]));
+    quarter[i] = max(_mm512_unpacklo_epi64(half[2 * i], half[2 * i + 1]),
+                     _mm512_unpackhi_epi64(half[2 * i], half[2 * i + 1]));
   }
   const auto across = [](I32 a, I32 b) {
     return max(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
@@ -90,7 +101,8 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Lane and vector of every element of a [16, S] array seen as S vectors, from either side of the transposition.
+// Lane and vector of every element of a [16, S] array seen as S vectors, from either side of the
+// transposition.
 template <int S>
 struct Transposition {
   int32_t load_lane[S][kLanes], store_lane[S][kLanes];
@@ -119,7 +131,8 @@ inline void load_columns(const float* p, F32 (&columns)[S]) {
     columns[j] = zero();
 #pragma GCC unroll 4
     for (int v = 0; v < S; ++v) {
-      columns[j] = _mm512_mask_permutexvar_ps(columns[j], kTo.load_from[j][v], lane, _mm512_loadu_ps(p + v * kLanes));
+      columns[j] =
+          _mm512_mask_permutexvar_ps(columns[j], kTo.load_from[j][v], lane, _mm512_loadu_ps(p + v * kLanes));
     }
   }
 }

@@ -1,6 +1,6 @@
-# Kernel sources and the instruction-set flags of each. Flags belong to single files: the rest of the library, and the
-# dispatch itself, must run on any CPU of the architecture. -ffp-contract=off: floats are computed as written, so that
-# equal C++ gives equal results on every instruction set.
+# Kernel sources and the instruction-set flags of each. Flags belong to single files: the rest of the library,
+# and the dispatch itself, must run on any CPU of the architecture. -ffp-contract=off: floats are computed as
+# written, so that equal C++ gives equal results on every instruction set.
 set(DFSSM_KERNEL_DIR "${CMAKE_CURRENT_LIST_DIR}")
 set(DFSSM_KERNEL_SOURCES
     "${DFSSM_KERNEL_DIR}/dispatch.cpp"

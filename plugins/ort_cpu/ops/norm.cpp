@@ -12,7 +12,7 @@ float checked_eps(const char* op, float eps) {
   return eps;
 }
 
-// Tokens of [B, T, C], one norm over each; about 1 ns an element without a gate hides in the estimate.
+// One norm a token.
 void norm(Call& call, NormArgs args) {
   const double token_ns = static_cast<double>(args.C) * (args.z ? 0.5 : 0.2);
   call.parallel(args.n, token_ns, [&](int64_t begin, int64_t end) { kernels().rms_norm(args, begin, end); });

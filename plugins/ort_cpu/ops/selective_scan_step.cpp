@@ -94,8 +94,7 @@ struct SelectiveScanStep : Kernel {
   static void infer(Inference& inference) {
     inference.like(0, Schema::k_x, 3);
     inference.like(1, Schema::k_state, 4);
-    // Not the optional output: the API cannot tell whether the node has it, and ONNX Runtime up to 1.21
-    // aborts the process when it is set and absent.
+    // Not the optional output: the API does not tell whether the node has it.
   }
 
   int64_t groups;

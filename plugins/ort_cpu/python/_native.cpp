@@ -1,5 +1,5 @@
-// dfssm._native: the kernels over NumPy arrays, for tests and benches. Nothing is converted: an array of another dtype,
-// shape or memory order is a ValueError. Outputs are new arrays, or `out` where it is given.
+// dfssm._native: the kernels over NumPy arrays, for tests and benches. Nothing is converted: an array of
+// another dtype, shape or memory order is a ValueError. Outputs are new arrays, or `out` where it is given.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -51,7 +51,8 @@ class Arguments {
   }
 
   // `name` must have one of `dtypes`, exactly this shape, and C order.
-  void check(const char* name, const py::array& a, const std::vector<py::dtype>& dtypes, const Shape& shape) const {
+  void check(const char* name, const py::array& a, const std::vector<py::dtype>& dtypes,
+             const Shape& shape) const {
     std::string expected;
     bool known = false;
     for (const py::dtype& dtype : dtypes) {
@@ -59,7 +60,8 @@ class Arguments {
       expected += (expected.empty() ? "" : " or ") + name_of(dtype);
     }
     require(known && shape_of(a) == shape, std::string("'") + name + "' is " + name_of(a.dtype()) + " " +
-                                               text(shape_of(a)) + ", expected " + expected + " " + text(shape));
+                                               text(shape_of(a)) + ", expected " + expected + " " +
+                                               text(shape));
     require(a.flags() & py::array::c_style, std::string("'") + name + "' must be in C order");
   }
 
@@ -122,7 +124,9 @@ void parallel(int threads, int64_t units, int64_t unit, const Body& body) {
   const py::gil_scoped_release release;
   const int64_t blocks = (units + unit - 1) / unit;
   const int64_t count = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
-  const auto range = [&](int64_t i) { body(blocks * i / count * unit, std::min(blocks * (i + 1) / count * unit, units)); };
+  const auto range = [&](int64_t i) {
+    body(blocks * i / count * unit, std::min(blocks * (i + 1) / count * unit, units));
+  };
   std::vector<std::thread> others;
   for (int64_t i = 1; i < count; ++i) others.emplace_back(range, i);
   range(0);
@@ -154,8 +158,8 @@ py::tuple quantize_activations(const std::string& isa, const py::array& x) {
 
 py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, const py::array& bits,
                                  const py::array& scale, const py::array& down, const py::array& down_scale,
-                                 const py::array& up, const py::array& up_scale, int layout, int planes, int threads,
-                                 const std::optional<py::array>& out) {
+                                 const py::array& up, const py::array& up_scale, int layout, int planes,
+                                 int threads, const std::optional<py::array>& out) {
   const Arguments arguments("binary_scaffold_matmul");
   const KernelTable& table = arguments.table(isa);
   arguments.require(layout == 0 || layout == 1, "layout is " + std::to_string(layout) + ", expected 0 or 1");
@@ -170,7 +174,8 @@ py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, con
 
   ScaffoldArgs args{};
   const float* values = arguments.input<float>("x", x, rows.with(K));
-  args.bits = arguments.input<uint8_t>("bits", bits, planes > 1 ? Shape{planes, stored_rows, K / 8} : Shape{stored_rows, K / 8});
+  args.bits = arguments.input<uint8_t>(
+      "bits", bits, planes > 1 ? Shape{planes, stored_rows, K / 8} : Shape{stored_rows, K / 8});
   args.scale = arguments.input<float>("scale", scale, planes > 1 ? Shape{planes, M} : Shape{M});
   const int8_t* down_values = arguments.input<int8_t>("down", down, {R, K});
   const float* down_scales = arguments.input<float>("down_scale", down_scale, {R});
@@ -184,7 +189,8 @@ py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, con
   const std::unique_ptr<std::byte[]> packed(packed_bytes ? new std::byte[packed_bytes] : nullptr);
   if (packed) table.scaffold_pack(tokens.q.data(), n, K, packed.get());
   std::vector<float> h(n * R);
-  Int8Args low{tokens.q.data(), tokens.s.data(), tokens.sum.data(), down_values, down_scales, h.data(), R, n, K, R};
+  Int8Args low{
+      tokens.q.data(), tokens.s.data(), tokens.sum.data(), down_values, down_scales, h.data(), R, n, K, R};
   if (R > 0) table.int8_matmul(low, 0, R);
 
   args.q = tokens.q.data();
@@ -200,8 +206,8 @@ py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, con
   return y;
 }
 
-py::array int8_matmul(const std::string& isa, const py::array& x, const py::array& w, const py::array& w_scale,
-                      int threads, const std::optional<py::array>& out) {
+py::array int8_matmul(const std::string& isa, const py::array& x, const py::array& w,
+                      const py::array& w_scale, int threads, const std::optional<py::array>& out) {
   const Arguments arguments("int8_matmul");
   const KernelTable& table = arguments.table(isa);
   const Rows rows(arguments, x);
@@ -223,9 +229,9 @@ py::array int8_matmul(const std::string& isa, const py::array& x, const py::arra
   return y;
 }
 
-py::tuple causal_conv1d_step(const std::string& isa, const py::array& x, py::array state, const py::array& weight,
-                             const py::array& bias, const std::string& activation, int threads, bool in_place,
-                             const std::optional<py::array>& out) {
+py::tuple causal_conv1d_step(const std::string& isa, const py::array& x, py::array state,
+                             const py::array& weight, const py::array& bias, const std::string& activation,
+                             int threads, bool in_place, const std::optional<py::array>& out) {
   const Arguments arguments("causal_conv1d_step");
   const KernelTable& table = arguments.table(isa);
   arguments.require(activation == "silu" || activation == "none",
@@ -249,22 +255,28 @@ py::tuple causal_conv1d_step(const std::string& isa, const py::array& x, py::arr
   return py::make_tuple(y, new_state);
 }
 
-py::tuple selective_scan_step(const std::string& isa, const py::array& x, const py::array& dt, const py::array& Bm,
-                              const py::array& Cm, const py::array& A_log, const py::array& D, const py::array& dt_bias,
-                              py::array state, std::optional<py::array> state_scale, float dt_min, float dt_max,
-                              int64_t ngroups, int threads, bool in_place, const std::optional<py::array>& out) {
+py::tuple selective_scan_step(const std::string& isa, const py::array& x, const py::array& dt,
+                              const py::array& Bm, const py::array& Cm, const py::array& A_log,
+                              const py::array& D, const py::array& dt_bias, py::array state,
+                              std::optional<py::array> state_scale, float dt_min, float dt_max,
+                              int64_t ngroups, int threads, bool in_place,
+                              const std::optional<py::array>& out) {
   const Arguments arguments("selective_scan_step");
   const KernelTable& table = arguments.table(isa);
   arguments.rank("x", x, 3);
   arguments.rank("state", state, 4);
-  const py::ssize_t B = x.shape(0), T = x.shape(1), H = state.shape(1), N = state.shape(2), P = state.shape(3);
-  arguments.require(ngroups >= 1 && H % ngroups == 0,
-                    "ngroups is " + std::to_string(ngroups) + ", expected a divisor of H=" + std::to_string(H));
+  const py::ssize_t B = x.shape(0), T = x.shape(1), H = state.shape(1), N = state.shape(2),
+                    P = state.shape(3);
+  arguments.require(ngroups >= 1 && H % ngroups == 0, "ngroups is " + std::to_string(ngroups) +
+                                                          ", expected a divisor of H=" + std::to_string(H));
   arguments.check("state", state, {py::dtype::of<float>(), half(), py::dtype::of<int8_t>()}, {B, H, N, P});
   ScanArgs args{};
-  args.state_type = state.itemsize() == 4 ? StateType::f32 : state.itemsize() == 2 ? StateType::f16 : StateType::i8;
+  args.state_type = state.itemsize() == 4   ? StateType::f32
+                    : state.itemsize() == 2 ? StateType::f16
+                                            : StateType::i8;
   const bool scaled = args.state_type == StateType::i8;
-  arguments.require(scaled == state_scale.has_value(), "'state_scale' belongs to an int8 state and only to it");
+  arguments.require(scaled == state_scale.has_value(),
+                    "'state_scale' belongs to an int8 state and only to it");
   args.x = arguments.input<float>("x", x, {B, T, H * P});
   args.dt = arguments.input<float>("dt", dt, {B, T, H});
   args.Bm = arguments.input<float>("B", Bm, {B, T, ngroups * N});
@@ -301,8 +313,9 @@ py::array gated_rms_norm(const std::string& isa, const py::array& y, const std::
   const Arguments arguments(z ? "gated_rms_norm" : "rms_norm");
   const KernelTable& table = arguments.table(isa);
   const Rows rows(arguments, y);
-  arguments.require(groups >= 1 && rows.width % groups == 0,
-                    "groups is " + std::to_string(groups) + ", expected a divisor of C=" + std::to_string(rows.width));
+  arguments.require(
+      groups >= 1 && rows.width % groups == 0,
+      "groups is " + std::to_string(groups) + ", expected a divisor of C=" + std::to_string(rows.width));
   NormArgs args{};
   args.y = arguments.input<float>(z ? "y" : "x", y, rows.with(rows.width));
   if (z) args.z = arguments.input<float>("z", *z, rows.with(rows.width));
@@ -360,15 +373,18 @@ py::array unpack_bits_array(const py::array& bits) {
 
 py::array interleave16_array(const py::array& bits) {
   const auto [M, bytes] = matrix_sizes("interleave16", "bits", bits, 4);
-  const auto convert = [M = M, K = bytes * 8](const uint8_t* in, uint8_t* out) { interleave16(in, M, K, out); };
+  const auto convert = [M = M, K = bytes * 8](const uint8_t* in, uint8_t* out) {
+    interleave16(in, M, K, out);
+  };
   return per_matrix<uint8_t, uint8_t>("interleave16", "bits", bits, padded_rows(M), bytes, convert);
 }
 
 py::array deinterleave16_array(const py::array& tiles, py::ssize_t M) {
   const auto [rows, bytes] = matrix_sizes("deinterleave16", "tiles", tiles, 4);
   const Arguments arguments("deinterleave16");
-  arguments.require(M >= 1 && rows == padded_rows(M), "'tiles' has " + std::to_string(rows) + " rows, expected " +
-                                                          std::to_string(padded_rows(M)) + " for M=" + std::to_string(M));
+  arguments.require(M >= 1 && rows == padded_rows(M),
+                    "'tiles' has " + std::to_string(rows) + " rows, expected " +
+                        std::to_string(padded_rows(M)) + " for M=" + std::to_string(M));
   const auto convert = [M, K = bytes * 8](const uint8_t* in, uint8_t* out) { deinterleave16(in, M, K, out); };
   return per_matrix<uint8_t, uint8_t>("deinterleave16", "tiles", tiles, M, bytes, convert);
 }
@@ -381,7 +397,8 @@ py::array interleave_up16_array(const py::array& up) {
 
 // ---- the roofline ----
 
-// GB/s of one pass over `bytes` of memory by `threads` threads, each reading a range of its own from end to end.
+// GB/s of one pass over `bytes` of memory by `threads` threads, each reading a range of its own from end to
+// end.
 double read_bandwidth(int64_t bytes, int threads) {
   const Arguments arguments("read_bandwidth");
   arguments.require(bytes >= 1 << 20 && threads >= 1, "expected at least 1 MiB and one thread");
@@ -425,23 +442,30 @@ PYBIND11_MODULE(_native, m) {
   const py::none none;
   m.doc() = "The CPU kernels of dfssm over NumPy arrays, one call an operator; `isa` is one of isas().";
   m.def("isas", &isas, "Names of the kernel tables this CPU can run, the plainest first.");
-  m.def("default_isa", &default_isa, "Name of the table in use: DFSSM_ISA if set (ValueError if unusable), or the best.");
-  m.def("quantize_activations", &quantize_activations, arg("isa"), arg("x"), "x f32 [n,K] -> q i8 [n,K], s f32 [n], sum i32 [n].");
-  m.def("binary_scaffold_matmul", &binary_scaffold_matmul, arg("isa"), arg("x"), arg("bits"), arg("scale"), arg("down"),
-        arg("down_scale"), arg("up"), arg("up_scale"), arg("layout") = 0, arg("planes") = 1, arg("threads") = 1,
-        arg("out") = none, "x f32 [...,K] -> f32 [...,M]; the other arguments as in opset/schema.py.");
-  m.def("int8_matmul", &int8_matmul, arg("isa"), arg("x"), arg("w"), arg("w_scale"), arg("threads") = 1, arg("out") = none,
-        "x f32 [...,K], w i8 [M,K], w_scale f32 [M] -> f32 [...,M].");
-  m.def("causal_conv1d_step", &causal_conv1d_step, arg("isa"), arg("x"), arg("state"), arg("weight"), arg("bias"),
-        arg("activation") = "silu", arg("threads") = 1, arg("in_place") = false, arg("out") = none,
-        "x f32 [B,T,C], state f32 [B,C,W-1], weight f32 [C,W], bias f32 [C] -> y, new_state; in_place writes `state`.");
-  m.def("selective_scan_step", &selective_scan_step, arg("isa"), arg("x"), arg("dt"), arg("B"), arg("C"), arg("A_log"),
-        arg("D"), arg("dt_bias"), arg("state"), arg("state_scale") = none, arg("dt_min") = 0.0f,
+  m.def("default_isa", &default_isa,
+        "Name of the table in use: DFSSM_ISA if set (ValueError if unusable), or the best.");
+  m.def("quantize_activations", &quantize_activations, arg("isa"), arg("x"),
+        "x f32 [n,K] -> q i8 [n,K], s f32 [n], sum i32 [n].");
+  m.def("binary_scaffold_matmul", &binary_scaffold_matmul, arg("isa"), arg("x"), arg("bits"), arg("scale"),
+        arg("down"), arg("down_scale"), arg("up"), arg("up_scale"), arg("layout") = 0, arg("planes") = 1,
+        arg("threads") = 1, arg("out") = none,
+        "x f32 [...,K] -> f32 [...,M]; the other arguments as in opset/schema.py.");
+  m.def("int8_matmul", &int8_matmul, arg("isa"), arg("x"), arg("w"), arg("w_scale"), arg("threads") = 1,
+        arg("out") = none, "x f32 [...,K], w i8 [M,K], w_scale f32 [M] -> f32 [...,M].");
+  m.def("causal_conv1d_step", &causal_conv1d_step, arg("isa"), arg("x"), arg("state"), arg("weight"),
+        arg("bias"), arg("activation") = "silu", arg("threads") = 1, arg("in_place") = false,
+        arg("out") = none,
+        "x f32 [B,T,C], state f32 [B,C,W-1], weight f32 [C,W], bias f32 [C] -> y, new_state; in_place writes "
+        "`state`.");
+  m.def("selective_scan_step", &selective_scan_step, arg("isa"), arg("x"), arg("dt"), arg("B"), arg("C"),
+        arg("A_log"), arg("D"), arg("dt_bias"), arg("state"), arg("state_scale") = none, arg("dt_min") = 0.0f,
         arg("dt_max") = std::numeric_limits<float>::infinity(), arg("ngroups") = 1, arg("threads") = 1,
         arg("in_place") = false, arg("out") = none,
-        "Arguments as in opset/schema.py -> y, new_state (, new_state_scale); in_place writes `state` and its scale.");
+        "Arguments as in opset/schema.py -> y, new_state (, new_state_scale); in_place writes `state` and "
+        "its scale.");
   m.def("gated_rms_norm", &gated_rms_norm, arg("isa"), arg("y"), arg("z"), arg("weight"), arg("eps") = 1e-5f,
-        arg("groups") = 1, arg("threads") = 1, arg("out") = none, "y and z f32 [...,C], weight f32 [C] -> f32 [...,C].");
+        arg("groups") = 1, arg("threads") = 1, arg("out") = none,
+        "y and z f32 [...,C], weight f32 [C] -> f32 [...,C].");
   m.def(
       "rms_norm",
       [](const std::string& isa, const py::array& x, const py::array& weight, float eps, int threads,
@@ -450,10 +474,14 @@ PYBIND11_MODULE(_native, m) {
       },
       arg("isa"), arg("x"), arg("weight"), arg("eps") = 1e-5f, arg("threads") = 1, arg("out") = none,
       "x f32 [...,C], weight f32 [C] -> f32 [...,C].");
-  m.def("pack_bits", &pack_bits_array, arg("signs"), "Signs i8 or bool [...,M,K] (> 0 is +1) -> bits u8 [...,M,K/8].");
-  m.def("unpack_bits", &unpack_bits_array, arg("bits"), "bits u8 [...,M,K/8] -> signs i8 (+1, -1) [...,M,K].");
-  m.def("interleave16", &interleave16_array, arg("bits"), "bits u8 [...,M,K/8] -> layout 1, u8 [...,Mp,K/8].");
+  m.def("pack_bits", &pack_bits_array, arg("signs"),
+        "Signs i8 or bool [...,M,K] (> 0 is +1) -> bits u8 [...,M,K/8].");
+  m.def("unpack_bits", &unpack_bits_array, arg("bits"),
+        "bits u8 [...,M,K/8] -> signs i8 (+1, -1) [...,M,K].");
+  m.def("interleave16", &interleave16_array, arg("bits"),
+        "bits u8 [...,M,K/8] -> layout 1, u8 [...,Mp,K/8].");
   m.def("deinterleave16", &deinterleave16_array, arg("tiles"), arg("M"), "Inverse of interleave16.");
   m.def("interleave_up16", &interleave_up16_array, arg("up"), "up i8 [M,R] -> layout 1, i8 [Mp,R].");
-  m.def("read_bandwidth", &read_bandwidth, arg("bytes"), arg("threads") = 1, "GB/s of reading that much memory once.");
+  m.def("read_bandwidth", &read_bandwidth, arg("bytes"), arg("threads") = 1,
+        "GB/s of reading that much memory once.");
 }

@@ -1,0 +1,103 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from dfssm.bench import decode
+from dfssm.bench.bandwidth import Bandwidth
+from dfssm.bench.child import follow_script, run_child
+from dfssm.bench.machine import machine, process_memory
+from dfssm.cli.main import dfssm
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+
+
+def test_the_figures_hang_together(tiny_bundle):
+    result = decode.bench(str(tiny_bundle), threads=1, prompt=8, tokens=4, rounds=3)
+    moved = result["step_bytes"]
+    assert moved["state_read"] == moved["state_written"] == Engine.load(tiny_bundle).new_state().nbytes
+    assert result["gb_s"] == pytest.approx(result["tok_s"] * sum(moved.values()) / 1e9)
+    floor = moved["weights"] / result["read_gb_s"] + 2 * moved["state_read"] / result["read_write_gb_s"]
+    assert result["floor_tok_s"] == pytest.approx(1e9 / floor, rel=0.5)  # medians of rounds are not one round
+    assert 0 < result["floor_share"] < 1 and result["threads"] == 1 and result["peers"] == {}
+    low, high = result["tok_s_quartiles"]
+    assert low <= result["tok_s"] <= high
+    assert result["rss_bytes"] == result["file_bytes"] + result["anonymous_bytes"] <= result["peak_rss_bytes"]
+
+
+def test_json_is_one_object_with_the_documented_keys(tiny_bundle):
+    arguments = ["bench", str(tiny_bundle), "--rounds", "1", "--tokens", "2", "--prompt", "2"]
+    result = CliRunner().invoke(dfssm, [*arguments, "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    contract = {"tok_s", "gb_s", "floor_tok_s", "floor_share", "threads", "rss_bytes", "state_dtype"}
+    assert contract <= set(found) and result.stdout.count("\n") == 1
+    text = CliRunner().invoke(dfssm, arguments, catch_exceptions=False).stdout
+    assert "floor" in text and "prefill" in text
+
+
+def test_wrong_outputs_are_not_timed(tiny_bundle, monkeypatch):
+    engine = Engine.load(tiny_bundle)
+    right = decode.follow_script
+    monkeypatch.setattr(decode, "follow_script", lambda *arguments: np.roll(right(*arguments), 1, axis=1))
+    with pytest.raises(DfssmError, match="computes wrong logits.*not timed"):
+        decode.check_outputs(str(tiny_bundle), engine)
+
+
+def test_the_child_computes_the_same(tiny_bundle, tmp_path):
+    found = run_child(str(tiny_bundle), 1, 5, 2, logits=str(tmp_path / "logits.npy"))
+    engine = Engine.load(tiny_bundle, threads=1)
+    here = follow_script(engine, engine.new_state(), 5, 2)
+    assert np.load(tmp_path / "logits.npy").tolist() == here.tolist()
+    assert found["load_seconds"] > 0
+
+
+def test_a_child_that_fails_is_named(tmp_path):
+    with pytest.raises(DfssmError, match="not a bundle"):
+        run_child(str(tmp_path), 1, 5, 2)
+
+
+def test_the_peer_runs_beside_the_bundle(tiny_bundle):
+    result = decode.bench(str(tiny_bundle), prompt=2, tokens=2, rounds=2, peers=("stock-ort",))
+    assert set(result["peers"]) == {"stock-ort, no head", "stock-ort, 8-bit head"}
+    for peer in result["peers"].values():
+        assert peer["tok_s"] > 0 and peer["ratio"] > 0
+
+
+def test_an_unknown_peer_is_named(tiny_bundle):
+    with pytest.raises(DfssmError, match="unknown peer 'other': choose stock-ort"):
+        decode.bench(str(tiny_bundle), prompt=2, tokens=2, rounds=1, peers=("other",))
+
+
+def test_the_machine_states_itself():
+    found = machine()
+    assert found["cores"] >= 1 and found["memory_bytes"] > 1 << 28 and found["cpu"]
+    memory = process_memory()
+    assert memory["rss_bytes"] == memory["file_bytes"] + memory["anonymous_bytes"] <= memory["peak_rss_bytes"]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "numpy"])
+def test_the_probes_measure_what_memory_can_do(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("dfssm.bench.bandwidth._native", None)
+    probe = Bandwidth(1 << 24, threads=2)
+    assert 0.05 < probe.read() < 2000 and 0.05 < probe.read_write() < 2000
+
+
+def test_the_bundle_without_its_tokenizer_can_be_measured(cpu_target, tmp_path):
+    bundle = tiny.write_bundle(tmp_path / "b", target=cpu_target, tokenizer=False)
+    assert decode.bench(str(bundle), prompt=2, tokens=2, rounds=1)["tok_s"] > 0
+
+
+def test_weights_are_mapped_and_not_copied(cpu_target, tiny_bundle, tmp_path):
+    if cpu_target != "ort-cpu":
+        pytest.skip("the bodies of the portable target unpack the weights")
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=60_000, d_model=512)
+    bundle = tiny.write_bundle(tmp_path / "b", config, target=cpu_target, state_dtype="fp16")
+    weights = (bundle / "model.onnx.data").stat().st_size
+    small, large = (run_child(str(b), 1, 40, 4) for b in (tiny_bundle, bundle))
+    assert weights > 30e6
+    assert large["file_bytes"] - small["file_bytes"] > 0.9 * weights, "a step reads all weights"
+    assert large["anonymous_bytes"] - small["anonymous_bytes"] < 0.3 * weights

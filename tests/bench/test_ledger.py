@@ -1,0 +1,39 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+
+from dfssm.bench.ledger import ROLES, model_bytes, role, weight_bytes_of_step
+from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16
+from dfssm.targets import get_target
+
+CONFIGS = [
+    tiny.CONFIG,
+    dataclasses.replace(tiny.CONFIG, tie_embeddings=False),
+    dataclasses.replace(tiny.CONFIG, rank=0),
+    dataclasses.replace(tiny.CONFIG, planes=3),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied", "rank 0", "planes 3"])
+@pytest.mark.parametrize("layout", [LAYOUT_CANONICAL, LAYOUT_ROW16])
+def test_the_config_gives_the_bytes_of_the_tensors(config, layout):
+    tensors = tiny.tensors(config)
+    if layout == LAYOUT_ROW16:
+        tensors = {name: np.asarray(t) for name, t in get_target("ort-cpu").lower(tensors).items()}
+    sizes = dict.fromkeys(ROLES, 0)
+    for name, tensor in tensors.items():
+        sizes[role(name)] += tensor.nbytes
+    assert model_bytes(config.to_dict(), layout) == sizes
+
+
+def test_a_step_reads_every_weight_but_the_table_of_an_untied_embedding():
+    tied, untied = (config.to_dict() for config in CONFIGS[:2])
+    assert weight_bytes_of_step(tied) == sum(model_bytes(tied).values())
+    assert weight_bytes_of_step(untied) == weight_bytes_of_step(tied)
+
+
+def test_another_name_is_no_role():
+    with pytest.raises(KeyError, match="layers.0.surprise"):
+        role("layers.0.surprise")

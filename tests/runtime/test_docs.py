@@ -1,0 +1,20 @@
+"""The examples of docs/runtime.md run as they stand."""
+
+import re
+from pathlib import Path
+
+import tiny
+
+DOCS = Path(__file__).parents[2] / "docs" / "runtime.md"
+
+
+def test_the_examples_run(cpu_target, tmp_path, monkeypatch, capsys):
+    tiny.write_bundle(tmp_path / "model-ort-cpu", target=cpu_target)
+    monkeypatch.chdir(tmp_path)
+    names = {"prefix_ids": [1, 2, 3], "question_ids": [4, 5]}
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, str(DOCS), "exec"), names)
+    assert capsys.readouterr().out
+    assert names["batch"].tokens.tolist() == [3] * 8 and names["state"].tokens.tolist() == [3]
