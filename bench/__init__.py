@@ -1,3 +1,1 @@
-"""Measuring: what a machine has, what a step moves, how fast it runs; docs/bench.md says how to read the
-figures.
-"""
+"""Measuring: what a machine has, what a step moves, how fast it runs; docs/bench.md explains the figures."""

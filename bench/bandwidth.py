@@ -17,8 +17,7 @@ REPEATS = 5
 
 
 class Bandwidth:
-    """Probes over `size` bytes by `threads` threads. Make `size` that of the weights: the same share of it is
-    cached.
+    """Probes over `size` bytes by `threads` threads. With the size of the weights, as much of it is cached.
 
     A probe is the median of a few repetitions, in GB/s. "Read and write" counts both directions.
     """

@@ -35,9 +35,7 @@ def follow_script(engine: Engine, state: State, prompt: int, steps: int) -> np.n
 
 
 def run_child(bundle: str, threads: int, prompt: int, steps: int, logits: str = "", isa: str = "") -> dict:
-    """Run this module in a new process and return what it prints. `isa` forces the kernels' instruction
-    set.
-    """
+    """Run this module in a new process and return what it prints. `isa` forces an instruction set."""
     command = [sys.executable, "-m", __name__, str(bundle), f"--threads={threads}", f"--prompt={prompt}"]
     command += [f"--steps={steps}", f"--logits={logits}"]
     environment = os.environ | ({"DFSSM_ISA": isa} if isa else {})

@@ -63,9 +63,7 @@ class Difference:
         self.within = True
 
     def add(self, found, actual: np.ndarray, expected: np.ndarray, largest: float) -> None:
-        """One run: `found` is Polygraphy's result on `actual` and `expected`, whose largest value is
-        `largest`.
-        """
+        """One run: `found` is Polygraphy's result, `largest` the largest value of `expected`."""
         # np.maximum keeps a NaN, max() may drop it
         self.max_abs = float(np.maximum(self.max_abs, found.max_absdiff))
         self.max_rel = float(np.maximum(self.max_rel, found.max_absdiff / largest))
@@ -198,8 +196,7 @@ def state_tensors(state: DFSSMState) -> Values:
 class StudentRunner(BaseRunner):
     """The torch student as a Polygraphy runner, held to given hidden states.
 
-    Inputs: those of the step graph, and layers.{i}.residual, which layer i passes on in place of its own
-        output.
+    Inputs: those of the step graph, and layers.{i}.residual, which layer i passes on instead of its output.
     Outputs: those of the step graph, and layers.{i}.{tap} for every tap, of what the layer made itself.
     """
 
@@ -249,9 +246,7 @@ class StudentRunner(BaseRunner):
 
 @contextmanager
 def _tapped_bundle(bundle: Path, manifest: Manifest) -> Iterator[Path]:
-    """A temporary bundle whose graph has the TAPS as outputs; the large files are links where the disk
-    allows.
-    """
+    """A temporary bundle whose graph has the TAPS as outputs; its large files are links where possible."""
     with tempfile.TemporaryDirectory(prefix="dfssm-compare-") as folder:
         for name in manifest.files:
             if name != MODEL:

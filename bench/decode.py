@@ -30,6 +30,9 @@ CHECKED = (3, 1)
 # which one of them is broken.
 WRONG = 0.5
 
+# Seconds between two things that are timed: worker threads of the one before wait spinning, for up to 50 ms.
+REST = 0.1
+
 Progress = Callable[[int, int], None]
 
 
@@ -99,8 +102,7 @@ def bench(
 
 
 def check_outputs(bundle: str, engine: Engine) -> dict:
-    """Compare the engine's logits on a few tokens with those of the scalar kernels, in a process of their
-    own.
+    """Compare the engine's logits on a few tokens with those of the scalar kernels, run in a new process.
 
     A bundle of a target without such kernels is compared with itself read token by token.
     Raises DfssmError when they have little to do with each other.
@@ -140,6 +142,7 @@ def _run_rounds(
     engine.prefill(ids, state)
     _decode(engine, state, 4)  # warm: pages, threads, clocks
     for index in range(rounds):
+        time.sleep(REST)
         record("read_gb_s", bandwidth.read())
         record("read_write_gb_s", bandwidth.read_write())
         state.reset()
@@ -148,6 +151,7 @@ def _run_rounds(
         record("prefill_tok_s", prompt / (time.perf_counter() - start))
         record("tok_s", tokens / _decode(engine, state, tokens))
         for name, decode in runners.items():
+            time.sleep(REST)
             decode(2)
             record(name, tokens / decode(tokens))
         progress(index + 1, rounds)

@@ -27,9 +27,7 @@ def role(tensor: str) -> str:
 
 
 def model_bytes(config: dict, layout: int = 0) -> dict[str, int]:
-    """Bytes of a student's tensors by role, for a config by its JSON keys. Equals the sum over the
-    tensors.
-    """
+    """Bytes of a student's tensors by role, from a config by its JSON keys; padding of files not counted."""
     D, V, L, R = config["d_model"], config["vocab_size"], config["n_layer"], config["rank"]
     inner, heads, channels, in_rows = sizes(config)
     scaffold = low_rank = 0

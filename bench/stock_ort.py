@@ -28,8 +28,8 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) ->
     """Write the peer graph of `config` (keys of `Mamba2Config`) and its weights; return the .onnx path.
 
     `head_bits`: 0 = no LM head (the output is the last hidden row), else 8 or 4 = a MatMulNBits head.
-    Inputs: input_ids i64[B,T], conv_state.{i} f32[B,W-1,C], ssm_state.{i} f32[B,H,N,P]; outputs as the step
-        graph.
+    Inputs: input_ids i64[B,T], conv_state.{i} f32[B,W-1,C], ssm_state.{i} f32[B,H,N,P]; the outputs are named
+    as those of the step graph.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "peer.onnx"
@@ -40,9 +40,7 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) ->
 
 
 def open_peer(config: dict, folder: Path, threads: int, head_bits: int = 0) -> Callable[[int], float]:
-    """Build and open the peer; returns decode(tokens) -> seconds. Its states are updated in place, as ours
-    are.
-    """
+    """Build and open the peer; returns decode(tokens) -> seconds. Its states are in place, like ours."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -18,8 +18,7 @@ from .options import bundle_argument, json_option, print_result, table
 )
 @json_option
 def compare(bundle: str, model: Path, tokens: int, as_json: bool) -> None:
-    """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off by more than its
-    tolerance.
+    """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off.
 
     The bundle runs as it is, most tokens as one prompt and the last ones step by step. The student's layers
     get what the bundle's layers got, so an error shows in the layer where it arises.

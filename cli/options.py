@@ -29,9 +29,7 @@ def megabytes(count: float) -> str:
 
 
 def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:
-    """`rows` (the first is the heading, "" lines are kept) with aligned columns; `right`: columns set flush
-    right.
-    """
+    """`rows` with aligned columns; those whose index is in `right` are set flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -97,11 +97,14 @@ def windows(corpus: Corpus, batch: int, tokens: int, generator: torch.Generator)
     if last < 1:
         raise DfssmError(f"the text has {len(corpus.train)} tokens, a window {tokens + 1}; give more --data")
     starts = corpus.starts[corpus.starts <= last]
-    while True:
+
+    def draw() -> torch.Tensor:
         first = torch.randint(last + 1, (batch,), generator=generator)
         document = torch.randint(len(starts), (batch // 4,), generator=generator)
         first[: batch // 4] = starts[document]
-        yield torch.stack([corpus.train[i : i + tokens + 1] for i in first.tolist()])
+        return torch.stack([corpus.train[i : i + tokens + 1] for i in first.tolist()])
+
+    return iter(draw, None)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@ code.
 
 A file is a format name, a version, the configuration and the tensors of the packed student in canonical
 layout. The configuration says which tensors there are, of which shape and dtype; anything else is an error
-that names the tensor.
+that names the tensor. An fp32 tensor whose values all are fp16 numbers, as those of the published fp16
+checkpoints, lies in the file as fp16: that loses nothing, and is fp32 again when it is read.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
     path = Path(path)
     check_tensors(str(path), config, tensors)
     # In the order of the file, and each its own storage: a view would drag its whole base along.
-    tensors = {name: tensors[name].detach().cpu().contiguous() for name in tensor_specs(config)}
+    tensors = {name: _narrow(tensors[name].detach().cpu()).contiguous() for name in tensor_specs(config)}
     tensors = {
         name: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.itemsize else t
         for name, t in tensors.items()
@@ -125,8 +126,22 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
         config = DFSSMConfig.from_dict(header.get("config"))
     except DfssmError as error:
         raise DfssmError(f"{path}: {error}") from None
+    tensors = {name: _widen(tensor) for name, tensor in tensors.items()}
     check_tensors(str(path), config, tensors)
     return config, tensors
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """fp32 as fp16 where that is exact."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    half = isinstance(tensor, Tensor) and tensor.dtype == torch.float16
+    return tensor.float() if half else tensor
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -138,8 +138,9 @@ def init_student(
         bound = 1 / math.sqrt(config.d_conv)
         tensors[f"{layer}.norm.weight"] = torch.ones(config.d_model)
         projection(f"{layer}.in_proj", config.d_model, config.d_in_proj, gain=1.0)
-        tensors[f"{layer}.conv.weight"] = uniform((config.conv_dim, config.d_conv), -bound, bound)
-        tensors[f"{layer}.conv.bias"] = uniform((config.conv_dim,), -bound, bound)
+        # fp16 numbers, as in the published checkpoints
+        tensors[f"{layer}.conv.weight"] = uniform((config.conv_dim, config.d_conv), -bound, bound).half().float()
+        tensors[f"{layer}.conv.bias"] = uniform((config.conv_dim,), -bound, bound).half().float()
         tensors[f"{layer}.scan.A_log"] = uniform((config.nheads,), 1.0, 16.0).log()
         tensors[f"{layer}.scan.D"] = torch.ones(config.nheads)
         tensors[f"{layer}.scan.dt_bias"] = step + torch.log(-torch.expm1(-step))  # inverse of softplus

@@ -51,9 +51,7 @@ class Binding:
         self._feed(ids)
 
     def run(self, release_memory: bool = False) -> None:
-        """Run the graph; states and logits are then in the state's buffers. `release_memory` gives back what
-        it took.
-        """
+        """Run the graph: states and logits are then in the state's buffers. `release_memory`: keep none."""
         shrink = release_memory and self._has_arena
         self.session.run_with_iobinding(self._io, _SHRINK if shrink else None)
         if release_memory:

@@ -60,10 +60,8 @@ class Engine:
     def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True) -> Engine:
         """Open the bundle in folder `path`.
 
-        Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares the sizes of the files
-            only.
-        Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run on this
-        machine.
+        Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares only the files' sizes.
+        Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
         folder, threads = Path(path), threads or default_threads()
         manifest = read_manifest(folder)
@@ -121,22 +119,18 @@ class Engine:
         return state.logits.copy()
 
     def advance(self, ids: np.ndarray, state: State) -> None:
-        """`step` for loops that count microseconds: ids i64[B] in range, unchecked; logits are left in the
-        state.
-        """
+        """`step` without checks and copies: ids i64[B], in range; the logits are left in `state.logits`."""
         binding = self._binding(state)
         binding.feed_token(ids)
         binding.run()
         state.tokens += 1
 
     def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
-        """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state` if
-        given.
-        """
+        """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state`."""
         rows = self._rows(ids)
         if len({len(row) for row in rows}) != 1:
             raise DfssmError("logits of rows of unequal lengths: call it row by row")
-        state = state or self.new_state(len(rows))
+        state = self.new_state(len(rows)) if state is None else state
         if len(rows) != state.batch:
             raise DfssmError(f"got {len(rows)} rows of tokens, the state has {state.batch}: make them equal")
         out = np.empty((len(rows), len(rows[0]), self.vocab_size), np.float32)

@@ -63,9 +63,7 @@ class State:
         return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in self.tensors.items()}
 
     def row(self, index: int) -> State:
-        """Row `index` as a state of batch 1 that shares this one's memory: what is written there is written
-        here.
-        """
+        """Row `index` as a state of batch 1, sharing this one's memory: what runs on it changes this one."""
         if not 0 <= index < self.batch:
             raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
         rows = slice(index, index + 1)
@@ -78,9 +76,7 @@ class State:
         return State(self.model, tensors, self.logits.copy(), self.tokens.copy())
 
     def copy_from(self, other: State) -> None:
-        """Become `other`, in place. An `other` of one row is copied to every row: a prefix shared by a
-        batch.
-        """
+        """Become `other`, in place. A single row is copied to every row: a prefix shared by a batch."""
         self._require_same_model(other)
         if other.batch not in (1, self.batch):
             raise DfssmError(f"cannot copy a state of batch {other.batch} into one of batch {self.batch}")
@@ -194,9 +190,7 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
 
 
 def _fits(entry: dict, size: int) -> bool:
-    """Whether a header's shape can be in a file of `size` bytes: a damaged one must not allocate a
-    terabyte.
-    """
+    """Whether a tensor of the header fits a file of `size` bytes: a damaged one could ask for a terabyte."""
     shape = entry["shape"]
     return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) <= size
 

@@ -24,9 +24,7 @@ def default_threads() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The hyperthreads of `cpu`'s core, as the kernel names them; a CPU without topology is a core of its
-    own.
-    """
+    """The hyperthreads of `cpu`'s core, as the kernel names them; without topology a CPU is a core."""
     try:
         return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:

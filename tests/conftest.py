@@ -1,6 +1,4 @@
-"""Fixtures that more than one folder of tests uses. (A conftest here also puts this folder on the path:
-`import tiny`.)
-"""
+"""Fixtures that more than one folder of tests uses. (That it is here also puts this folder on the path.)"""
 
 import pytest
 import tiny

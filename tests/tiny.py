@@ -1,6 +1,4 @@
-"""A DF-SSM student small enough for any test, its tokenizer, and bundles of it; NumPy only, the same on each
-run.
-"""
+"""A DF-SSM student small enough for any test, its tokenizer, and bundles of it. NumPy only."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """`dfssm` as a process: what goes where, and how it ends."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import tiny
 
 DFSSM = [sys.executable, "-c", "from dfssm.cli.main import main; main()"]
 
@@ -16,6 +18,13 @@ def dfssm(*arguments, **options):
     return subprocess.run(
         [*DFSSM, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
     )
+
+
+@pytest.fixture(scope="module")
+def endless(cpu_target, tmp_path_factory):
+    """A bundle without an end-of-text token, which a random model would draw sooner or later."""
+    config = dataclasses.replace(tiny.CONFIG, eos_token_id=None)
+    return tiny.write_bundle(tmp_path_factory.mktemp("endless") / "bundle", config, target=cpu_target)
 
 
 def test_json_is_all_of_stdout(tiny_bundle):
@@ -59,9 +68,9 @@ def test_a_bug_keeps_its_traceback(tiny_bundle):
     assert done.returncode == 1 and "Traceback" in done.stderr and "TypeError" in done.stderr
 
 
-def test_a_closed_pipe_is_quiet(tiny_bundle):
+def test_a_closed_pipe_is_quiet(endless):
     process = subprocess.Popen(
-        [*DFSSM, "run", str(tiny_bundle), "-p", "hello", "-n", "100000", "--temperature", "3"],
+        [*DFSSM, "run", str(endless), "-p", "hello", "-n", "100000", "--temperature", "3"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -71,10 +80,10 @@ def test_a_closed_pipe_is_quiet(tiny_bundle):
     assert process.wait(timeout=60) == 1 and error == b""
 
 
-def test_ctrl_c_is_130_and_leaves_no_traceback(tiny_bundle, tmp_path):
+def test_ctrl_c_is_130_and_leaves_no_traceback(endless, tmp_path):
     state = tmp_path / "a.state"
     process = subprocess.Popen(
-        [*DFSSM, "run", str(tiny_bundle), "-p", "hello", "-n", "1000000", "--temperature", "3"]
+        [*DFSSM, "run", str(endless), "-p", "hello", "-n", "1000000", "--temperature", "3"]
         + ["--save-state", str(state)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

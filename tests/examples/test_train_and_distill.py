@@ -61,9 +61,7 @@ def test_student_of_the_teacher_ships_with_its_numbers(folder, tmp_path):
 def test_resumed_run_ends_where_an_unbroken_one_does(folder, tmp_path):
     """The checkpoint of step 10 is put back: the last two steps again give the same bits."""
     assert distill(folder, tmp_path / "a").returncode == 0
-    finished = torch.load(tmp_path / "a" / "training.pt", weights_only=True)
-    assert finished["step"] == 12
-    assert distill(folder, tmp_path / "a", "--resume").returncode == 0
+    assert torch.load(tmp_path / "a" / "training.pt", weights_only=True)["step"] == 12
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import training\n"
         "original = training.atomic_write\n"

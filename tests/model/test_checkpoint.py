@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dfssm.model.checkpoint import load_student_tensors, save_student, tensor_specs
 from dfssm.model.config import DFSSMConfig
@@ -52,6 +52,20 @@ def test_round_trip(tmp_path, name, change):
     assert set(loaded) == set(tensors)
     assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_only_what_fp16_holds_exactly_is_stored_as_fp16(tmp_path, tensors, name):
+    fine = tensors["layers.0.gated_norm.weight"] + 2.0**-20  # needs more digits than fp16 has
+    tensors = tensors | {"layers.0.gated_norm.weight": fine}
+    path = tmp_path / name
+    save_student(path, CONFIG, tensors)
+    stored = load_file(path) if name.endswith("safetensors") else torch.load(path, weights_only=True)["tensors"]
+    assert stored["layers.0.conv.weight"].dtype == torch.float16
+    assert stored["layers.0.gated_norm.weight"].dtype == torch.float32
+    loaded = load_student_tensors(path)[1]
+    assert all(loaded[key].dtype == tensors[key].dtype for key in tensors)
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
 
 
 def test_specs_are_the_buffers_of_the_packed_student():

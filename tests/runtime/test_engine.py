@@ -135,9 +135,7 @@ def test_an_untied_model_without_correction_runs(cpu_target, tmp_path):
 
 
 def test_a_target_whose_states_are_not_in_place_gives_the_same(tmp_path):
-    """The portable target keeps two sets of buffers: stock ops may write an output before they read all
-    inputs.
-    """
+    """The portable target has two sets of buffers: a stock op may write before it has read all."""
     engine = Engine.load(tiny.write_bundle(tmp_path / "bundle", target="onnx"))
     state = engine.new_state()
     stepped = [engine.step([token], state)[0] for token in PROMPT]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dfssm.opset import DfssmError
-from dfssm.runtime.sampling import Sampler, Sampling, candidates
+from dfssm.runtime.sampling import Sampler, Sampling, candidates, draw
 
 # Probabilities that are exact in binary, so that the cases below can be worked by hand.
 P = np.array([1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16])
@@ -75,6 +75,17 @@ def test_draws_follow_the_probabilities(settings):
         assert abs(count - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, (
             f"token {token}: {count} draws of {n}, p={p}"
         )
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 257, 1000])
+def test_draw_is_the_inverse_of_the_running_sum(size):
+    weights = (
+        np.random.default_rng(size).integers(0, 3, size).astype(np.float32)
+    )  # with zeros; sums are exact
+    weights[-1] = 0 if size > 1 else 1
+    for uniform in [0.0, *np.random.default_rng(0).random(200), np.nextafter(1.0, 0.0)]:
+        expected = int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))
+        assert draw(weights, float(uniform)) == expected and weights[expected] > 0
 
 
 def test_a_seed_gives_the_same_draws_and_another_seed_others():

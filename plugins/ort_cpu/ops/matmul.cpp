@@ -8,6 +8,9 @@
 namespace dfssm::ort {
 namespace {
 
+// A multiply-add of int8, one core of AVX-512 VNNI; see Call::parallel for what the estimates are for.
+constexpr double kInt8Ns = 0.006;
+
 // y's shape: the leading two dimensions of x, then rows.
 void infer_matmul(Inference& inference, const Inference::Dim& rows) {
   Inference::Shape y = inference.shape(0, 3);
@@ -77,7 +80,8 @@ struct BinaryScaffoldMatMul : Kernel {
     args.layout = static_cast<int>(layout);
     constexpr int64_t kRows = 32;  // two tiles of layout 1 share each broadcast of activations
     const double bytes = static_cast<double>(kRows * (planes * K / 8 + R));
-    call.parallel((M + kRows - 1) / kRows, matmul_ns(bytes, n, 0.02), [&](int64_t begin, int64_t end) {
+    const double unit_ns = matmul_ns(bytes, n, layout == 1 ? 0.03 : 0.5);
+    call.parallel((M + kRows - 1) / kRows, unit_ns, [&](int64_t begin, int64_t end) {
       kernel.scaffold_matmul(args, begin * kRows, std::min(end * kRows, M));
     });
   }
@@ -87,7 +91,7 @@ struct BinaryScaffoldMatMul : Kernel {
     const auto* down = call[Schema::k_down].as<int8_t>();
     const auto* down_scale = call[Schema::k_down_scale].as<float>();
     const int64_t K = tokens.K;
-    const double token_ns = static_cast<double>(R * K) * 0.02;
+    const double token_ns = static_cast<double>(R * K) * kInt8Ns;
     call.parallel(tokens.n, token_ns, [&](int64_t t0, int64_t t1) {
       Int8Args args{};
       args.q = tokens.q + t0 * K;
@@ -138,7 +142,7 @@ struct Int8MatMul : Kernel {
     args.ldy = M;
     args.n = n, args.K = K, args.M = M;
     constexpr int64_t kRows = 16;
-    const double unit_ns = matmul_ns(static_cast<double>(kRows * K), n, 0.02);
+    const double unit_ns = matmul_ns(static_cast<double>(kRows * K), n, kInt8Ns);
     call.parallel((M + kRows - 1) / kRows, unit_ns, [&](int64_t begin, int64_t end) {
       kernels().int8_matmul(args, begin * kRows, std::min(end * kRows, M));
     });

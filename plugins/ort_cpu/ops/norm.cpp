@@ -14,7 +14,7 @@ float checked_eps(const char* op, float eps) {
 
 // One norm a token.
 void norm(Call& call, NormArgs args) {
-  const double token_ns = static_cast<double>(args.C) * (args.z ? 0.5 : 0.2);
+  const double token_ns = static_cast<double>(args.C) * (args.z ? 0.8 : 0.3);
   call.parallel(args.n, token_ns, [&](int64_t begin, int64_t end) { kernels().rms_norm(args, begin, end); });
 }
 

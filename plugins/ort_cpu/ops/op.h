@@ -103,6 +103,9 @@ struct Tensor {
 // BinaryScaffoldMatMul took 2.6 us instead of 1.2 (chain of 500, ONNX Runtime 1.31, where a Mul takes 0.8).
 class Kernel {
  public:
+  // Pairs of (input, output) that may share memory; ops that have any hide this one.
+  static constexpr std::array<std::pair<size_t, size_t>, 0> kInplace{};
+
   Kernel(const Signature& signature, const OrtKernelInfo* info);
 
   const Signature& signature() const { return signature_; }
@@ -147,7 +150,8 @@ class Call {
   }
 
   // f(begin, end) over [0, units), on ONNX Runtime's thread pool where that pays; `unit_ns` is the estimated
-  // time of one unit on one core. f must not throw.
+  // time of one unit on one core with AVX-512; where the kernels are slower, the chunks last longer, no more.
+  // f must not throw.
   template <class F>
   void parallel(int64_t units, double unit_ns, const F& f) {
     const int64_t per_chunk = chunk_units(units, unit_ns);
@@ -209,7 +213,7 @@ class Inference {
 
 // Fills OrtCustomOp for `Op`, which has: `using Schema` (from dfssm_opset.h), `kInputTypes` and
 // `kOutputTypes`, Op(const OrtKernelInfo*), compute(Call&) const, static infer(Inference&), and optionally
-// `kInplace`, pairs of (input, output) that may share memory.
+// `kInplace`.
 template <class Op>
 const OrtCustomOp* custom_op() {
   using S = typename Op::Schema;
@@ -254,7 +258,7 @@ const OrtCustomOp* custom_op() {
         });
       };
     }
-    if constexpr (requires { Op::kInplace; }) {
+    if constexpr (std::size(Op::kInplace) > 0) {
       it.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
         static int in[std::size(Op::kInplace)], out[std::size(Op::kInplace)];
         for (size_t i = 0; i < std::size(Op::kInplace); ++i) {

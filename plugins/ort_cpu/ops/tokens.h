@@ -33,7 +33,7 @@ inline Tokens quantize_tokens(Call& call, const char* op, const Tensor& x, size_
   auto* s = reinterpret_cast<float*>(memory + q_bytes);
   auto* sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);
   const float* values = x.as<float>();
-  call.parallel(n, 0.1 * static_cast<double>(K), [=](int64_t t0, int64_t t1) {
+  call.parallel(n, 0.15 * static_cast<double>(K), [=](int64_t t0, int64_t t1) {
     kernels().quantize_activations(values + t0 * K, t1 - t0, K, q + t0 * K, s + t0, sum + t0);
   });
   return {n, K, q, s, sum, memory + q_bytes + 2 * s_bytes};
