@@ -32,9 +32,7 @@ class Bandwidth:
     def read(self) -> float:
         """GB/s of reading the memory once."""
         if _native is not None:
-            return float(
-                np.median([_native.read_bandwidth(self._memory.nbytes, self.threads) for _ in range(REPEATS)])
-            )
+            return float(np.median([_native.read_bandwidth(self._memory.nbytes, self.threads) for _ in range(REPEATS)]))
         return self._rate(np.bitwise_or.reduce, self._memory.nbytes)
 
     def read_write(self) -> float:

@@ -41,9 +41,7 @@ def run_child(bundle: str, threads: int, prompt: int, steps: int, logits: str = 
     environment = os.environ | ({"DFSSM_ISA": isa} if isa else {})
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise DfssmError(
-            f"a process that runs {bundle} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
-        )
+        raise DfssmError(f"a process that runs {bundle} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout)
 
 
@@ -59,10 +57,14 @@ def main() -> None:
     engine = Engine.load(options.bundle, threads=options.threads)
     load_seconds = time.perf_counter() - start
     state = engine.new_state()
-    logits = follow_script(engine, state, options.prompt, options.steps)
-    memory = process_memory()  # while the state is there
     if options.logits:
-        np.save(options.logits, logits)
+        np.save(options.logits, follow_script(engine, state, options.prompt, options.steps))
+    else:  # as an application decodes: logits are used, not collected
+        first, rest = script(engine.vocab_size, options.prompt, options.steps)
+        engine.prefill(first, state)
+        for token in rest:
+            engine.step([token], state)
+    memory = process_memory()  # while the state is there
     print(json.dumps({"load_seconds": load_seconds} | memory))
 
 

@@ -57,9 +57,7 @@ class Difference:
     def __init__(self, tolerance: Tolerance, typical: Tolerance | None):
         self.tolerance, self.typical = tolerance, typical
         self.max_abs = self.max_rel = 0.0
-        self.typical_rel: float | None = (
-            None  # None: no run had tokens enough, or the output has no token axis
-        )
+        self.typical_rel: float | None = None  # None: no run had tokens enough, or the output has no token axis
         self.within = True
 
     def add(self, found, actual: np.ndarray, expected: np.ndarray, largest: float) -> None:
@@ -104,9 +102,7 @@ def compare(bundle: Path, model: Path, tokens: int, progress: Callable[[int, int
     differences: dict[str, Difference] = {}
     identical = True
 
-    G_LOGGER.module_severity = (
-        G_LOGGER.CRITICAL
-    )  # Polygraphy's own report: the same figures, a page an output
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # Polygraphy's own report: the same figures, a page an output
     with ExitStack() as stack:
         target = get_target(manifest.target)
         reference = stack.enter_context(StudentRunner(student))

@@ -127,9 +127,7 @@ def check_outputs(bundle: str, engine: Engine) -> dict:
     return {"reference": reference, "rms_rel": error, "allowed": WRONG}
 
 
-def _run_rounds(
-    engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress
-) -> dict[str, np.ndarray]:
+def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress) -> dict[str, np.ndarray]:
     """Name -> f64[rounds]: GB/s of the probes, tokens a second of everything else."""
     bandwidth = Bandwidth(weight_bytes_of_step(engine.config, engine.manifest.layout), engine.threads)
     ids = np.random.default_rng(1).integers(0, engine.vocab_size, prompt)

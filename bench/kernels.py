@@ -139,10 +139,7 @@ def scan(rng, isa, threads, name, dtype, tokens, layers) -> Kernel:
         ):
             op_tolerance("SelectiveScanStep", sizes, output).check(a, e, f"{name} {output}")
 
-    moved = (
-        2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0))
-        + 2 * out.nbytes
-    )
+    moved = 2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0)) + 2 * out.nbytes
     return Kernel(name, moved, 6 * tokens * state.size, run, check)
 
 
@@ -275,25 +272,16 @@ def _print(result: dict) -> None:
     print(f"{'kernel':24}{'ms':>9}{'GB/s':>8}{'share of read':>24}{'Gop/s':>9}")
     for k in result["kernels"]:
         share = "{median:7.0%} ({low:.0%} .. {high:.0%})".format(**k["share_of_read"])
-        print(
-            f"{k['name']:24}{k['ms']['median']:9.3f}{k['gb_s']['median']:8.1f}{share:>24}"
-            f"{k['gop_s']['median']:9.1f}"
-        )
+        print(f"{k['name']:24}{k['ms']['median']:9.3f}{k['gb_s']['median']:8.1f}{share:>24}{k['gop_s']['median']:9.1f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=_native.isas(), default=_native.isas()[-1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode"
-    )
-    parser.add_argument(
-        "--prefill", action="store_true", help="the kernels of prefill in place of those of decode"
-    )
+    parser.add_argument("--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode")
+    parser.add_argument("--prefill", action="store_true", help="the kernels of prefill in place of those of decode")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     names = options.only or list(PREFILL if options.prefill else DECODE)

@@ -16,9 +16,7 @@ def machine() -> dict:
     from dfssm.runtime.threads import default_threads
 
     return {
-        "cpu": _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo")
-        or platform.processor()
-        or platform.machine(),
+        "cpu": _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine(),
         "cores": default_threads(),
         "memory_bytes": _kilobytes("MemTotal", "/proc/meminfo"),
         "memory_available_bytes": _kilobytes("MemAvailable", "/proc/meminfo"),

@@ -171,16 +171,12 @@ class _Graph:
 
     def norm(self, name: str, x: str, width: int) -> str:
         weight = self.weight(name, np.ones(width, np.float32))
-        return self.op(
-            "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.norm_eps, stash_type=1
-        )
+        return self.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.norm_eps, stash_type=1)
 
     def split(self, name: str, x: str, sizes: list[int]) -> list[str]:
         outputs = [f"{name}.part{k}" for k in range(len(sizes))]
         self.nodes.append(
-            helper.make_node(
-                "Split", [x, self.weight(f"{name}.sizes", np.array(sizes, np.int64))], outputs, axis=-1
-            )
+            helper.make_node("Split", [x, self.weight(f"{name}.sizes", np.array(sizes, np.int64))], outputs, axis=-1)
         )
         return outputs
 
@@ -190,13 +186,9 @@ class _Graph:
         self.outputs.append(helper.make_tensor_value_info(f"{kind}_out.{index}", TensorProto.FLOAT, shape))
         return name
 
-    def op(
-        self, kind: str, inputs: list[str], domain: str = "", extra: list[str] | None = None, **attributes
-    ) -> str:
+    def op(self, kind: str, inputs: list[str], domain: str = "", extra: list[str] | None = None, **attributes) -> str:
         output = f"t{len(self.nodes)}"
-        self.nodes.append(
-            helper.make_node(kind, inputs, [output, *(extra or [])], domain=domain, **attributes)
-        )
+        self.nodes.append(helper.make_node(kind, inputs, [output, *(extra or [])], domain=domain, **attributes))
         return output
 
     def normal(self, shape: tuple, fan_in: int) -> np.ndarray:
@@ -204,9 +196,7 @@ class _Graph:
 
     def weight(self, name: str, array) -> str:
         array = np.asarray(array)
-        tensor = TensorProto(
-            name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape
-        )
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         if array.nbytes < 4096:
             tensor.raw_data = array.tobytes()
         else:

@@ -11,16 +11,10 @@ from .options import bundle_argument, json_option, megabytes, print_result, tabl
 @click.command()
 @bundle_argument
 @threads_option
-@click.option(
-    "--prompt", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to read."
-)
-@click.option(
-    "--tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="To decode a round."
-)
+@click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to read.")
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="To decode a round.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, metavar="N")
-@click.option(
-    "--peer", "peers", multiple=True, type=click.Choice(["stock-ort"]), help="Measure it in the same rounds."
-)
+@click.option("--peer", "peers", multiple=True, type=click.Choice(["stock-ort"]), help="Measure it in the same rounds.")
 @json_option
 def bench(bundle: str, as_json: bool, **settings) -> None:
     """Decode and prefill speed of BUNDLE beside the machine's floor, its memory and its load time.

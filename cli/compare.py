@@ -13,9 +13,7 @@ from .options import bundle_argument, json_option, print_result, table
 @click.command()
 @bundle_argument
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N", help="Tokens to run."
-)
+@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N", help="Tokens to run.")
 @json_option
 def compare(bundle: str, model: Path, tokens: int, as_json: bool) -> None:
     """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off.
@@ -57,9 +55,7 @@ def _text(result: dict) -> str:
     allowed = next(iter(first.values()))["typical_tolerance"]
     lines += [f"typical error of the worst channel {typical:.1e}, allowed {allowed:.1e}", ""]
     if not result["identical"]:
-        lines.append(
-            "the graph as shipped gives other outputs than the same graph with its layers' values shown"
-        )
+        lines.append("the graph as shipped gives other outputs than the same graph with its layers' values shown")
     lines.append("passed" if result["passed"] else "FAILED")
     return "\n".join(lines)
 

@@ -29,9 +29,7 @@ def examine() -> dict:
         "machine": machine(),
         "packages": packages(),
         "isas": instruction_sets(),
-        "environment": {
-            name: os.environ.get(name) for name in ("DFSSM_ISA", "DFSSM_ORT_LIBRARY", "DFSSM_LOG")
-        },
+        "environment": {name: os.environ.get(name) for name in ("DFSSM_ISA", "DFSSM_ORT_LIBRARY", "DFSSM_LOG")},
         "targets": {
             name: {"usable": probe.usable, "uses": probe.uses, "why_not": probe.why_not or None}
             for name, probe in probes.items()
@@ -53,7 +51,5 @@ def _text(result: dict) -> str:
     lines = [table(rows), ""]
     for name, target in result["targets"].items():
         uses = ", ".join(f"{part} {value}" for part, value in target["uses"].items())
-        lines.append(
-            f"target {name}: " + (f"usable ({uses})" if target["usable"] else f"no: {target['why_not']}")
-        )
+        lines.append(f"target {name}: " + (f"usable ({uses})" if target["usable"] else f"no: {target['why_not']}"))
     return "\n".join(lines)

@@ -74,9 +74,7 @@ def _read_config(path: Path):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DfssmError(
-            f"{path} cannot be read as JSON ({error}): give a config as in docs/format.md"
-        ) from None
+        raise DfssmError(f"{path} cannot be read as JSON ({error}): give a config as in docs/format.md") from None
     return Mamba2Config.from_dict(values)
 
 

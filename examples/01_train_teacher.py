@@ -117,8 +117,7 @@ def main(
     saved = load_teacher(output).eval()
     held = perplexity(lambda ids: saved(ids)[0], corpus.held_out, tokens)
     click.echo(
-        f"{report['tokens']:,} tokens in {report['seconds']:.0f} s; "
-        f"held-out perplexity {held:.2f}; wrote {output}"
+        f"{report['tokens']:,} tokens in {report['seconds']:.0f} s; held-out perplexity {held:.2f}; wrote {output}"
     )
 
 

@@ -43,9 +43,7 @@ def sample(
 
 
 @click.command()
-@click.option(
-    "--teacher", "teacher_folder", type=click.Path(path_type=Path), default="teacher", show_default=True
-)
+@click.option("--teacher", "teacher_folder", type=click.Path(path_type=Path), default="teacher", show_default=True)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -97,8 +95,7 @@ def main(
     student = student_from_teacher(teacher, rank)
     models = {"teacher": teacher, "data_free": from_tensors(*convert(teacher, rank))}
     perplexities = {
-        name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, tokens)
-        for name, model in models.items()
+        name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, tokens) for name, model in models.items()
     }
     bf16 = bf16_is_faster()
     click.echo(
@@ -134,9 +131,7 @@ def main(
     save_student(output / "model.pt", student.config, student.eval().export_tensors())
     tokenizer.save(str(output / "tokenizer.json"))
     shipped = load_student(output / "model.pt")
-    report["perplexity"] = perplexities | {
-        "student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, tokens)
-    }
+    report["perplexity"] = perplexities | {"student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, tokens)}
     report["sample"] = sample(shipped, tokenizer, prompt, seed)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     click.echo(json.dumps(report, indent=2))

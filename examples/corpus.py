@@ -41,9 +41,7 @@ def split_documents(path: Path, held_out: float) -> tuple[list[str], list[str]]:
     cut = text.rfind(separator, 0, int(len(text) * (1 - held_out)))
     if cut < 0:
         raise DfssmError(f"{path}: too short to hold out {held_out:.0%}; give it together with a longer file")
-    return tuple(
-        [doc.strip() for doc in part.split(END_OF_TEXT) if doc.strip()] for part in (text[:cut], text[cut:])
-    )
+    return tuple([doc.strip() for doc in part.split(END_OF_TEXT) if doc.strip()] for part in (text[:cut], text[cut:]))
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:

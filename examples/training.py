@@ -73,9 +73,7 @@ def train(
     same rates, as if never interrupted). Returns {"steps", "tokens", "loss", "seconds"}.
     """
     generator = torch.Generator().manual_seed(schedule.seed)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.95)
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.95))
     first, seconds = 0, 0.0
     if resume:
         if not checkpoint.is_file():

@@ -94,8 +94,7 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
     # In the order of the file, and each its own storage: a view would drag its whole base along.
     tensors = {name: _narrow(tensors[name].detach().cpu()).contiguous() for name in tensor_specs(config)}
     tensors = {
-        name: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.itemsize else t
-        for name, t in tensors.items()
+        name: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.itemsize else t for name, t in tensors.items()
     }
     header = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
     if path.suffix == ".safetensors":
@@ -168,9 +167,7 @@ def _read_torch(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise DfssmError(
-            f"{path}: holds objects other than tensors, which are never loaded; give a student"
-        ) from None
+        raise DfssmError(f"{path}: holds objects other than tensors, which are never loaded; give a student") from None
     except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DfssmError(f"{path}: is damaged or truncated ({reason}); copy or export it again") from None

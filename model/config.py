@@ -120,9 +120,7 @@ class DFSSMConfig(Mamba2Config):
         # A packed row is whole 32-bit words: BinaryScaffoldMatMul needs K % 32 == 0.
         for name in ("d_model", "d_inner"):
             if getattr(self, name) % 32:
-                raise DfssmError(
-                    f"config: {name} is {getattr(self, name)}; a binary scaffold needs a multiple of 32"
-                )
+                raise DfssmError(f"config: {name} is {getattr(self, name)}; a binary scaffold needs a multiple of 32")
 
     @classmethod
     def from_teacher(cls, teacher: Mamba2Config, rank: int = 16, planes: int = 1) -> Self:

@@ -110,18 +110,14 @@ class _Options:
         value = self.values.get(name, allowed[0])
         if value not in allowed:
             choice = " or ".join(map(repr, allowed))
-            raise DfssmError(
-                f"{self.source}: {name} is {value!r}, which is not supported; it must be {choice}"
-            )
+            raise DfssmError(f"{self.source}: {name} is {value!r}, which is not supported; it must be {choice}")
         return value
 
     def dt_limit(self, name: str) -> Any:
         """transformers 5 writes infinity as {"__float__": "Infinity"}; JSON has none."""
         bounds = self.values.get(name, _NO_LIMIT)
         infinity = {"__float__": "Infinity"}
-        return (
-            [math.inf if bound == infinity else bound for bound in bounds] if type(bounds) is list else bounds
-        )
+        return [math.inf if bound == infinity else bound for bound in bounds] if type(bounds) is list else bounds
 
     def token_id(self, name: str) -> Any:
         """transformers allows a list of ids; the first is the one that a text ends with."""
@@ -168,9 +164,7 @@ def _from_mamba_ssm(options: _Options) -> tuple[dict[str, Any], bool]:
     options.only("attn_layer_idx", [], None)
     options.only("rms_norm", True)
     if not isinstance(options.values["ssm_cfg"], dict):
-        raise DfssmError(
-            f"{options.source}: ssm_cfg is not a JSON object; copy the checkpoint's own config.json"
-        )
+        raise DfssmError(f"{options.source}: ssm_cfg is not a JSON object; copy the checkpoint's own config.json")
     ssm = _Options(f"{options.source}: ssm_cfg", options.values["ssm_cfg"])
     layer = ssm.values.get("layer", "Mamba1")  # mamba_ssm's default
     if layer != "Mamba2":

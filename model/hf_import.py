@@ -129,9 +129,7 @@ def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int,
         found = list(tensor.shape)
         raise DfssmError(f"{source}: tensor {name} has shape {found}; its {CONFIG_FILE} asks {list(shape)}")
     if tensor.dtype not in _FLOATS:
-        raise DfssmError(
-            f"{source}: tensor {name} is {tensor.dtype}; it must be {' or '.join(_FLOATS.values())}"
-        )
+        raise DfssmError(f"{source}: tensor {name} is {tensor.dtype}; it must be {' or '.join(_FLOATS.values())}")
     if not tensor.isfinite().all():
         raise DfssmError(f"{source}: tensor {name} holds NaN or infinity; copy or train the checkpoint again")
     return tensor.float()
@@ -141,9 +139,7 @@ def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:
     """A tied checkpoint may hold its embedding a second time, under the head's name."""
     head, embedding = tensors.pop(_HEAD, None), tensors.get(_EMBEDDING)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise DfssmError(
-            f"{source}: {_HEAD} is not the embedding, yet {CONFIG_FILE} ties them; untie them there"
-        )
+        raise DfssmError(f"{source}: {_HEAD} is not the embedding, yet {CONFIG_FILE} ties them; untie them there")
 
 
 def _weights_path(folder: Path) -> Path:

@@ -56,9 +56,7 @@ class _IntegerMatmul(torch.autograd.Function):
         ctx.save_for_backward(q, w)
         ctx.gradient_dtype = gradient_dtype
         with torch.autocast(q.device.type, enabled=False):
-            parts = [
-                a @ b.to(q.dtype).T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)
-            ]
+            parts = [a @ b.to(q.dtype).T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)]
         # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
         return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
 

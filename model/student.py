@@ -43,9 +43,7 @@ class BinaryLinear(nn.Module):
         down, down_scale = quantize(self.down)
         # A rank of 0 leaves rows without a maximum.
         up, up_scale = quantize(self.up) if len(self.down) else (self.up, self.up.new_zeros(len(self.up), 1))
-        return binary_scaffold_matmul(
-            x, sign(self.latent), self.scale, down, down_scale[:, 0], up, up_scale[:, 0]
-        )
+        return binary_scaffold_matmul(x, sign(self.latent), self.scale, down, down_scale[:, 0], up, up_scale[:, 0])
 
     @torch.no_grad()
     def export_tensors(self) -> dict[str, Tensor]:

@@ -43,10 +43,7 @@ class Mamba2State:
         conv = (batch, config.conv_dim, config.d_conv - 1)
         ssm = (batch, config.nheads, config.d_state, config.headdim)
         return cls(
-            *(
-                [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                for shape in (conv, ssm)
-            )
+            *([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for shape in (conv, ssm))
         )
 
     def detach(self) -> Self:
@@ -159,9 +156,7 @@ class Mamba2LM(nn.Module):
     `project(hidden) -> logits`. A tied model has no lm_head: its embedding projects.
     """
 
-    def __init__(
-        self, config: Mamba2Config, linear: LinearFactory = _linear, embedding: EmbeddingFactory = Embedding
-    ):
+    def __init__(self, config: Mamba2Config, linear: LinearFactory = _linear, embedding: EmbeddingFactory = Embedding):
         super().__init__()
         self.config = config
         self.embedding = embedding(config.vocab_size, config.d_model)
@@ -178,9 +173,7 @@ class Mamba2LM(nn.Module):
         if isinstance(self.lm_head, nn.Embedding):
             nn.init.kaiming_uniform_(self.lm_head.weight, a=math.sqrt(5))
         for layer in self.layers:
-            if isinstance(
-                layer.out_proj, nn.Linear
-            ):  # GPT-2's scaling: the residual stream sums n_layer of them
+            if isinstance(layer.out_proj, nn.Linear):  # GPT-2's scaling: the residual stream sums n_layer of them
                 layer.out_proj.weight.div_(math.sqrt(self.config.n_layer))
 
     @property
@@ -193,9 +186,7 @@ class Mamba2LM(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return Mamba2State.zeros(self.config, batch, weight.device, dtype)
 
-    def hidden_states(
-        self, input_ids: Tensor, state: Mamba2State | None = None
-    ) -> tuple[Tensor, Mamba2State]:
+    def hidden_states(self, input_ids: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
         """input_ids i64[B,T] -> the last layer's output [B,T,D] before norm_f, and the new state."""
         self._check(input_ids, state)
         state = self.new_state(input_ids.shape[0]) if state is None else state
@@ -224,11 +215,7 @@ class Mamba2LM(nn.Module):
     def _check(self, input_ids: Tensor, state: Mamba2State | None) -> None:
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             shape = list(input_ids.shape)
-            raise DfssmError(
-                f"input_ids has shape {shape}; it must be [batch, tokens] with at least one token"
-            )
+            raise DfssmError(f"input_ids has shape {shape}; it must be [batch, tokens] with at least one token")
         if state is not None and state.ssm[0].shape[0] != input_ids.shape[0]:
             batch = state.ssm[0].shape[0]
-            raise DfssmError(
-                f"the state holds {batch} sequences and input_ids {input_ids.shape[0]}; they must agree"
-            )
+            raise DfssmError(f"the state holds {batch} sequences and input_ids {input_ids.shape[0]}; they must agree")

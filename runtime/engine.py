@@ -68,9 +68,7 @@ class Engine:
         if DATA not in manifest.files:
             raise DfssmError(f"{folder} has no {DATA}: compile the model again")
         check_files(folder, manifest, hashes=verify_hashes)
-        return cls(
-            folder, manifest, get_target(manifest.target).open_session(folder, threads=threads), threads
-        )
+        return cls(folder, manifest, get_target(manifest.target).open_session(folder, threads=threads), threads)
 
     @cached_property
     def tokenizer(self):
@@ -157,9 +155,7 @@ class Engine:
         Raises DfssmError for an empty prompt without a state, or a setting out of range.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return Generation(
-            self, prompt, max_tokens, sampling, [stop] if isinstance(stop, str) else list(stop), state
-        )
+        return Generation(self, prompt, max_tokens, sampling, [stop] if isinstance(stop, str) else list(stop), state)
 
     def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
         """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
@@ -200,7 +196,5 @@ class Engine:
             raise DfssmError(f"token ids are {array.dtype}: give integers")
         wrong = array[(array < 0) | (array >= self.vocab_size)]
         if wrong.size:
-            raise DfssmError(
-                f"token id {wrong[0]} is out of range: this model has ids 0 to {self.vocab_size - 1}"
-            )
+            raise DfssmError(f"token id {wrong[0]} is out of range: this model has ids 0 to {self.vocab_size - 1}")
         return array.astype(np.int64, copy=False)

@@ -29,15 +29,11 @@ class Generation:
             of the last piece has not been read yet.
     """
 
-    def __init__(
-        self, engine, prompt, max_tokens: int, sampling: Sampling, stop: list[str], state: State | None
-    ):
+    def __init__(self, engine, prompt, max_tokens: int, sampling: Sampling, stop: list[str], state: State | None):
         if max_tokens < 0:
             raise DfssmError(f"max_tokens is {max_tokens}: give a number >= 0")
         if state is not None and state.batch != 1:
-            raise DfssmError(
-                f"generate continues one sequence, the state has {state.batch}: use state.row(i)"
-            )
+            raise DfssmError(f"generate continues one sequence, the state has {state.batch}: use state.row(i)")
         fresh = state is None or not state.tokens[0]
         if isinstance(prompt, str):
             # Special tokens open a text: they do not belong into the middle of one.

@@ -110,9 +110,7 @@ def _largest(logits: np.ndarray, count: int) -> np.ndarray:
     return chosen[order[:count]]
 
 
-def _nucleus(
-    tokens: np.ndarray, weights: np.ndarray, top_p: float, total: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _nucleus(tokens: np.ndarray, weights: np.ndarray, top_p: float, total: float) -> tuple[np.ndarray, np.ndarray]:
     """The shortest front of (tokens, weights) that holds `top_p` of `total`, crossing token included."""
     if top_p == 1:
         return tokens, weights

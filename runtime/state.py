@@ -91,9 +91,7 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file, atomically."""
         path = Path(path)
-        header: dict[str, Any] = {
-            "__metadata__": {"format": FORMAT, "version": str(VERSION), "model": self.model}
-        }
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "model": self.model}}
         offset = 0
         for name, array in self._arrays().items():
             header[name] = {
@@ -127,9 +125,7 @@ class State:
         except OSError as error:
             raise DfssmError(f"cannot read the state {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DfssmError(
-                f"{path} is not a state that this dfssm can read ({error}): save it again"
-            ) from None
+            raise DfssmError(f"{path} is not a state that this dfssm can read ({error}): save it again") from None
 
     @classmethod
     def _read(cls, file, size: int) -> State:
@@ -140,9 +136,7 @@ class State:
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT or metadata["version"] != str(VERSION):
-            raise ValueError(
-                f"it is {metadata['format']} version {metadata['version']}, not {FORMAT} {VERSION}"
-            )
+            raise ValueError(f"it is {metadata['format']} version {metadata['version']}, not {FORMAT} {VERSION}")
         arrays, offset = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             array = np.empty(entry["shape"], _DTYPES[entry["dtype"]]) if _fits(entry, size) else None
@@ -154,11 +148,7 @@ class State:
         logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
         if offset != size - 8 - length:
             raise ValueError("there are bytes after the last tensor")
-        if (
-            tokens.ndim != 1
-            or logits.ndim != 2
-            or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()])
-        ):
+        if tokens.ndim != 1 or logits.ndim != 2 or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()]):
             raise ValueError("its tensors are not of one batch")
         return cls(str(metadata["model"]), arrays, logits, tokens)
 
@@ -176,9 +166,7 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
             f"the state is of another model (weights {state.model[:12]}, here {model[:12]}): "
             "use the bundle that it was made with"
         )
-    differing = next(
-        (name for name in {**layout, **state.layout} if layout.get(name) != state.layout.get(name)), None
-    )
+    differing = next((name for name in {**layout, **state.layout} if layout.get(name) != state.layout.get(name)), None)
     if differing is not None:
         found, wanted = state.layout.get(differing), layout.get(differing)
         raise DfssmError(

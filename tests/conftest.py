@@ -15,6 +15,4 @@ def cpu_target() -> str:
 @pytest.fixture(scope="session")
 def tiny_bundle(cpu_target, tmp_path_factory):
     """A bundle of the tiny student with fp16 states and a tokenizer. Not to be written to."""
-    return tiny.write_bundle(
-        tmp_path_factory.mktemp("tiny") / "bundle", target=cpu_target, state_dtype="fp16"
-    )
+    return tiny.write_bundle(tmp_path_factory.mktemp("tiny") / "bundle", target=cpu_target, state_dtype="fp16")

@@ -12,9 +12,7 @@ F32 = np.float32
 PROT_NONE = 0  # <sys/mman.h>; the module mmap lacks it
 
 ISAS = [
-    pytest.param(
-        isa, marks=pytest.mark.skipif(isa not in _native.isas(), reason=f"this CPU cannot run {isa} kernels")
-    )
+    pytest.param(isa, marks=pytest.mark.skipif(isa not in _native.isas(), reason=f"this CPU cannot run {isa} kernels"))
     for isa in ("scalar", "avx2", "avx512vnni")
 ]
 each_isa = pytest.mark.parametrize("isa", ISAS)

@@ -25,9 +25,7 @@ GRID = [
 
 def scan_ref(x, dt, B, C, A_log, D, dt_bias, state, ngroups=1, dt_limit=(0.0, np.inf)):
     """What model.functional.selective_scan_step computes, head by head and token by token in float64."""
-    x, dt, B, C, A_log, D, dt_bias, state = (
-        np.asarray(a, np.float64) for a in (x, dt, B, C, A_log, D, dt_bias, state)
-    )
+    x, dt, B, C, A_log, D, dt_bias, state = (np.asarray(a, np.float64) for a in (x, dt, B, C, A_log, D, dt_bias, state))
     batch, heads, N, P = state.shape
     y, state = np.empty_like(x), state.copy()
     for b in range(batch):

@@ -81,9 +81,7 @@ def test_a_breach_is_found(lint_tree, module, line, contract):
 @pytest.mark.parametrize("part", ["cli", "compiler"])
 def test_a_slow_import_at_the_top_of_a_command_is_found(part):
     command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", f"{part}/new.py", "-"]
-    top = subprocess.run(
-        command, cwd=ROOT, input="import torch\n\nx = torch\n", capture_output=True, text=True
-    )
+    top = subprocess.run(command, cwd=ROOT, input="import torch\n\nx = torch\n", capture_output=True, text=True)
     assert "TID253" in top.stdout
     late = "def f():\n    import torch\n\n    return torch\n"
     assert subprocess.run(command, cwd=ROOT, input=late, capture_output=True, text=True).returncode == 0

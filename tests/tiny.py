@@ -65,8 +65,7 @@ def tensors(config: DFSSMConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray
             lead = () if c.planes == 1 else (c.planes,)
             layer |= {
                 f"{name}.bits": rng.integers(0, 256, (*lead, rows, columns // 8), np.uint8),
-                f"{name}.scale": rng.uniform(0.5, 1.5, (*lead, rows)).astype(np.float32)
-                / np.float32(columns**0.5),
+                f"{name}.scale": rng.uniform(0.5, 1.5, (*lead, rows)).astype(np.float32) / np.float32(columns**0.5),
                 f"{name}.down": int8(c.rank, columns),
                 f"{name}.down_scale": np.full(c.rank, 1 / (70 * columns**0.5), np.float32),
                 f"{name}.up": int8(rows, c.rank),

@@ -53,9 +53,7 @@ class TestRun:
     def test_a_saved_state_continues_the_text(self, invoke, tiny_bundle, tmp_path):
         whole = loads(invoke("run", tiny_bundle, "-p", "hello world", "-n", 12, "--json"))
         state = tmp_path / "a.state"
-        first = loads(
-            invoke("run", tiny_bundle, "-p", "hello world", "-n", 5, "--json", "--save-state", state)
-        )
+        first = loads(invoke("run", tiny_bundle, "-p", "hello world", "-n", 5, "--json", "--save-state", state))
         rest = loads(invoke("run", tiny_bundle, "-n", 7, "--json", "--load-state", state))
         assert first["tokens"] + rest["tokens"] == whole["tokens"]
         assert first["text"] + rest["text"] == whole["text"]
@@ -81,24 +79,16 @@ class TestCompare:
 
     @pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
     def test_other_state_dtypes_pass(self, invoke, cpu_target, tmp_path, tiny_model, state_dtype):
-        bundle = tiny.write_bundle(
-            tmp_path / "b", target=cpu_target, state_dtype=state_dtype, tokenizer=False
-        )
+        bundle = tiny.write_bundle(tmp_path / "b", target=cpu_target, state_dtype=state_dtype, tokenizer=False)
         assert invoke("compare", bundle, tiny_model, "--tokens", 10).exit_code == 0
 
-    def test_one_wrong_weight_fails_in_its_layer_only(
-        self, invoke, cpu_target, tmp_path, tiny_model, monkeypatch
-    ):
+    def test_one_wrong_weight_fails_in_its_layer_only(self, invoke, cpu_target, tmp_path, tiny_model, monkeypatch):
         tensors = tiny.tensors()
-        tensors["layers.1.out_proj.scale"][3] *= (
-            1.01  # one row of 64: less than a flipped activation at worst
-        )
+        tensors["layers.1.out_proj.scale"][3] *= 1.01  # one row of 64: less than a flipped activation at worst
         monkeypatch.setattr(tiny, "tensors", lambda config, seed: tensors)
         result = invoke("compare", tiny.write_bundle(tmp_path / "b", target=cpu_target), tiny_model, "--json")
         found = loads(result)
-        failed = {
-            name for part in ("outputs", "layers") for name, d in found[part].items() if not d["passed"]
-        }
+        failed = {name for part in ("outputs", "layers") for name, d in found[part].items() if not d["passed"]}
         assert result.exit_code == 1 and not found["passed"]
         assert failed == {"layers.1.out_proj", "layers.1.residual"}
 
@@ -108,11 +98,7 @@ class TestCompare:
         monkeypatch.setattr(tiny, "tensors", lambda config, seed: tensors)
         result = invoke("compare", tiny.write_bundle(tmp_path / "b", target=cpu_target), tiny_model, "--json")
         found = loads(result)
-        assert (
-            result.exit_code == 1
-            and not found["passed"]
-            and not found["layers"]["layers.1.in_proj"]["passed"]
-        )
+        assert result.exit_code == 1 and not found["passed"] and not found["layers"]["layers.1.in_proj"]["passed"]
 
     def test_another_student_is_refused_by_its_config(self, invoke, tiny_bundle, tmp_path):
         invoke("init", "--config", _config_file(tmp_path), "-o", tmp_path / "other.pt")
@@ -165,9 +151,7 @@ class TestStudents:
     def test_init_is_the_same_for_the_same_seed(self, invoke, tmp_path):
         files = [tmp_path / f"{n}.pt" for n in range(3)]
         for file, seed in zip(files, (0, 0, 1), strict=True):
-            result = loads(
-                invoke("init", "--config", _config_file(tmp_path), "--seed", seed, "-o", file, "--json")
-            )
+            result = loads(invoke("init", "--config", _config_file(tmp_path), "--seed", seed, "-o", file, "--json"))
             assert result["bytes"] == file.stat().st_size and result["config"]["rank"] == 16
         tensors = [load_student_tensors(file)[1]["layers.0.in_proj.bits"].tolist() for file in files]
         assert tensors[0] == tensors[1] != tensors[2]
@@ -191,9 +175,7 @@ class TestStudents:
         config = Mamba2Config(vocab_size=50, d_model=32, n_layer=1, d_state=8, headdim=8)
         save_teacher(Mamba2LM(config), tmp_path / "teacher")
         result = loads(
-            invoke(
-                "convert", tmp_path / "teacher", "--rank", 2, "--planes", 2, "-o", tmp_path / "s.pt", "--json"
-            )
+            invoke("convert", tmp_path / "teacher", "--rank", 2, "--planes", 2, "-o", tmp_path / "s.pt", "--json")
         )
         assert (result["config"]["rank"], result["config"]["planes"]) == (2, 2)
         read, tensors = load_student_tensors(tmp_path / "s.pt")

@@ -15,9 +15,7 @@ DFSSM = [sys.executable, "-c", "from dfssm.cli.main import main; main()"]
 
 
 def dfssm(*arguments, **options):
-    return subprocess.run(
-        [*DFSSM, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
-    )
+    return subprocess.run([*DFSSM, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")

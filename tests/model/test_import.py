@@ -14,9 +14,7 @@ from dfssm.model.student import DFSSMLM
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset import DfssmError
 
-CONFIG = Mamba2Config(
-    vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16, ngroups=2, norm_groups=2, d_conv=3
-)
+CONFIG = Mamba2Config(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16, ngroups=2, norm_groups=2, d_conv=3)
 PROMPT = torch.arange(20).view(2, 10)
 # What a mamba_ssm config.json says of CONFIG: the vocabulary is padded to a multiple of 16 on loading.
 MAMBA_SSM_JSON = {
@@ -227,9 +225,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     model = random_teacher(seed=3)
     model.layers[1].out_proj.weight[0, 0] = 1e5
-    with pytest.raises(
-        DfssmError, match="layers.1.mixer.out_proj.weight has values that float16 cannot hold"
-    ):
+    with pytest.raises(DfssmError, match="layers.1.mixer.out_proj.weight has values that float16 cannot hold"):
         save_teacher(model, tmp_path, torch.float16)
     with pytest.raises(DfssmError, match="dtype torch.int8 is not supported"):
         save_teacher(model, tmp_path, torch.int8)

@@ -73,9 +73,7 @@ def test_dt_limit_is_that_of_transformers(tmp_path, dt_limit):
     assert worst(free(ids(2, 19))[0], expected) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"ngroups": 1, "tie_embeddings": False}, {"norm_groups": 2, "d_conv": 2}]
-)
+@pytest.mark.parametrize("change", [{}, {"ngroups": 1, "tie_embeddings": False}, {"norm_groups": 2, "d_conv": 2}])
 @torch.no_grad()
 def test_step_by_step_and_in_pieces_is_one_go(change):
     torch.manual_seed(0)
@@ -145,19 +143,13 @@ def test_wrong_shapes_are_named(model):
 
 def test_starts_as_mamba_ssm_does():
     torch.manual_seed(0)
-    model = Mamba2LM(
-        Mamba2Config(vocab_size=500, d_model=256, n_layer=4, d_state=16, headdim=4, tie_embeddings=False)
-    )
+    model = Mamba2LM(Mamba2Config(vocab_size=500, d_model=256, n_layer=4, d_state=16, headdim=4, tie_embeddings=False))
     for layer in model.layers:
         A, step = layer.scan.A_log.exp(), torch.nn.functional.softplus(layer.scan.dt_bias)
         assert 1 <= A.min() < 2.5 and 14.5 < A.max() <= 16
         assert 0.00099 < step.min() < 0.002 and 0.05 < step.max() < 0.101
         assert 0.005 < step.median() < 0.02  # log-uniform
-        assert (
-            (layer.scan.D == 1).all()
-            and (layer.norm.weight == 1).all()
-            and (layer.gated_norm.weight == 1).all()
-        )
+        assert (layer.scan.D == 1).all() and (layer.norm.weight == 1).all() and (layer.gated_norm.weight == 1).all()
         # Uniform in +-1/sqrt(inputs); out_proj, of 512 inputs, smaller by sqrt(n_layer) = 2.
         for weight, bound in (
             (layer.in_proj.weight, 1 / 16),

@@ -68,9 +68,7 @@ def test_fp32_keeps_its_digits_where_decays_differ_by_orders_of_magnitude():
     # Steps of 0.001 between steps of 50 with A = -16: the log decay runs to tens of thousands in a chunk, yet
     # neighbours in a quiet stretch see each other. An fp32 sum would leave them three digits.
     inputs = scan_inputs(1, 128, 2, 4, 8, 1, dtype=np.float32)
-    inputs[1] = (
-        np.where(np.arange(128) % 16 < 8, 50.0, -7.0).astype(np.float32)[None, :, None].repeat(2, axis=2)
-    )
+    inputs[1] = np.where(np.arange(128) % 16 < 8, 50.0, -7.0).astype(np.float32)[None, :, None].repeat(2, axis=2)
     inputs[4], inputs[6] = np.full(2, np.log(16.0), np.float32), np.zeros(2, np.float32)
     expected, expected_state = scan_ref(*inputs)
     leaves = tensors(inputs, requires_grad=True)
@@ -78,9 +76,7 @@ def test_fp32_keeps_its_digits_where_decays_differ_by_orders_of_magnitude():
     (y.sum() + state.sum()).backward()
     # fp32 sums of 8 products: a few ulps of the largest term, which is the size of y's scale.
     np.testing.assert_allclose(y.detach(), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    np.testing.assert_allclose(
-        state.detach(), expected_state, rtol=0, atol=2e-6 * np.abs(expected_state).max()
-    )
+    np.testing.assert_allclose(state.detach(), expected_state, rtol=0, atol=2e-6 * np.abs(expected_state).max())
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
@@ -102,9 +98,7 @@ def test_convolution(width, tokens, activation):
     x, state = rng.standard_normal((2, tokens, 5)), rng.standard_normal((2, 5, width - 1))
     weight, bias = rng.standard_normal((5, width)), rng.standard_normal(5)
     window = np.concatenate([state, x.transpose(0, 2, 1)], axis=2)
-    expected = np.stack(
-        [bias + (window[:, :, t : t + width] * weight).sum(-1) for t in range(tokens)], axis=1
-    )
+    expected = np.stack([bias + (window[:, :, t : t + width] * weight).sum(-1) for t in range(tokens)], axis=1)
     if activation == "silu":
         expected = expected / (1 + np.exp(-expected))
     y, new_state = causal_conv1d(*tensors([x, state, weight, bias]), activation)

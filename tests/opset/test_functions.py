@@ -4,13 +4,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
 from dfssm.opset.cases import CASES, Case, cases
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
 from dfssm.opset.reference import REFERENCES
 from dfssm.opset.schema import DOMAIN, OPS, VERSION
 from dfssm.opset.tolerances import op_tolerance
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
 
 def single_node_model(case: Case) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from dfssm.opset import DfssmError
 from dfssm.opset.packing import (
     from_row16,

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from dfssm.opset import DfssmError
 from dfssm.opset.cases import Case, cases
 from dfssm.opset.packing import pack_bits, to_row16, up_to_row16

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from dfssm.opset import OPS, DfssmError
 from dfssm.opset.cases import CASES, cases
 from dfssm.opset.header import render

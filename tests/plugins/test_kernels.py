@@ -51,9 +51,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
         if layout == 1:
             bits, stored_up = to_row16(bits), up_to_row16(up)
         ones = np.ones(M, F32)
-        y = _native.binary_scaffold_matmul(
-            isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout
-        )
+        y = _native.binary_scaffold_matmul(isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout)
         np.testing.assert_array_equal(y, expected, err_msg=f"M={M} R={R} n={n}")
 
 
@@ -79,9 +77,7 @@ def test_int8_matmul_is_exact_in_integers(isa):
         w = rng.integers(-128, 128, (M, K), dtype=np.int8)
         w[0] = -128
         y = _native.int8_matmul(isa, x, w, np.ones(M, F32))
-        np.testing.assert_array_equal(
-            y, x.astype(np.int64) @ w.T.astype(np.int64), err_msg=f"K={K} M={M} n={n}"
-        )
+        np.testing.assert_array_equal(y, x.astype(np.int64) @ w.T.astype(np.int64), err_msg=f"K={K} M={M} n={n}")
 
 
 def _softplus64(x):
@@ -191,9 +187,7 @@ def test_norms_against_float64(isa):
 @each_isa
 def test_silu_error_bound(isa):
     """Two ulp of fp32 over the whole range, and nothing odd where exp(-x) would overflow or vanish."""
-    x = np.concatenate(
-        [np.linspace(-86, 86, 200_001), [-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]]
-    ).astype(F32)
+    x = np.concatenate([np.linspace(-86, 86, 200_001), [-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]]).astype(F32)
     C = x.size
     weight = np.tile(np.array([0, 1], F32), (C, 1))
     y, _ = _native.causal_conv1d_step(isa, x[None, None], np.zeros((1, C, 1), F32), weight, np.zeros(C, F32))

@@ -10,8 +10,7 @@ from dfssm.opset.cases import CASES
 SMALL = [
     case
     for case in CASES
-    if case.kind == "normal"
-    and np.prod(list(size for size in case.sizes.values() if isinstance(size, int))) < 1 << 21
+    if case.kind == "normal" and np.prod(list(size for size in case.sizes.values() if isinstance(size, int))) < 1 << 21
 ]
 
 
@@ -45,15 +44,11 @@ def test_nothing_outside_is_touched(isa, at, case):
 def test_any_alignment(isa, case):
     inputs = case.inputs()
     expected = run(case.op, isa, inputs, **case.attributes)
-    _assert_equal(
-        run(case.op, isa, {k: misaligned(v) for k, v in inputs.items()}, **case.attributes), expected
-    )
+    _assert_equal(run(case.op, isa, {k: misaligned(v) for k, v in inputs.items()}, **case.attributes), expected)
 
 
 @each_isa
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "state" in case.inputs()], ids=lambda case: case.id
-)
+@pytest.mark.parametrize("case", [case for case in CASES if "state" in case.inputs()], ids=lambda case: case.id)
 def test_states_in_place(isa, case):
     inputs = case.inputs()
     expected = run(case.op, isa, copies(inputs), **case.attributes)

@@ -1,5 +1,6 @@
 """Quantisation, half precision, packing, and the messages of dfssm._native."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -58,12 +59,35 @@ def test_a_row_that_is_not_finite_becomes_nan_and_no_other(isa, bad):
             assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 
+@each_isa
+def test_an_int8_state_row_that_is_not_finite_becomes_nan_and_no_other(isa):
+    """B[n] = NaN spoils row n of every head: in whole blocks of rows and in what is left over."""
+    rng = np.random.default_rng(0)
+    for N, bad, T in itertools.product((5, 16, 70), (0, 4), (1, 2)):
+        inputs = dict(
+            x=rng.standard_normal((1, T, 2 * 20)).astype(F32),
+            dt=rng.standard_normal((1, T, 2)).astype(F32),
+            B=rng.standard_normal((1, T, N)).astype(F32),
+            C=rng.standard_normal((1, T, N)).astype(F32),
+            A_log=np.zeros(2, F32),
+            D=np.zeros(2, F32),
+            dt_bias=np.zeros(2, F32),
+            state=rng.integers(-127, 128, (1, 2, N, 20), dtype=np.int8),
+            state_scale=rng.uniform(0.01, 0.1, (1, 2, N)).astype(F32),
+        )
+        _, state, scale = run("SelectiveScanStep", isa, inputs)
+        inputs["B"][:, 0, bad] = np.nan
+        _, spoilt_state, spoilt_scale = run("SelectiveScanStep", isa, inputs)
+        assert np.isnan(spoilt_scale[..., bad]).all() and not spoilt_state[:, :, bad].any()
+        others = np.arange(N) != bad
+        np.testing.assert_array_equal(spoilt_state[:, :, others], state[:, :, others])
+        np.testing.assert_array_equal(spoilt_scale[..., others], scale[..., others])
+
+
 def _store(isa, values, dtype, state):
     """`values` [P] through one scan step into `state` [P]: d = 1, B = 1, decay whatever of it."""
     P, one = values.size, np.ones(1, F32)
-    inputs = dict(
-        x=values.reshape(1, 1, P), dt=one.reshape(1, 1, 1), B=one.reshape(1, 1, 1), C=one.reshape(1, 1, 1)
-    )
+    inputs = dict(x=values.reshape(1, 1, P), dt=one.reshape(1, 1, 1), B=one.reshape(1, 1, 1), C=one.reshape(1, 1, 1))
     inputs |= dict(A_log=np.zeros(1, F32), D=np.zeros(1, F32), dt_bias=np.zeros(1, F32))
     inputs["state"] = state.astype(dtype).reshape(1, 1, 1, P)
     return inputs

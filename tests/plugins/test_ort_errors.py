@@ -120,9 +120,7 @@ def test_wrong_dtype(default_library, case, name, body):
 @pytest.mark.parametrize("dtype", ["float64", "int32", "uint8"])
 def test_wrong_state_dtype(default_library, dtype):
     model = with_type(nodes.node_model(SCAN), dtype, "state", "new_state")
-    with pytest.raises(
-        RUNTIME_ERROR, match=f"input 'state' has dtype {dtype}, expected float32, float16 or int8"
-    ):
+    with pytest.raises(RUNTIME_ERROR, match=f"input 'state' has dtype {dtype}, expected float32, float16 or int8"):
         default_library.session(model)
 
 
@@ -131,9 +129,7 @@ def test_the_scale_belongs_to_an_int8_state(default_library):
     with pytest.raises(RUNTIME_ERROR, match="SelectiveScanStep: input 'state_scale' is missing, expected"):
         default_library.session(model)
     model = with_type(nodes.node_model(SCAN_INT8), "float32", "state", "new_state")
-    with pytest.raises(
-        RUNTIME_ERROR, match="SelectiveScanStep: input 'state_scale' is present, expected none"
-    ):
+    with pytest.raises(RUNTIME_ERROR, match="SelectiveScanStep: input 'state_scale' is present, expected none"):
         default_library.session(model)
     model = nodes.node_model(SCAN_INT8)
     del model.graph.node[0].output[2], model.graph.output[2]
@@ -171,19 +167,13 @@ def test_wrong_attribute(default_library, case, attributes, message):
 
 def test_absent_attributes_have_the_schema_defaults(default_library):
     case = Case("CausalConv1dStep", CONV.sizes)  # silu
-    nodes.check_outputs(
-        case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs())
-    )
+    nodes.check_outputs(case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs()))
     case = next(c for c in cases("SelectiveScanStep") if not c.attributes and c.sizes["T"] > 1)
-    nodes.check_outputs(
-        case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs())
-    )
+    nodes.check_outputs(case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs()))
 
 
 def load(library, **environment) -> subprocess.CompletedProcess:
-    code = (
-        f"import onnxruntime; onnxruntime.SessionOptions().register_custom_ops_library({str(library.path)!r})"
-    )
+    code = f"import onnxruntime; onnxruntime.SessionOptions().register_custom_ops_library({str(library.path)!r})"
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},

@@ -14,10 +14,7 @@ from dfssm.opset.schema import OPS
 
 ONE_OF_EACH = [
     *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in OPS],
-    *[
-        next(case for case in cases("SelectiveScanStep") if case.state_dtype == d)
-        for d in ("float16", "int8")
-    ],
+    *[next(case for case in cases("SelectiveScanStep") if case.state_dtype == d) for d in ("float16", "int8")],
     next(case for case in cases("BinaryScaffoldMatMul") if case.attributes == {"layout": 1}),
 ]
 LARGE = [  # enough work for several chunks on the thread pool

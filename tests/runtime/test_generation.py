@@ -37,9 +37,7 @@ def test_greedy_is_the_largest_logit_of_each_step(engine):
 
 
 def test_a_seed_repeats_the_text(engine):
-    texts = [
-        "".join(engine.generate("hello", temperature=1.0, seed=seed, max_tokens=40)) for seed in (1, 1, 2)
-    ]
+    texts = ["".join(engine.generate("hello", temperature=1.0, seed=seed, max_tokens=40)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -53,9 +53,7 @@ def test_top_p_counts_within_what_top_k_left():
 
 
 def test_nucleus_of_a_large_vocabulary_equals_the_full_sort():
-    logits = (
-        np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
-    )  # flat: needs more than one pass
+    logits = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)  # flat: needs more than one pass
     tokens, _ = candidates(logits, Sampling(temperature=1.0, top_p=0.9))
     order = np.argsort(-logits, kind="stable")
     p = np.exp(logits[order].astype(np.float64))
@@ -72,16 +70,12 @@ def test_draws_follow_the_probabilities(settings):
     counts = np.bincount([sampler(LOGITS) for _ in range(n)], minlength=5)
     for token, count in enumerate(counts):
         p = expected.get(token, 0.0)
-        assert abs(count - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, (
-            f"token {token}: {count} draws of {n}, p={p}"
-        )
+        assert abs(count - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, f"token {token}: {count} draws of {n}, p={p}"
 
 
 @pytest.mark.parametrize("size", [1, 5, 256, 257, 1000])
 def test_draw_is_the_inverse_of_the_running_sum(size):
-    weights = (
-        np.random.default_rng(size).integers(0, 3, size).astype(np.float32)
-    )  # with zeros; sums are exact
+    weights = np.random.default_rng(size).integers(0, 3, size).astype(np.float32)  # with zeros; sums are exact
     weights[-1] = 0 if size > 1 else 1
     for uniform in [0.0, *np.random.default_rng(0).random(200), np.nextafter(1.0, 0.0)]:
         expected = int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))

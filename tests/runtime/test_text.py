@@ -22,9 +22,7 @@ def sentencepiece():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"helowrd", "▁hello", "▁world"]
-    model = models.Unigram(
-        [(piece, -float(len(pieces) - i)) for i, piece in enumerate(pieces)], 0, byte_fallback=True
-    )
+    model = models.Unigram([(piece, -float(len(pieces) - i)) for i, piece in enumerate(pieces)], 0, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
@@ -55,9 +53,7 @@ def test_pieces_join_to_the_decoding_and_hold_whole_characters(tokenizer):
 def test_every_cut_between_context_and_text_keeps_the_spaces(tokenizer):
     ids = tokenizer.encode("hello world hello world").ids
     for cut in range(1, len(ids)):
-        joined = tokenizer.decode(ids[:cut]) + "".join(
-            stream(tokenizer, ids[cut:], ids[max(0, cut - 8) : cut])
-        )
+        joined = tokenizer.decode(ids[:cut]) + "".join(stream(tokenizer, ids[cut:], ids[max(0, cut - 8) : cut]))
         assert joined == tokenizer.decode(ids)
 
 

@@ -32,9 +32,7 @@ def test_only_the_allowed_cpus_count(machine):
     assert machine(FOUR_CORES, [0, 4, 1]) == 2
 
 
-@pytest.mark.parametrize(
-    ("quota", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4)]
-)
+@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4)])
 def test_a_containers_quota_counts(machine, quota, expected):
     assert machine(FOUR_CORES, range(8), quota) == expected
 

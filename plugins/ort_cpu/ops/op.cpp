@@ -232,13 +232,15 @@ void* Call::output_data(size_t index, const int64_t* shape, size_t rank) {
 
 int64_t Call::chunk_units(int64_t units, double unit_ns) {
   // Measured with chains of 500 nodes, ONNX Runtime 1.31, two threads, its pool spinning: handing work to the
-  // pool and meeting again takes 1.5 us, each chunk 12 ns, and the lines one core wrote and the other reads
-  // tens of ns each. So work is shared when half of it is several times that (a decode step's norms and its
-  // convolution are not, its products and its scan are), in chunks whose cost is a third of a percent.
-  constexpr double kWorthwhileNs = 10e3, kChunkNs = 4e3;
-  if (static_cast<double>(units) * unit_ns < kWorthwhileNs) return units;
-  const double per_chunk = kChunkNs / unit_ns;
-  return per_chunk < 1 ? 1 : static_cast<int64_t>(per_chunk);
+  // pool and meeting again takes 1.5 us, and the lines that one core wrote and another reads tens of ns each.
+  // So work is shared when half of it is several times that: a decode step's products and its scan are, its
+  // norms are not. Chunks of 4 us cost a large product 1 % (prefetches reach past the end of a chunk in
+  // vain), those of 16 us nothing; 64 chunks are enough for a fair division among threads.
+  constexpr double kWorthwhileNs = 10e3, kChunkNs = 4e3, kChunks = 64;
+  const double total_ns = static_cast<double>(units) * unit_ns;
+  if (total_ns < kWorthwhileNs) return units;
+  const double per_chunk = std::max(kChunkNs, total_ns / kChunks) / unit_ns;
+  return std::max(int64_t{1}, static_cast<int64_t>(per_chunk));
 }
 
 void Call::parallel_for(void (*chunk)(void*, size_t), int64_t chunks, void* job) {
