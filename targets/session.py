@@ -30,6 +30,11 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     # A step is a chain: no two nodes of it can run side by side.
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Threads that wait for the next node spin 200 us and sleep then, and none spins after a run. Of one decode step of
+    # 1.3B on two cores this took 24.5 ms, ONNX Runtime's default 25.4, no spinning 26.9; beside a busy neighbour 87
+    # against 108. The default burns 50 ms of CPU after each run, in which the application could work.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
     # Errors only: a warning about `logits_to_keep`, an input with a default on purpose, would greet every user.
     options.log_severity_level = 3
     return options

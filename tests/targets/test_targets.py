@@ -50,7 +50,8 @@ def test_probe(name):
 
 def test_probe_on_another_machine(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "aarch64" in ort_cpu.probe().why_not
+    probe = ort_cpu.probe()  # the scalar kernels run anywhere: what the library says counts, not the machine's name
+    assert probe.usable and probe.uses["machine"] == "aarch64"
 
 
 def test_lowering_is_lazy_and_can_be_undone():
