@@ -24,7 +24,8 @@ $(VENV)/.built: pyproject.toml constraints.txt $(NATIVE)
 demo: build
 	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
 	$(BIN)/dfssm compare $(DEMO) examples/demo/model.pt
-	$(BIN)/dfssm run $(DEMO) -p "Once upon a time" -n 100
+	@printf '\nOnce upon a time'
+	@$(BIN)/dfssm run $(DEMO) -p "Once upon a time" -n 100 --temperature 0.7 --seed 1
 
 # One thread each: two test processes on two cores are enough.
 test: lint

@@ -153,7 +153,7 @@ def test_scan_against_float64(isa, dtype, P):
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_conv_against_float64(isa, width):
     rng = np.random.default_rng(width)
-    for C, T, activation in itertools.product((1, 7, 8, 15, 16, 17, 40), (1, 2, 9), ("silu", "none")):
+    for C, T, activation in itertools.product((1, 7, 8, 15, 16, 17, 40, 128, 257, 530), (1, 2, 9), ("silu", "none")):
         x = rng.standard_normal((2, T, C)).astype(F32)
         state = rng.standard_normal((2, C, width - 1)).astype(F32)
         weight, bias = rng.standard_normal((C, width)).astype(F32), rng.standard_normal(C).astype(F32)

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "prefetch.h"
 #include "tables.h"
 
 namespace dfssm::DFSSM_ISA_NAMESPACE {
@@ -128,47 +129,68 @@ inline void quantize_rows(const float* x, int64_t rows, int64_t count, int8_t* q
 
 // ---- causal convolution ----
 
-// `count` <= kLanes channels from c on, one batch row, all tokens. `lanes` covers count.
-template <int W, class Lanes>
-inline void conv_channels(const ConvArgs& a, int64_t b, int64_t c, int64_t count, Lanes lanes) {
+// The S columns of the first `count` <= kLanes rows of an array [count, S]; missing rows are zero.
+template <int S>
+inline void load_some_columns(const float* p, int64_t count, F32 (&columns)[S]) {
+  if (count >= kLanes) return load_columns<S>(p, columns);
+  float padded[kLanes * S] = {};
+  std::memcpy(padded, p, count * S * sizeof(float));
+  load_columns<S>(padded, columns);
+}
+
+template <int S>
+inline void store_some_columns(float* p, int64_t count, const F32 (&columns)[S]) {
+  if (count >= kLanes) return store_columns<S>(p, columns);
+  float padded[kLanes * S];
+  store_columns<S>(padded, columns);
+  std::memcpy(p, padded, count * S * sizeof(float));
+}
+
+// Channels are taken in panels: their weights and state are transposed once into this stack space, so that
+// tokens go by in rows of 16 vectors, a stretch of memory that the prefetchers can follow.
+constexpr int kPanel = 16 * kLanes;
+
+// `count` <= kPanel channels from c on, one batch row, all tokens.
+template <int W>
+void conv_panel(const ConvArgs& a, int64_t b, int64_t c, int64_t count) {
   constexpr int kHistory = W - 1;
-  const float* weights = a.weight + c * W;
+  float weight[W][kPanel], history[kHistory][kPanel];
   const float* state = a.state + (b * a.C + c) * kHistory;
-  float* new_state = a.new_state + (b * a.C + c) * kHistory;
-  float padded_weights[kLanes * W], padded_state[kLanes * kHistory];
-  const bool tail = count < kLanes;
-  if (tail) {
-    std::memset(padded_weights, 0, sizeof padded_weights);
-    std::memset(padded_state, 0, sizeof padded_state);
-    std::memcpy(padded_weights, weights, count * W * sizeof(float));
-    std::memcpy(padded_state, state, count * kHistory * sizeof(float));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    F32 weights[W], states[kHistory];
+    load_some_columns<W>(a.weight + (c + i) * W, count - i, weights);
+    load_some_columns<kHistory>(state + i * kHistory, count - i, states);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) store(weight[w] + i, weights[w], Full{});
+#pragma GCC unroll 4
+    for (int w = 0; w < kHistory; ++w) store(history[w] + i, states[w], Full{});
   }
-  F32 weight[W], history[kHistory];
-  load_columns<W>(tail ? padded_weights : weights, weight);
-  load_columns<kHistory>(tail ? padded_state : state, history);
-  const F32 bias = load(a.bias + c, lanes);
+  const float* window[W];  // rows of channels, the newest last: first of the state, then of x itself
+  for (int w = 0; w < kHistory; ++w) window[w] = history[w];
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t at = (b * a.T + t) * a.C + c;
-    const F32 x = load(a.x + at, lanes);
-    F32 y = bias;
+    window[kHistory] = a.x + at;
+    for_vectors(count, [&](int64_t i, auto lanes) {
+      F32 y = load(a.bias + c + i, lanes);
 #pragma GCC unroll 4
-    for (int w = 0; w < kHistory; ++w) y = fma(weight[w], history[w], y);
-    y = fma(weight[kHistory], x, y);
-    store(a.y + at, a.silu ? silu(y) : y, lanes);
-#pragma GCC unroll 4
-    for (int w = 0; w + 1 < kHistory; ++w) history[w] = history[w + 1];
-    history[kHistory - 1] = x;
+      for (int w = 0; w < W; ++w) y = fma(load(weight[w] + i, lanes), load(window[w] + i, lanes), y);
+      store(a.y + at + i, a.silu ? silu(y) : y, lanes);
+    });
+    for (int w = 0; w < kHistory; ++w) window[w] = window[w + 1];
   }
-  store_columns<kHistory>(tail ? padded_state : new_state, history);
-  if (tail) std::memcpy(new_state, padded_state, count * kHistory * sizeof(float));
+  float* new_state = a.new_state + (b * a.C + c) * kHistory;
+  for_vectors(count, [&](int64_t i, auto lanes) {
+    F32 states[kHistory];
+#pragma GCC unroll 4
+    for (int w = 0; w < kHistory; ++w) states[w] = load(window[w] + i, lanes);
+    store_some_columns<kHistory>(new_state + i * kHistory, count - i, states);
+  });
 }
 
 template <int W>
 void conv_width(const ConvArgs& a, int64_t c0, int64_t c1) {
   for (int64_t b = 0; b < a.B; ++b) {
-    int64_t c = c0;
-    for (; c + kLanes <= c1; c += kLanes) conv_channels<W>(a, b, c, kLanes, Full{});
-    if (c < c1) conv_channels<W>(a, b, c, c1 - c, first_lanes(c1 - c));
+    for (int64_t c = c0; c < c1; c += kPanel) conv_panel<W>(a, b, c, c1 - c < kPanel ? c1 - c : kPanel);
   }
 }
 
@@ -246,12 +268,17 @@ struct Step {
   int64_t N, P;
 };
 
+// In place of Ahead where the state is in cache.
+struct NoAhead {
+  void next() {}
+};
+
 // Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to
 // `out`.
-template <int NT, int NV, class In, class Out, class Lanes>
-inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lanes last) {
-  constexpr int kAhead = 4096;  // bytes: far enough to cover a memory access, near enough to stay in L1
-  const Step s = step;          // a copy that no store below can alias: its members stay in registers
+template <int NT, int NV, class In, class Out, class Lanes, class Prefetch>
+inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lanes last, Prefetch& ahead) {
+  const Step s = step;  // copies that no store below can alias: their members stay in registers
+  Prefetch lines = ahead;
   in += p;
   out += p;
   F32 x[NT][NV], y[NT][NV];
@@ -262,9 +289,7 @@ inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lane
   }
   for (int64_t n = 0; n < s.N; ++n, in += s.P, out += s.P) {
 #pragma GCC unroll 4
-    for (size_t byte = 0; byte < NV * kLanes * sizeof(In); byte += 64) {
-      prefetch(reinterpret_cast<const char*>(in) + kAhead + byte);
-    }
+    for (size_t byte = 0; byte < NV * kLanes * sizeof(In); byte += 64) lines.next();
     F32 h[NV];
     load_chunk(in, last, h);
 #pragma GCC unroll 4
@@ -281,28 +306,29 @@ inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lane
   }
 #pragma GCC unroll 4
   for (int t = 0; t < NT; ++t) store_chunk(s.y + t * s.x_stride + p, last, y[t]);
+  ahead = lines;
 }
 
-template <int NT, class In, class Out>
-void step_tokens(const Step& s, const In* in, Out* out) {
+template <int NT, class In, class Out, class Prefetch>
+void step_tokens(const Step& s, const In* in, Out* out, Prefetch& ahead) {
   constexpr int NV = NT == 1 ? kChunk : kChunkOfTokens;
   int64_t p = 0;
-  for (; p + NV * kLanes <= s.P; p += NV * kLanes) step_chunk<NT, NV>(s, in, out, p, Full{});
-  for (; p + kLanes <= s.P; p += kLanes) step_chunk<NT, 1>(s, in, out, p, Full{});
-  if (p < s.P) step_chunk<NT, 1>(s, in, out, p, first_lanes(s.P - p));
+  for (; p + NV * kLanes <= s.P; p += NV * kLanes) step_chunk<NT, NV>(s, in, out, p, Full{}, ahead);
+  for (; p + kLanes <= s.P; p += kLanes) step_chunk<NT, 1>(s, in, out, p, Full{}, ahead);
+  if (p < s.P) step_chunk<NT, 1>(s, in, out, p, first_lanes(s.P - p), ahead);
 }
 
 // `tokens` is 1 or kTokens.
-template <class In, class Out>
-void step(const Step& s, int64_t tokens, const In* in, Out* out) {
-  return tokens == 1 ? step_tokens<1>(s, in, out) : step_tokens<kTokens>(s, in, out);
+template <class In, class Out, class Prefetch>
+void step(const Step& s, int64_t tokens, const In* in, Out* out, Prefetch&& ahead) {
+  return tokens == 1 ? step_tokens<1>(s, in, out, ahead) : step_tokens<kTokens>(s, in, out, ahead);
 }
 
 // The last tokens of an int8 state: blocks of rows pass through `tile` to int8. In is int8_t or, with `in`
 // the tile itself, float.
-template <class In>
-void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* tile, int8_t* out,
-                       float* scale) {
+template <class In, class Prefetch>
+void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* tile, int8_t* out, float* scale,
+                       Prefetch&& ahead) {
   for (int64_t n = 0; n < all.N; n += kRowBlock) {
     Step s = all;
     s.C += n;
@@ -311,7 +337,7 @@ void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* til
     s.N = all.N - n < kRowBlock ? all.N - n : kRowBlock;
     float* rows = tile;
     if constexpr (sizeof(In) == sizeof(float)) rows += n * s.P;
-    step(s, tokens, in + n * s.P, rows);
+    step(s, tokens, in + n * s.P, rows, ahead);
     quantize_rows(rows, s.N, s.P, out + n * s.P, scale + n);
   }
 }
@@ -335,7 +361,9 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
   float* tile = row_factor + a.N;
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t b = i / a.H, head = i % a.H, group = head / (a.H / a.G);
+    const State* range = static_cast<const State*>(a.state) + i0 * a.N * a.P;
     const State* state = static_cast<const State*>(a.state) + i * a.N * a.P;
+    Ahead ahead(range, (i - i0) * a.N * a.P * sizeof(State));
     State* new_state = static_cast<State*>(a.new_state) + i * a.N * a.P;
     const float rate = -expf(a.A_log[head]);
     for (int64_t t = 0, tokens; t < a.T; t += tokens) {
@@ -373,14 +401,14 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
             store(row_factor + n, load(a.state_scale + i * a.N + n, lanes) * broadcast(s.decay[0]), lanes);
           });
         }
-        if (first && last) step_and_quantize(s, tokens, state, tile, new_state, new_scale);
-        if (!first && last) step_and_quantize(s, tokens, tile, tile, new_state, new_scale);
+        if (first && last) step_and_quantize(s, tokens, state, tile, new_state, new_scale, ahead);
+        if (!first && last) step_and_quantize(s, tokens, tile, tile, new_state, new_scale, NoAhead{});
       } else {
-        if (first && last) step(s, tokens, state, new_state);
-        if (!first && last) step(s, tokens, tile, new_state);
+        if (first && last) step(s, tokens, state, new_state, ahead);
+        if (!first && last) step(s, tokens, tile, new_state, NoAhead{});
       }
-      if (first && !last) step(s, tokens, state, tile);
-      if (!first && !last) step(s, tokens, tile, tile);
+      if (first && !last) step(s, tokens, state, tile, ahead);
+      if (!first && !last) step(s, tokens, tile, tile, NoAhead{});
     }
   }
 }

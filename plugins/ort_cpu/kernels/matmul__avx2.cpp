@@ -6,14 +6,13 @@
 #include <cstring>
 
 #include "packing.h"
+#include "prefetch.h"
 #include "tables.h"
 
 namespace dfssm::avx2 {
 namespace {
 
 using Dword = int32_t __attribute__((may_alias, aligned(1)));
-
-constexpr int kAhead = 12288;  // bytes to prefetch ahead of the stream of bits
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -25,8 +24,6 @@ inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
   __m256i products;
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(u8), "x"(s8));
 }
-
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -51,18 +48,18 @@ inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t blo
   return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
 }
 
-// (scale * s) * (2 * positive - sum) of one plane, for the eight rows from `row` on.
-inline __m256 scaled(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i positive) {
-  const __m256 scale = _mm256_maskload_ps(a.scale + plane * a.M + row, rows_of(a, row));
+// (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
+// brings the low-rank correction and the others add to it.
+inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i positive) {
+  const __m256i rows = rows_of(a, row);
+  const __m256 scale = _mm256_maskload_ps(a.scale + plane * a.M + row, rows);
   const __m256i signed_sum =
       _mm256_sub_epi32(_mm256_add_epi32(positive, positive), _mm256_set1_epi32(a.sum[t]));
-  return _mm256_mul_ps(_mm256_mul_ps(scale, _mm256_set1_ps(a.s[t])), _mm256_cvtepi32_ps(signed_sum));
-}
-
-// y of the eight rows from `row` on: `scaffold` plus the low-rank correction.
-inline void finish(const ScaffoldArgs& a, int64_t row, int64_t t, __m256 scaffold) {
-  const __m256i rows = rows_of(a, row);
-  if (a.R > 0) {
+  __m256 y = _mm256_mul_ps(_mm256_mul_ps(scale, _mm256_set1_ps(a.s[t])), _mm256_cvtepi32_ps(signed_sum));
+  float* out = a.y + t * a.ldy + row;
+  if (plane > 0) {
+    y = _mm256_add_ps(y, _mm256_maskload_ps(out, rows));
+  } else if (a.R > 0) {
     const int8_t* up = a.up + row / kTileRows * a.R * kTileRows + row % kTileRows;
     const float* h = a.h + t * a.R;
     __m256 correction = _mm256_setzero_ps();
@@ -70,9 +67,9 @@ inline void finish(const ScaffoldArgs& a, int64_t row, int64_t t, __m256 scaffol
       const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(up)));
       correction = _mm256_fmadd_ps(_mm256_cvtepi32_ps(lanes), _mm256_set1_ps(h[r]), correction);
     }
-    scaffold = _mm256_fmadd_ps(_mm256_maskload_ps(a.up_scale + row, rows), correction, scaffold);
+    y = _mm256_fmadd_ps(_mm256_maskload_ps(a.up_scale + row, rows), correction, y);
   }
-  _mm256_maskstore_ps(a.y + t * a.ldy + row, rows, scaffold);
+  _mm256_maskstore_ps(out, rows, y);
 }
 
 // One token. Each half of a tile is split into nibbles; a nibble byte ANDed with 1 << j holds 2^j times its
@@ -81,54 +78,48 @@ inline void finish(const ScaffoldArgs& a, int64_t row, int64_t t, __m256 scaffol
 // sum again at most 32512, into int32.
 constexpr int kTilesPerFold = 8;
 
-void one_token(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   const int64_t columns = a.K / kTileColumns;
+  const uint8_t* tile = tiles_of(a, plane, block0);
+  Ahead ahead(tile, 0);
   for (int64_t block = block0; block < block1; ++block) {
-    const int64_t row = block * kTileRows;
-    __m256 y[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t plane = 0; plane < a.planes; ++plane) {
-      const uint8_t* tile = tiles_of(a, plane, block);
-      const int8_t* q = a.q;
-      __m256i positive[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-      for (int64_t c = 0; c < columns; c += kTilesPerFold) {
-        __m256i acc[2][4];
+    const int8_t* q = a.q;
+    __m256i positive[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t c = 0; c < columns; c += kTilesPerFold) {
+      __m256i acc[2][4];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
-        for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end;
-             ++i, tile += 64, q += kTileColumns) {
-          prefetch(tile + kAhead);
+      for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
+      for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end;
+           ++i, tile += 64, q += kTileColumns) {
+        ahead.next();
 #pragma GCC unroll 2
-          for (int high = 0; high < 2; ++high) {
-            __m256i bits[2];
+        for (int high = 0; high < 2; ++high) {
+          __m256i bits[2];
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            bits[half] = load(tile + 32 * half);
+            if (high) bits[half] = _mm256_srli_epi16(bits[half], 4);
+          }
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const __m256i mask = _mm256_set1_epi8(static_cast<char>(1 << j));
+            const __m256i x = broadcast4(q + 16 * high + 4 * j);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
-              bits[half] = load(tile + 32 * half);
-              if (high) bits[half] = _mm256_srli_epi16(bits[half], 4);
-            }
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-              const __m256i mask = _mm256_set1_epi8(static_cast<char>(1 << j));
-              const __m256i x = broadcast4(q + 16 * high + 4 * j);
-#pragma GCC unroll 2
-              for (int half = 0; half < 2; ++half) {
-                dot_words(acc[half][j], _mm256_and_si256(bits[half], mask), x);
-              }
+              dot_words(acc[half][j], _mm256_and_si256(bits[half], mask), x);
             }
           }
         }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          __m256i words = acc[half][3];
-#pragma GCC unroll 3
-          for (int j = 2; j >= 0; --j) words = _mm256_add_epi16(acc[half][j], _mm256_srai_epi16(words, 1));
-          positive[half] = _mm256_add_epi32(positive[half], widen(words));
-        }
       }
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        y[half] = _mm256_add_ps(y[half], scaled(a, plane, row + 8 * half, 0, positive[half]));
+        __m256i words = acc[half][3];
+#pragma GCC unroll 3
+        for (int j = 2; j >= 0; --j) words = _mm256_add_epi16(acc[half][j], _mm256_srai_epi16(words, 1));
+        positive[half] = _mm256_add_epi32(positive[half], widen(words));
       }
     }
-    for (int half = 0; half < 2; ++half) finish(a, row + 8 * half, 0, y[half]);
+    for (int half = 0; half < 2; ++half) finish(a, plane, block * kTileRows + 8 * half, 0, positive[half]);
   }
 }
 
@@ -138,68 +129,60 @@ constexpr int kTokenTile = 4;
 constexpr int kTilesPerWiden = 16;
 
 template <int NT>
-void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
+void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0) {
   const __m256i ones = _mm256_set1_epi8(1);
-  const int64_t row = block * kTileRows, columns = a.K / kTileColumns;
-  __m256 y[NT][2];
-  for (int i = 0; i < NT * 2; ++i) y[i / 2][i % 2] = _mm256_setzero_ps();
-  for (int64_t plane = 0; plane < a.planes; ++plane) {
-    const uint8_t* tile = tiles_of(a, plane, block);
-    const int8_t* q = a.q + t0 * a.K;
-    __m256i positive[NT][2];
-    for (int i = 0; i < NT * 2; ++i) positive[i / 2][i % 2] = _mm256_setzero_si256();
-    for (int64_t c = 0; c < columns; c += kTilesPerWiden) {
-      __m256i acc[NT][2];
+  const int64_t columns = a.K / kTileColumns;
+  const uint8_t* tile = tiles_of(a, plane, block);
+  const int8_t* q = a.q + t0 * a.K;
+  __m256i positive[NT][2];
+  for (int i = 0; i < NT * 2; ++i) positive[i / 2][i % 2] = _mm256_setzero_si256();
+  for (int64_t c = 0; c < columns; c += kTilesPerWiden) {
+    __m256i acc[NT][2];
 #pragma GCC unroll 8
-      for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
-      for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
-        __m256i bits[2] = {load(tile), load(tile + 32)};
+    for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
+    for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
+      __m256i bits[2] = {load(tile), load(tile + 32)};
 #pragma GCC unroll 1
-        for (int j = 0; j < 8; ++j, q += 4) {
-          __m256i u8[2];
+      for (int j = 0; j < 8; ++j, q += 4) {
+        __m256i u8[2];
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            u8[half] = _mm256_and_si256(bits[half], ones);
-            bits[half] = _mm256_srli_epi16(bits[half], 1);
-          }
+        for (int half = 0; half < 2; ++half) {
+          u8[half] = _mm256_and_si256(bits[half], ones);
+          bits[half] = _mm256_srli_epi16(bits[half], 1);
+        }
 #pragma GCC unroll 4
-          for (int t = 0; t < NT; ++t) {
-            const __m256i x = broadcast4(q + t * a.K);
+        for (int t = 0; t < NT; ++t) {
+          const __m256i x = broadcast4(q + t * a.K);
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-              dot_words(acc[t][half], u8[half], x);
-            }
-          }
+          for (int half = 0; half < 2; ++half) dot_words(acc[t][half], u8[half], x);
         }
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < NT * 2; ++i) {
-        positive[i / 2][i % 2] = _mm256_add_epi32(positive[i / 2][i % 2], widen(acc[i / 2][i % 2]));
-      }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < NT * 2; ++i) {
-      const int t = i / 2, half = i % 2;
-      y[t][half] = _mm256_add_ps(y[t][half], scaled(a, plane, row + 8 * half, t0 + t, positive[t][half]));
+      positive[i / 2][i % 2] = _mm256_add_epi32(positive[i / 2][i % 2], widen(acc[i / 2][i % 2]));
     }
   }
-  for (int i = 0; i < NT * 2; ++i) finish(a, row + 8 * (i % 2), t0 + i / 2, y[i / 2][i % 2]);
+  for (int i = 0; i < NT * 2; ++i) {
+    finish(a, plane, block * kTileRows + 8 * (i % 2), t0 + i / 2, positive[i / 2][i % 2]);
+  }
 }
 
 // Tokens in as few tiles as possible, all nearly equal: of two or more tokens none is left alone.
-void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   const int64_t tiles = (a.n + kTokenTile - 1) / kTokenTile;
   for (int64_t block = block0; block < block1; ++block) {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
       switch (t1 - t0) {
         case 2:
-          token_tile<2>(a, block, t0);
+          token_tile<2>(a, plane, block, t0);
           break;
         case 3:
-          token_tile<3>(a, block, t0);
+          token_tile<3>(a, plane, block, t0);
           break;
         default:
-          token_tile<4>(a, block, t0);
+          token_tile<4>(a, plane, block, t0);
       }
     }
   }
@@ -253,13 +236,13 @@ inline __m256i load_words(const int8_t* p, int64_t count) {
 
 // Rows [m, m + NR) by tokens [t, t + NT), in int16: VPMADDUBSW would saturate on 2 * 255 * 127.
 template <int NR, int NT>
-void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
+void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
   const int8_t* w = a.w + m * a.K;
   const int8_t* q = a.q + t * a.K;
   __m256i acc[NR][NT];
 #pragma GCC unroll 8
   for (int i = 0; i < NR * NT; ++i) acc[i / NT][i % NT] = _mm256_setzero_si256();
-  const auto columns = [&](auto load_columns) __attribute__((always_inline)) {
+  const auto step = [&](auto load_columns) __attribute__((always_inline)) {
     __m256i x[NT];
 #pragma GCC unroll 2
     for (int i = 0; i < NT; ++i) x[i] = load_columns(q + i * a.K);
@@ -272,14 +255,13 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
   };
   int64_t k = 0;
   for (; k + 16 <= a.K; k += 16) {
-    if (k % 64 == 0) {
-#pragma GCC unroll 4
-      for (int r = 0; r < NR; ++r) prefetch(w + r * a.K + k + kAhead);
-    }
-    columns([k](const int8_t* p) { return load_words(p + k); });
+    if (NR == 4) ahead.next();  // four rows of 16 bytes are one line
+    step([k](const int8_t* p) { return load_words(p + k); });
   }
-  if (k < a.K) columns([k, left = a.K - k](const int8_t* p) { return load_words(p + k, left); });
+  if (k < a.K) step([k, left = a.K - k](const int8_t* p) { return load_words(p + k, left); });
+#pragma GCC unroll 4
   for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 2
     for (int i = 0; i < NT; ++i) {
       a.y[(t + i) * a.ldy + m + r] = (a.w_scale[m + r] * a.s[t + i]) * static_cast<float>(sum(acc[r][i]));
     }
@@ -287,10 +269,10 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
 }
 
 template <int NR>
-void int8_rows(const Int8Args& a, int64_t m) {
+void int8_rows(const Int8Args& a, int64_t m, Ahead ahead) {
   int64_t t = 0;
-  for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t);
-  if (t < a.n) int8_tile<NR, 1>(a, m, t);
+  for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t, ahead);
+  if (t < a.n) int8_tile<NR, 1>(a, m, t, ahead);
 }
 
 }  // namespace
@@ -303,13 +285,16 @@ void scaffold_pack(const int8_t*, int64_t, int64_t, void*) {}
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
-  return a.n == 1 ? one_token(a, block0, block1) : many_tokens(a, block0, block1);
+  for (int64_t plane = 0; plane < a.planes; ++plane) {
+    a.n == 1 ? one_token(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
+  }
 }
 
 void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
+  const int8_t* first = a.w + m0 * a.K;
   int64_t m = m0;
-  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m);
-  for (; m < m1; ++m) int8_rows<1>(a, m);
+  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m, Ahead(first, (m - m0) * a.K));
+  for (; m < m1; ++m) int8_rows<1>(a, m, Ahead(first, (m - m0) * a.K));
 }
 
 }  // namespace dfssm::avx2

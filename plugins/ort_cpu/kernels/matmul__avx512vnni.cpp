@@ -6,16 +6,13 @@
 #include <cstring>
 
 #include "packing.h"
+#include "prefetch.h"
 #include "tables.h"
 
 namespace dfssm::avx512vnni {
 namespace {
 
 using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbouring int8 activations
-
-// How far ahead of the stream to prefetch, in bytes: one core then keeps enough lines in flight to fill its
-// share of the memory bandwidth; without it the kernels reach only 80-90 % (bench/kernels.py).
-constexpr int kAhead = 12288;
 
 // Inline assembly because gcc 12 copies the accumulator of the intrinsic through spare registers and spills.
 inline void dot(__m512i& acc, __m512i u8, __m512i s8) {
@@ -24,8 +21,6 @@ inline void dot(__m512i& acc, __m512i u8, __m512i s8) {
 inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u8), "m"(*reinterpret_cast<const Dword*>(s8)));
 }
-
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -41,75 +36,83 @@ inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t blo
   return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
 }
 
-// (scale * s) * (2 * positive - sum) of one plane.
-inline __m512 scaled(const ScaffoldArgs& a, int64_t plane, int64_t block, __mmask16 rows, int64_t t,
-                     __m512i positive) {
+// up_scale * (up . h) of one block and token.
+inline __m512 correction(const ScaffoldArgs& a, int64_t block, __mmask16 rows, int64_t t) {
+  const int8_t* up = a.up + block * a.R * kTileRows;
+  const float* h = a.h + t * a.R;
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
+    const __m512i row = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(up)));
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(row), _mm512_set1_ps(h[r]), sum);
+  }
+  return _mm512_mul_ps(_mm512_maskz_loadu_ps(rows, a.up_scale + block * kTileRows), sum);
+}
+
+// (scale * s) * (2 * positive - sum) of one plane, block and token; the first plane brings the correction and
+// the others add to it.
+inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t, __m512i positive) {
+  const __mmask16 rows = rows_of(a, block);
   const __m512 scale = _mm512_maskz_loadu_ps(rows, a.scale + plane * a.M + block * kTileRows);
   const __m512i signed_sum =
       _mm512_sub_epi32(_mm512_add_epi32(positive, positive), _mm512_set1_epi32(a.sum[t]));
-  return _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(a.s[t])), _mm512_cvtepi32_ps(signed_sum));
-}
-
-// y of one block and token: `scaffold` plus the low-rank correction.
-inline void finish(const ScaffoldArgs& a, int64_t block, __mmask16 rows, int64_t t, __m512 scaffold) {
-  if (a.R > 0) {
-    const int8_t* up = a.up + block * a.R * kTileRows;
-    const float* h = a.h + t * a.R;
-    __m512 correction = _mm512_setzero_ps();
-    for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
-      const __m512i row = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(up)));
-      correction = _mm512_fmadd_ps(_mm512_cvtepi32_ps(row), _mm512_set1_ps(h[r]), correction);
-    }
-    const __m512 up_scale = _mm512_maskz_loadu_ps(rows, a.up_scale + block * kTileRows);
-    scaffold = _mm512_fmadd_ps(up_scale, correction, scaffold);
+  __m512 y = _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(a.s[t])), _mm512_cvtepi32_ps(signed_sum));
+  float* out = a.y + t * a.ldy + block * kTileRows;
+  if (plane > 0) {
+    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(rows, out));
+  } else if (a.R > 0) {
+    y = _mm512_add_ps(y, correction(a, block, rows, t));
   }
-  _mm512_mask_storeu_ps(a.y + t * a.ldy + block * kTileRows, rows, scaffold);
+  _mm512_mask_storeu_ps(out, rows, y);
 }
 
 // Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight
 // accumulators a token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8
-// AND + 8 VPDPBUSD a token and 64-byte tile. Registers: 8 NT accumulators, 8 masks, the tile and its AND;
-// three tokens would spill.
+// AND + 8 VPDPBUSD a token and 64-byte tile. Registers: 8 NB NT <= 16 accumulators, 8 masks, NB tiles, an
+// AND.
 constexpr int kFewTokens = 2;
 
-template <int NT>
-void few_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+template <int NB, int NT>
+inline void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block, Ahead ahead) {
   __m512i mask[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
-  for (int64_t block = block0; block < block1; ++block) {
-    const __mmask16 rows = rows_of(a, block);
-    __m512 y[NT];
-    for (int64_t plane = 0; plane < a.planes; ++plane) {
-      const uint8_t* tile = tiles_of(a, plane, block);
-      const int8_t* q = a.q;
-      __m512i acc[NT][8];
+  const int64_t block_bytes = kTileRows * a.K / 8;
+  const uint8_t* tile = tiles_of(a, plane, block);
+  const int8_t* q = a.q;
+  __m512i acc[NB * NT][8];
+#pragma GCC unroll 16
+  for (int i = 0; i < NB * NT * 8; ++i) acc[i / 8][i % 8] = _mm512_setzero_si512();
+  for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64, q += kTileColumns) {
 #pragma GCC unroll 2
-      for (int t = 0; t < NT; ++t) {
+    for (int b = 0; b < NB; ++b) {
+      ahead.next();
+      const __m512i bits = _mm512_loadu_si512(tile + b * block_bytes);
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) acc[t][j] = _mm512_setzero_si512();
-      }
-      for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64, q += kTileColumns) {
-        prefetch(tile + kAhead);
-        const __m512i bits = _mm512_loadu_si512(tile);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) {
-          const __m512i u8 = _mm512_and_si512(bits, mask[j]);
+      for (int j = 0; j < 8; ++j) {
+        const __m512i u8 = _mm512_and_si512(bits, mask[j]);
 #pragma GCC unroll 2
-          for (int t = 0; t < NT; ++t) dot_broadcast(acc[t][j], u8, q + t * a.K + 4 * j);
-        }
-      }
-#pragma GCC unroll 2
-      for (int t = 0; t < NT; ++t) {
-        __m512i positive = acc[t][7];
-#pragma GCC unroll 8
-        for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[t][j], _mm512_srai_epi32(positive, 1));
-        const __m512 part = scaled(a, plane, block, rows, t, positive);
-        y[t] = plane == 0 ? part : _mm512_add_ps(y[t], part);
+        for (int t = 0; t < NT; ++t) dot_broadcast(acc[b * NT + t][j], u8, q + t * a.K + 4 * j);
       }
     }
+  }
 #pragma GCC unroll 2
-    for (int t = 0; t < NT; ++t) finish(a, block, rows, t, y[t]);
+  for (int i = 0; i < NB * NT; ++i) {
+    __m512i positive = acc[i][7];
+#pragma GCC unroll 8
+    for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[i][j], _mm512_srai_epi32(positive, 1));
+    finish(a, plane, block + i / NT, i % NT, positive);
+  }
+}
+
+void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
+  const uint8_t* first = tiles_of(a, plane, block0);
+  const auto ahead = [&](int64_t block) { return Ahead(first, tiles_of(a, plane, block) - first); };
+  int64_t block = block0;
+  if (a.n == 1) {
+    for (; block + 2 <= block1; block += 2) few_tokens<2, 1>(a, plane, block, ahead(block));
+    if (block < block1) few_tokens<1, 1>(a, plane, block, ahead(block));
+  } else {
+    for (; block < block1; ++block) few_tokens<1, 2>(a, plane, block, ahead(block));
   }
 }
 
@@ -119,48 +122,38 @@ void few_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
 constexpr int kTokenTile = 12;
 
 template <int NB, int NT>
-void token_tile(const ScaffoldArgs& a, int64_t block, int64_t t0) {
+void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int64_t block_bytes = kTileRows * a.K / 8;
-  __m512 y[NB][NT];
-  for (int64_t plane = 0; plane < a.planes; ++plane) {
-    const uint8_t* tile = tiles_of(a, plane, block);
-    const int8_t* q = static_cast<const int8_t*>(a.packed) + t0 * a.K;
-    __m512i acc[NB][NT];
+  const uint8_t* tile = tiles_of(a, plane, block);
+  const int8_t* q = static_cast<const int8_t*>(a.packed) + t0 * a.K;
+  __m512i acc[NB][NT];
 #pragma GCC unroll 24
-    for (int i = 0; i < NB * NT; ++i) acc[i / NT][i % NT] = _mm512_setzero_si512();
-    for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64) {
-      __m512i bits[NB];
+  for (int i = 0; i < NB * NT; ++i) acc[i / NT][i % NT] = _mm512_setzero_si512();
+  for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64) {
+    __m512i bits[NB];
 #pragma GCC unroll 2
-      for (int b = 0; b < NB; ++b) bits[b] = _mm512_loadu_si512(tile + b * block_bytes);
+    for (int b = 0; b < NB; ++b) bits[b] = _mm512_loadu_si512(tile + b * block_bytes);
 #pragma GCC unroll 1
-      for (int j = 0; j < 8; ++j, q += 4 * NT) {
-        __m512i u8[NB];
+    for (int j = 0; j < 8; ++j, q += 4 * NT) {
+      __m512i u8[NB];
 #pragma GCC unroll 2
-        for (int b = 0; b < NB; ++b) {
-          u8[b] = _mm512_and_si512(bits[b], ones);
-          bits[b] = _mm512_srli_epi32(bits[b], 1);
-        }
+      for (int b = 0; b < NB; ++b) {
+        u8[b] = _mm512_and_si512(bits[b], ones);
+        bits[b] = _mm512_srli_epi32(bits[b], 1);
+      }
 #pragma GCC unroll 12
-        for (int t = 0; t < NT; ++t) {
+      for (int t = 0; t < NT; ++t) {
 #pragma GCC unroll 2
-          for (int b = 0; b < NB; ++b) dot_broadcast(acc[b][t], u8[b], q + 4 * t);
-        }
+        for (int b = 0; b < NB; ++b) dot_broadcast(acc[b][t], u8[b], q + 4 * t);
       }
     }
+  }
 #pragma GCC unroll 24
-    for (int i = 0; i < NB * NT; ++i) {
-      const int b = i / NT, t = i % NT;
-      const __m512 part = scaled(a, plane, block + b, rows_of(a, block + b), t0 + t, acc[b][t]);
-      y[b][t] = plane == 0 ? part : _mm512_add_ps(y[b][t], part);
-    }
-  }
-  for (int b = 0; b < NB; ++b) {
-    for (int t = 0; t < NT; ++t) finish(a, block + b, rows_of(a, block + b), t0 + t, y[b][t]);
-  }
+  for (int i = 0; i < NB * NT; ++i) finish(a, plane, block + i / NT, t0 + i % NT, acc[i / NT][i % NT]);
 }
 
-using TokenTile = void (*)(const ScaffoldArgs& a, int64_t block, int64_t t0);
+using TokenTile = void (*)(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0);
 constexpr TokenTile kTokenTiles[2][kTokenTile + 1] = {
     {nullptr, nullptr, nullptr, token_tile<1, 3>, token_tile<1, 4>, token_tile<1, 5>, token_tile<1, 6>,
      token_tile<1, 7>, token_tile<1, 8>, token_tile<1, 9>, token_tile<1, 10>, token_tile<1, 11>,
@@ -175,12 +168,12 @@ constexpr TokenTile kTokenTiles[2][kTokenTile + 1] = {
 inline int64_t tile_count(int64_t n) { return (n + kTokenTile - 1) / kTokenTile; }
 inline int64_t tile_start(int64_t n, int64_t i) { return n * i / tile_count(n); }
 
-void many_tokens(const ScaffoldArgs& a, int64_t block0, int64_t block1) {
+void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   for (int64_t block = block0; block < block1; block += 2) {
     const int64_t blocks = min(2, block1 - block);
     for (int64_t i = 0; i < tile_count(a.n); ++i) {
       const int64_t t0 = tile_start(a.n, i), t1 = tile_start(a.n, i + 1);
-      kTokenTiles[blocks - 1][t1 - t0](a, block, t0);
+      kTokenTiles[blocks - 1][t1 - t0](a, plane, block, t0);
     }
   }
 }
@@ -234,7 +227,7 @@ inline __m512i load_columns(const int8_t* p, __mmask64 lanes) { return _mm512_ma
 // Rows [m, m + NR) by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 *
 // sum(q) is taken off at the end.
 template <int NR, int NT>
-void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
+void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int8_t* w = a.w + m * a.K;
   const int8_t* q = a.q + t * a.K;
@@ -243,15 +236,15 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
   for (int i = 0; i < NR * NT; ++i) acc[i / NT][i % NT] = _mm512_setzero_si512();
   const auto step = [&](int64_t k, auto lanes) __attribute__((always_inline)) {
     __m512i u8[NR];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
-      prefetch(reinterpret_cast<const uint8_t*>(w + r * a.K + k) + kAhead);
+      ahead.next();
       u8[r] = _mm512_xor_si512(load_columns(w + r * a.K + k, lanes), flip);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < NT; ++i) {
       const __m512i s8 = load_columns(q + i * a.K + k, lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < NR; ++r) dot(acc[r][i], u8[r], s8);
     }
   };
@@ -261,11 +254,14 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
 #pragma GCC unroll 6
   for (int i = 0; i < NT; ++i) {
     float* y = a.y + (t + i) * a.ldy + m;
-    if constexpr (NR == 4) {
+    if constexpr (NR % 4 == 0) {
       const __m128i shifted = _mm_set1_epi32(128 * a.sum[t + i]);
-      const __m128i dot = _mm_sub_epi32(sums(acc[0][i], acc[1][i], acc[2][i], acc[3][i]), shifted);
-      const __m128 scale = _mm_mul_ps(_mm_loadu_ps(a.w_scale + m), _mm_set1_ps(a.s[t + i]));
-      _mm_storeu_ps(y, _mm_mul_ps(scale, _mm_cvtepi32_ps(dot)));
+#pragma GCC unroll 2
+      for (int r = 0; r < NR; r += 4) {
+        const __m128i dots = sums(acc[r][i], acc[r + 1][i], acc[r + 2][i], acc[r + 3][i]);
+        const __m128 scale = _mm_mul_ps(_mm_loadu_ps(a.w_scale + m + r), _mm_set1_ps(a.s[t + i]));
+        _mm_storeu_ps(y + r, _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_sub_epi32(dots, shifted))));
+      }
     } else {
       const int32_t dot = _mm512_reduce_add_epi32(acc[0][i]) - 128 * a.sum[t + i];
       *y = (a.w_scale[m] * a.s[t + i]) * static_cast<float>(dot);
@@ -273,12 +269,14 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t) {
   }
 }
 
-constexpr int kInt8Rows = 4, kInt8Tokens = 6;
-using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t);
+// One token takes eight rows at a time, to follow as many streams; six tokens by four rows have the best
+// ratio of products to loads.
+constexpr int kInt8Tokens = 6;
+using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t, Ahead ahead);
 constexpr Int8Tile kInt8Tiles[2][kInt8Tokens + 1] = {
     {nullptr, int8_tile<1, 1>, int8_tile<1, 2>, int8_tile<1, 3>, int8_tile<1, 4>, int8_tile<1, 5>,
      int8_tile<1, 6>},
-    {nullptr, int8_tile<4, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>,
+    {nullptr, int8_tile<8, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>,
      int8_tile<4, 6>},
 };
 
@@ -300,25 +298,21 @@ void scaffold_pack(const int8_t* q, int64_t n, int64_t K, void* packed) {
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
-  switch (a.n) {
-    case 1:
-      return few_tokens<1>(a, block0, block1);
-    case 2:
-      return few_tokens<2>(a, block0, block1);
-    default:
-      return many_tokens(a, block0, block1);
+  for (int64_t plane = 0; plane < a.planes; ++plane) {
+    a.n <= kFewTokens ? few_tokens(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
   }
 }
 
 void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
   const int64_t tiles = (a.n + kInt8Tokens - 1) / kInt8Tokens;
+  const int64_t rows = a.n == 1 ? 8 : 4;
   for (int64_t m = m0; m < m1;) {
-    const bool whole = m + kInt8Rows <= m1;
+    const bool whole = m + rows <= m1;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
-      kInt8Tiles[whole][t1 - t0](a, m, t0);
+      kInt8Tiles[whole][t1 - t0](a, m, t0, Ahead(a.w + m0 * a.K, (m - m0) * a.K));
     }
-    m += whole ? kInt8Rows : 1;
+    m += whole ? rows : 1;
   }
 }
 

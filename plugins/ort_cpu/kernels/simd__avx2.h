@@ -129,8 +129,6 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
              _mm256_permute2x128_si256(quarter[0], quarter[1], 0x31));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 // columns[j][i] = p[i * S + j]: the S columns of an [8, S] array.
 template <int S>
 inline void load_columns(const float* p, F32 (&columns)[S]) {

@@ -99,8 +99,6 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
   return across(across(quarter[0], quarter[1]), across(quarter[2], quarter[3]));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 // Lane and vector of every element of a [16, S] array seen as S vectors, from either side of the
 // transposition.
 template <int S>
