@@ -115,7 +115,7 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
         raise DfssmError(f"{path}: no such file; give a model.pt or .safetensors student")
     header, tensors = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
     if header.get("format") != FORMAT:
-        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert, distill or init")
+        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
     if header.get("version") != VERSION:
         raise DfssmError(
             f"{path}: format version is {header.get('version')!r}, this dfssm reads {VERSION}; "
@@ -164,6 +164,9 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _read_torch(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # torch.save writes a zip archive
+            raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -172,7 +175,7 @@ def _read_torch(path: Path) -> tuple[dict, dict[str, Tensor]]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DfssmError(f"{path}: is damaged or truncated ({reason}); copy or export it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("tensors", {}), dict):
-        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert, distill or init")
+        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
     return content, content.get("tensors", {})
 
 
