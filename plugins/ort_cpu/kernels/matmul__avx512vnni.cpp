@@ -67,52 +67,39 @@ inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t 
 
 // Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight
 // accumulators a token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8
-// AND + 8 VPDPBUSD a token and 64-byte tile. Registers: 8 NB NT <= 16 accumulators, 8 masks, NB tiles, an
-// AND.
+// AND + 8 VPDPBUSD a token and 64-byte tile. Registers: 8 NT accumulators, 8 masks, the tile and its AND;
+// three tokens would spill.
 constexpr int kFewTokens = 2;
 
-template <int NB, int NT>
-inline void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block, Ahead ahead) {
+template <int NT>
+void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   __m512i mask[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
-  const int64_t block_bytes = kTileRows * a.K / 8;
-  const uint8_t* tile = tiles_of(a, plane, block);
-  const int8_t* q = a.q;
-  __m512i acc[NB * NT][8];
+  const uint8_t* tile = tiles_of(a, plane, block0);
+  Ahead ahead(tile, 0);
+  for (int64_t block = block0; block < block1; ++block) {
+    const int8_t* q = a.q;
+    __m512i acc[NT][8];
 #pragma GCC unroll 16
-  for (int i = 0; i < NB * NT * 8; ++i) acc[i / 8][i % 8] = _mm512_setzero_si512();
-  for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64, q += kTileColumns) {
-#pragma GCC unroll 2
-    for (int b = 0; b < NB; ++b) {
+    for (int i = 0; i < NT * 8; ++i) acc[i / 8][i % 8] = _mm512_setzero_si512();
+    for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64, q += kTileColumns) {
       ahead.next();
-      const __m512i bits = _mm512_loadu_si512(tile + b * block_bytes);
+      const __m512i bits = _mm512_loadu_si512(tile);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         const __m512i u8 = _mm512_and_si512(bits, mask[j]);
 #pragma GCC unroll 2
-        for (int t = 0; t < NT; ++t) dot_broadcast(acc[b * NT + t][j], u8, q + t * a.K + 4 * j);
+        for (int t = 0; t < NT; ++t) dot_broadcast(acc[t][j], u8, q + t * a.K + 4 * j);
       }
     }
-  }
 #pragma GCC unroll 2
-  for (int i = 0; i < NB * NT; ++i) {
-    __m512i positive = acc[i][7];
+    for (int t = 0; t < NT; ++t) {
+      __m512i positive = acc[t][7];
 #pragma GCC unroll 8
-    for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[i][j], _mm512_srai_epi32(positive, 1));
-    finish(a, plane, block + i / NT, i % NT, positive);
-  }
-}
-
-void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
-  const uint8_t* first = tiles_of(a, plane, block0);
-  const auto ahead = [&](int64_t block) { return Ahead(first, tiles_of(a, plane, block) - first); };
-  int64_t block = block0;
-  if (a.n == 1) {
-    for (; block + 2 <= block1; block += 2) few_tokens<2, 1>(a, plane, block, ahead(block));
-    if (block < block1) few_tokens<1, 1>(a, plane, block, ahead(block));
-  } else {
-    for (; block < block1; ++block) few_tokens<1, 2>(a, plane, block, ahead(block));
+      for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[t][j], _mm512_srai_epi32(positive, 1));
+      finish(a, plane, block, t, positive);
+    }
   }
 }
 
@@ -299,7 +286,16 @@ void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
   for (int64_t plane = 0; plane < a.planes; ++plane) {
-    a.n <= kFewTokens ? few_tokens(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
+    switch (a.n) {
+      case 1:
+        few_tokens<1>(a, plane, block0, block1);
+        break;
+      case 2:
+        few_tokens<2>(a, plane, block0, block1);
+        break;
+      default:
+        many_tokens(a, plane, block0, block1);
+    }
   }
 }
 
