@@ -100,29 +100,39 @@ void quantize_activations(const float* x, int64_t n, int64_t K, int8_t* q, float
   for (int64_t t = 0; t < n; ++t) s[t] = quantize_row(x + t * K, K, q + t * K, sums[t]);
 }
 
-// The scales of kLanes rows [kLanes, count] side by side: one transposed maximum and two divisions for all of
-// them. False, and nothing written, if any row is not finite.
-inline bool row_scales(const float* x, int64_t count, float* inv, float* s) {
-  I32 magnitudes[kLanes];
-  for (int64_t r = 0; r < kLanes; ++r) magnitudes[r] = largest_magnitudes(x + r * count, count);
-  const I32 bits = largest_of_each(magnitudes);
-  if (largest(bits) >= kInfinityBits) return false;
-  const F32 m = float_of(bits), tiny = broadcast(kTiny), limit = broadcast(127.0f);
+// Rows on their way to int8, so many at a time that the latencies of their scales overlap.
+constexpr int64_t kRowBlock = 4 * kLanes;
+
+// What is known of a block of rows when they have been computed.
+struct RowMagnitudes {
+  float lanes[kRowBlock * kLanes];  // [rows, kLanes], the largest magnitude of each lane; no NaN if `finite`
+  bool finite;                      // false if any element may be infinite or NaN
+};
+
+// The scales of kLanes finite rows side by side: one transposed maximum and two divisions for all of them.
+inline void row_scales(const float* magnitudes, float* inv, float* s) {
+  I32 rows[kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) rows[r] = bits_of(load(magnitudes + r * kLanes, Full{}));
+  const F32 m = float_of(largest_of_each(rows)), tiny = broadcast(kTiny), limit = broadcast(127.0f);
   store(s, where_below(m, tiny, zero(), m / limit), Full{});
   store(inv, where_below(m, tiny, zero(), limit / m), Full{});
-  return true;
 }
 
-constexpr int64_t kRowBlock =
-    4 * kLanes;  // rows on their way to int8: the latencies of four groups of scales overlap
-
 // `rows` <= kRowBlock rows [rows, count] to int8, each with a scale of its own.
-inline void quantize_rows(const float* x, int64_t rows, int64_t count, int8_t* q, float* s) {
+inline void quantize_rows(const float* x, const RowMagnitudes& magnitudes, int64_t rows, int64_t count,
+                          int8_t* q, float* s) {
   float inv[kRowBlock];
-  int64_t scaled = 0;
-  while (scaled + kLanes <= rows && row_scales(x + scaled * count, count, inv + scaled, s + scaled))
-    scaled += kLanes;
-  for (int64_t r = 0; r < scaled; ++r) quantize(x + r * count, count, broadcast(inv[r]), q + r * count);
+  const int64_t scaled = magnitudes.finite ? rows / kLanes * kLanes : 0;
+  for (int64_t r = 0; r < scaled; r += kLanes) row_scales(magnitudes.lanes + r * kLanes, inv + r, s + r);
+  constexpr int64_t kUnrolled = 4 * kLanes;  // headdim 64 with AVX-512: a row without a loop, 5 % of the scan
+  if (count == kUnrolled) {
+    for (int64_t r = 0; r < scaled; ++r) {
+      quantize(x + r * kUnrolled, kUnrolled, broadcast(inv[r]), q + r * kUnrolled);
+    }
+  } else {
+    for (int64_t r = 0; r < scaled; ++r) quantize(x + r * count, count, broadcast(inv[r]), q + r * count);
+  }
   int32_t unused;
   for (int64_t r = scaled; r < rows; ++r) s[r] = quantize_row(x + r * count, count, q + r * count, unused);
 }
@@ -264,7 +274,8 @@ struct Step {
   const float* dB;  // [tokens, N], d * B
   int64_t dB_stride;
   float decay[kTokens];
-  const float* row_factor;  // [N], the first token's decay times the row's scale; int8 states only
+  const float* row_factor;    // [N], the first token's decay times the row's scale; int8 states only
+  RowMagnitudes* magnitudes;  // of the N rows, written on demand
   int64_t N, P;
 };
 
@@ -275,7 +286,7 @@ struct NoAhead {
 
 // Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to
 // `out`.
-template <int NT, int NV, class In, class Out, class Lanes, class Prefetch>
+template <int NT, int NV, bool kMagnitudes, class In, class Out, class Lanes, class Prefetch>
 inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lanes last, Prefetch& ahead) {
   const Step s = step;  // copies that no store below can alias: their members stay in registers
   Prefetch lines = ahead;
@@ -303,25 +314,41 @@ inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lane
       }
     }
     store_chunk(out, last, h);
+    if constexpr (kMagnitudes) {
+      F32 m = abs(h[0]);
+#pragma GCC unroll 4
+      for (int i = 1; i < NV; ++i) m = larger_magnitude(m, h[i]);
+      float* row = s.magnitudes->lanes + n * kLanes;
+      store(row, p > 0 ? larger_magnitude(m, load(row, Full{})) : m, Full{});
+    }
+  }
+  if constexpr (kMagnitudes) {
+    // C * h was added to y for every element h of a row, so y is not finite where some h was not.
+    I32 m = zero_int();
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) m = max(m, bits_of(abs(y[NT - 1][i])));
+    if (largest(m) >= kInfinityBits) s.magnitudes->finite = false;
   }
 #pragma GCC unroll 4
   for (int t = 0; t < NT; ++t) store_chunk(s.y + t * s.x_stride + p, last, y[t]);
   ahead = lines;
 }
 
-template <int NT, class In, class Out, class Prefetch>
+template <int NT, bool kMagnitudes, class In, class Out, class Prefetch>
 void step_tokens(const Step& s, const In* in, Out* out, Prefetch& ahead) {
   constexpr int NV = NT == 1 ? kChunk : kChunkOfTokens;
   int64_t p = 0;
-  for (; p + NV * kLanes <= s.P; p += NV * kLanes) step_chunk<NT, NV>(s, in, out, p, Full{}, ahead);
-  for (; p + kLanes <= s.P; p += kLanes) step_chunk<NT, 1>(s, in, out, p, Full{}, ahead);
-  if (p < s.P) step_chunk<NT, 1>(s, in, out, p, first_lanes(s.P - p), ahead);
+  for (; p + NV * kLanes <= s.P; p += NV * kLanes)
+    step_chunk<NT, NV, kMagnitudes>(s, in, out, p, Full{}, ahead);
+  for (; p + kLanes <= s.P; p += kLanes) step_chunk<NT, 1, kMagnitudes>(s, in, out, p, Full{}, ahead);
+  if (p < s.P) step_chunk<NT, 1, kMagnitudes>(s, in, out, p, first_lanes(s.P - p), ahead);
 }
 
 // `tokens` is 1 or kTokens.
-template <class In, class Out, class Prefetch>
+template <bool kMagnitudes = false, class In, class Out, class Prefetch>
 void step(const Step& s, int64_t tokens, const In* in, Out* out, Prefetch&& ahead) {
-  return tokens == 1 ? step_tokens<1>(s, in, out, ahead) : step_tokens<kTokens>(s, in, out, ahead);
+  return tokens == 1 ? step_tokens<1, kMagnitudes>(s, in, out, ahead)
+                     : step_tokens<kTokens, kMagnitudes>(s, in, out, ahead);
 }
 
 // The last tokens of an int8 state: blocks of rows pass through `tile` to int8. In is int8_t or, with `in`
@@ -329,6 +356,7 @@ void step(const Step& s, int64_t tokens, const In* in, Out* out, Prefetch&& ahea
 template <class In, class Prefetch>
 void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* tile, int8_t* out, float* scale,
                        Prefetch&& ahead) {
+  RowMagnitudes magnitudes;
   for (int64_t n = 0; n < all.N; n += kRowBlock) {
     Step s = all;
     s.C += n;
@@ -337,8 +365,10 @@ void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* til
     s.N = all.N - n < kRowBlock ? all.N - n : kRowBlock;
     float* rows = tile;
     if constexpr (sizeof(In) == sizeof(float)) rows += n * s.P;
-    step(s, tokens, in + n * s.P, rows, ahead);
-    quantize_rows(rows, s.N, s.P, out + n * s.P, scale + n);
+    magnitudes.finite = true;
+    s.magnitudes = &magnitudes;
+    step<true>(s, tokens, in + n * s.P, rows, ahead);
+    quantize_rows(rows, magnitudes, s.N, s.P, out + n * s.P, scale + n);
   }
 }
 
@@ -361,9 +391,8 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
   float* tile = row_factor + a.N;
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t b = i / a.H, head = i % a.H, group = head / (a.H / a.G);
-    const State* range = static_cast<const State*>(a.state) + i0 * a.N * a.P;
     const State* state = static_cast<const State*>(a.state) + i * a.N * a.P;
-    Ahead ahead(range, (i - i0) * a.N * a.P * sizeof(State));
+    Ahead ahead(state);
     State* new_state = static_cast<State*>(a.new_state) + i * a.N * a.P;
     const float rate = -expf(a.A_log[head]);
     for (int64_t t = 0, tokens; t < a.T; t += tokens) {

@@ -81,7 +81,7 @@ constexpr int kTilesPerFold = 8;
 void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   const int64_t columns = a.K / kTileColumns;
   const uint8_t* tile = tiles_of(a, plane, block0);
-  Ahead ahead(tile, 0);
+  Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
     __m256i positive[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -291,10 +291,9 @@ void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
 }
 
 void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
-  const int8_t* first = a.w + m0 * a.K;
   int64_t m = m0;
-  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m, Ahead(first, (m - m0) * a.K));
-  for (; m < m1; ++m) int8_rows<1>(a, m, Ahead(first, (m - m0) * a.K));
+  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m, Ahead(a.w + m * a.K));
+  for (; m < m1; ++m) int8_rows<1>(a, m, Ahead(a.w + m * a.K));
 }
 
 }  // namespace dfssm::avx2

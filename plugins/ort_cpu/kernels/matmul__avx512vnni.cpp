@@ -77,7 +77,7 @@ void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t bl
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
   const uint8_t* tile = tiles_of(a, plane, block0);
-  Ahead ahead(tile, 0);
+  Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
     __m512i acc[NT][8];
@@ -306,7 +306,7 @@ void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
     const bool whole = m + rows <= m1;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
-      kInt8Tiles[whole][t1 - t0](a, m, t0, Ahead(a.w + m0 * a.K, (m - m0) * a.K));
+      kInt8Tiles[whole][t1 - t0](a, m, t0, Ahead(a.w + m * a.K));
     }
     m += whole ? rows : 1;
   }

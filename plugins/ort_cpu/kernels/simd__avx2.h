@@ -29,6 +29,8 @@ inline F32 broadcast(float v) { return _mm256_set1_ps(v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+// max(|a|, |b|); of a NaN and a number, either
+inline F32 larger_magnitude(F32 a, F32 b) { return max(abs(a), abs(b)); }
 inline F32 negate_abs(F32 a) { return _mm256_or_ps(a, _mm256_set1_ps(-0.0f)); }
 inline F32 round_even(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a * 2^exponent for whole exponents in [-126, 127]

@@ -23,6 +23,8 @@ inline F32 broadcast(float v) { return _mm512_set1_ps(v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+// max(|a|, |b|); of a NaN and a number, either
+inline F32 larger_magnitude(F32 a, F32 b) { return _mm512_range_ps(a, b, 0b1011); }
 inline F32 negate_abs(F32 a) { return _mm512_or_ps(a, _mm512_set1_ps(-0.0f)); }
 inline F32 round_even(F32 a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -60,7 +60,7 @@ struct BinaryScaffoldMatMul : Kernel {
     const Tokens tokens =
         quantize_tokens(call, Schema::kName, x, packed_room + static_cast<size_t>(n * R) * sizeof(float));
     float* h = reinterpret_cast<float*>(tokens.extra + packed_room);
-    if (R > 0) low_rank(call, tokens, R, h);
+    Prologue low_rank((n + kTokens - 1) / kTokens * ((R + kRanks - 1) / kRanks));
     if (packed_bytes) kernel.scaffold_pack(tokens.q, n, K, tokens.extra);
 
     ScaffoldArgs args{};
@@ -82,28 +82,25 @@ struct BinaryScaffoldMatMul : Kernel {
     const double bytes = static_cast<double>(kRows * (planes * K / 8 + R));
     const double unit_ns = matmul_ns(bytes, n, layout == 1 ? 0.03 : 0.5);
     call.parallel((M + kRows - 1) / kRows, unit_ns, [&](int64_t begin, int64_t end) {
+      low_rank.complete([&](int64_t i) { low_rank_piece(call, tokens, R, h, i); });
       kernel.scaffold_matmul(args, begin * kRows, std::min(end * kRows, M));
     });
   }
 
-  // h = (down_scale * s) * (down . q); split over tokens, since R is small.
-  static void low_rank(Call& call, const Tokens& tokens, int64_t R, float* h) {
-    const auto* down = call[Schema::k_down].as<int8_t>();
-    const auto* down_scale = call[Schema::k_down_scale].as<float>();
-    const int64_t K = tokens.K;
-    const double token_ns = static_cast<double>(R * K) * kInt8Ns;
-    call.parallel(tokens.n, token_ns, [&](int64_t t0, int64_t t1) {
-      Int8Args args{};
-      args.q = tokens.q + t0 * K;
-      args.s = tokens.s + t0;
-      args.sum = tokens.sum + t0;
-      args.w = down;
-      args.w_scale = down_scale;
-      args.y = h + t0 * R;
-      args.ldy = R;
-      args.n = t1 - t0, args.K = K, args.M = R;
-      kernels().int8_matmul(args, 0, R);
-    });
+  // Piece i of h = (down_scale * s) * (down . q): kRanks rows of `down`, kTokens tokens.
+  static constexpr int64_t kRanks = 4, kTokens = 64;
+  static void low_rank_piece(const Call& call, const Tokens& tokens, int64_t R, float* h, int64_t i) {
+    const int64_t pieces = (R + kRanks - 1) / kRanks, r = i % pieces * kRanks, t = i / pieces * kTokens;
+    Int8Args args{};
+    args.q = tokens.q + t * tokens.K;
+    args.s = tokens.s + t;
+    args.sum = tokens.sum + t;
+    args.w = call[Schema::k_down].as<int8_t>();
+    args.w_scale = call[Schema::k_down_scale].as<float>();
+    args.y = h + t * R;
+    args.ldy = R;
+    args.n = std::min(kTokens, tokens.n - t), args.K = tokens.K, args.M = R;
+    kernels().int8_matmul(args, r, std::min(r + kRanks, R));
   }
 
   static void infer(Inference& inference) {

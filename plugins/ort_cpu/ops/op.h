@@ -13,6 +13,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -181,6 +182,31 @@ class Call {
   const Signature& signature_;
   OrtKernelContext* context_;
   std::array<Tensor, kMaxInputs> inputs_;
+};
+
+// Pieces of work at the head of a parallel section that all of it needs: each thread that arrives takes
+// pieces until none is left, and waits for those that others took. A section of its own would cost a meeting
+// of the threads, and doing the pieces before the section leaves them to one. Whoever has taken a piece is
+// running, so the wait ends.
+class Prologue {
+ public:
+  explicit Prologue(int64_t pieces) : pieces_(pieces) {}
+
+  // piece(i) for every i in [0, pieces), once over all threads; must not throw.
+  template <class F>
+  void complete(const F& piece) {
+    if (done_.load(std::memory_order_acquire) == pieces_) return;
+    for (int64_t i; (i = taken_.fetch_add(1, std::memory_order_relaxed)) < pieces_;) {
+      piece(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+    while (done_.load(std::memory_order_acquire) < pieces_) {
+    }
+  }
+
+ private:
+  const int64_t pieces_;
+  std::atomic<int64_t> taken_{0}, done_{0};
 };
 
 // Memory of the calling thread that grows to the largest request and stays: no allocation in the steady
