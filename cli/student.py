@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from dfssm.opset.errors import DfssmError
+from dfssm.targets.bundle import TOKENIZER
 
 from .options import json_option, megabytes, print_result
 
@@ -57,14 +58,18 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
 def convert(teacher, rank, planes, output, as_json) -> None:
     """Make a student of TEACHER without data: signs, scales, and a low rank of what they leave.
 
-    TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm).
+    TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, where there is
+    one, is put beside FILE, for dfcompile to find; one that is there already stays.
     """
-    from dfssm.model.checkpoint import save_student
+    from dfssm.model.checkpoint import atomic_write, save_student
     from dfssm.model.convert import convert as convert_teacher
     from dfssm.model.hf_import import load_teacher
 
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
+    tokenizer, beside = Path(teacher) / TOKENIZER, output.with_name(TOKENIZER)
+    if tokenizer.is_file() and not beside.exists():
+        atomic_write(beside, lambda path: path.write_bytes(tokenizer.read_bytes()))
     print_result(_report(output, *student), as_json, _text)
 
 

@@ -8,21 +8,20 @@ trained to give the teacher's distribution of the next token.
 """
 
 import json
-import os
 from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
 from corpus import load_tokenizer, perplexity, read_corpus
+from options import Run, main, run_options
 from tokenizers import Tokenizer
-from training import Schedule, bf16_is_faster, train
+from training import bf16_is_faster, train
 
 from dfssm.model.checkpoint import save_student
 from dfssm.model.convert import convert, student_from_teacher
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, from_tensors, load_student
-from dfssm.opset.errors import DfssmError
 
 
 @torch.no_grad()
@@ -43,67 +42,26 @@ def sample(
 
 
 @click.command()
+@run_options(output="student", steps=1500, seed=1)
 @click.option("--teacher", "teacher_folder", type=click.Path(path_type=Path), default="teacher", show_default=True)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="A text file, or a folder of *.txt; may be repeated. Best the teacher's own.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="student", show_default=True)
-@click.option("--resume", is_flag=True, help="Go on from OUTPUT/training.pt.")
 @click.option("--rank", default=2, show_default=True, help="Of the int8 correction; about 1/100 of d_model.")
-@click.option("--steps", default=1500, show_default=True)
-@click.option("--batch", default=8, show_default=True, help="Windows a step.")
-@click.option("--tokens", default=256, show_default=True, help="Tokens a window.")
-@click.option("--lr", default=2e-3, show_default=True)
-@click.option("--held-out", default=0.02, show_default=True, help="As for the teacher.")
-@click.option("--save-every", default=200, show_default=True, help="Steps between checkpoints.")
-@click.option("--seed", default=1, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default=True)
-@click.option(
-    "--compile/--no-compile",
-    "compiled",
-    default=False,
-    show_default=True,
-    help="torch.compile the blocks: minutes to begin, then faster.",
-)
 @click.option("--prompt", default="Once upon a time", show_default=True, help="Of the sample at the end.")
-def main(
-    teacher_folder,
-    data,
-    output,
-    resume,
-    rank,
-    steps,
-    batch,
-    tokens,
-    lr,
-    held_out,
-    save_every,
-    seed,
-    threads,
-    compiled,
-    prompt,
-):
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    output.mkdir(parents=True, exist_ok=True)
+def distill_student(run: Run, teacher_folder: Path, rank: int, prompt: str):
+    run.begin()
     teacher = load_teacher(teacher_folder).requires_grad_(False).eval()
-    corpus, tokenizer = read_corpus(list(data), held_out, load_tokenizer(teacher_folder / "tokenizer.json"))
+    corpus, tokenizer = read_corpus(list(run.data), run.held_out, load_tokenizer(teacher_folder / "tokenizer.json"))
     student = student_from_teacher(teacher, rank)
     models = {"teacher": teacher, "data_free": from_tensors(*convert(teacher, rank))}
     perplexities = {
-        name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, tokens) for name, model in models.items()
+        name: perplexity(lambda ids, m=model: m(ids)[0], corpus.held_out, run.tokens) for name, model in models.items()
     }
     bf16 = bf16_is_faster()
     click.echo(
         f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out tokens, rank {rank}, "
-        f"{threads} threads, {'bf16' if bf16 else 'fp32'} gradients; perplexity of the teacher "
+        f"{run.threads} threads, {'bf16' if bf16 else 'fp32'} gradients; perplexity of the teacher "
         f"{perplexities['teacher']:.2f}, of its data-free conversion {perplexities['data_free']:.2f}"
     )
-    if compiled:
+    if run.compiled:
         for layer in [*teacher.layers, *student.layers]:
             layer.compile()
 
@@ -116,29 +74,18 @@ def main(
         return F.kl_div(logits.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
 
     # No decay: a latent's size is its distance from flipping, not the size of a weight.
-    schedule = Schedule(
-        steps=steps,
-        batch=batch,
-        tokens=tokens,
-        lr=lr,
-        warmup=min(100, steps // 10 + 1),
-        weight_decay=0.0,
-        save_every=save_every,
-        seed=seed,
-    )
-    report = train(student, loss, corpus, schedule, output / "training.pt", resume)
+    report = train(student, loss, corpus, run.schedule(weight_decay=0.0), run.checkpoint, run.resume)
 
-    save_student(output / "model.pt", student.config, student.eval().export_tensors())
-    tokenizer.save(str(output / "tokenizer.json"))
-    shipped = load_student(output / "model.pt")
-    report["perplexity"] = perplexities | {"student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, tokens)}
-    report["sample"] = sample(shipped, tokenizer, prompt, seed)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    save_student(run.output / "model.pt", student.config, student.eval().export_tensors())
+    tokenizer.save(str(run.output / "tokenizer.json"))
+    shipped = load_student(run.output / "model.pt")
+    report["perplexity"] = perplexities | {
+        "student": perplexity(lambda ids: shipped(ids)[0], corpus.held_out, run.tokens)
+    }
+    report["sample"] = sample(shipped, tokenizer, prompt, run.seed)
+    (run.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     click.echo(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DfssmError as error:
-        raise SystemExit(f"error: {error}") from None
+    main(distill_student)

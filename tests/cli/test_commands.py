@@ -180,6 +180,14 @@ class TestStudents:
         assert (result["config"]["rank"], result["config"]["planes"]) == (2, 2)
         read, tensors = load_student_tensors(tmp_path / "s.pt")
         assert read.to_dict() == result["config"] and len(tensors) == result["tensors"]
+        assert not (tmp_path / "tokenizer.json").exists()
+
+        (tmp_path / "teacher" / "tokenizer.json").write_text("the teacher's")
+        for there, kept in ((None, "the teacher's"), ("another", "another")):
+            if there:
+                (tmp_path / "tokenizer.json").write_text(there)
+            invoke("convert", tmp_path / "teacher", "-o", tmp_path / "s.pt")
+            assert (tmp_path / "tokenizer.json").read_text() == kept
 
 
 def _config_file(folder):
