@@ -7,17 +7,15 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from dfssm.opset.errors import DfssmError
-from dfssm.targets import get_target
-from dfssm.targets.bundle import DATA, TOKENIZER, Manifest, check_files, read_manifest
+from dfssm.targets.bundle import TOKENIZER, Manifest, check_files, read_manifest
 
-from .binding import Binding
+from .backend import Backend, Binding, open_backend
 from .generation import Generation
 from .memory import trim
 from .sampling import Sampling
-from .state import Layout, State, require_model
+from .state import State, require_model
 from .threads import default_threads
 
 # Tokens of one run of the graph while a prompt is read. Longer runs are no faster (1.3B: 32 to 256 tokens
@@ -26,8 +24,6 @@ CHUNK = 64
 
 # Longer prompts leave enough memory behind to be worth the time of giving it back.
 LONG = 16
-
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -43,18 +39,11 @@ class Engine:
         model: identity of the model (sha256 of its weights). threads: threads a step runs on.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession, threads: int):
-        self.folder, self.manifest, self.session, self.threads = folder, manifest, session, threads
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, threads: int):
+        self.folder, self.manifest, self.backend, self.threads = folder, manifest, backend, threads
         self.config = manifest.config
-        self.model = manifest.files[DATA]["sha256"]
-        self.vocab_size = session.get_outputs()[0].shape[-1]
-        # The kernels of ort-cpu may write a state where they read it; a function body in stock ops may not.
-        self._in_place = manifest.target == "ort-cpu"
-        self._layout: Layout = {
-            tensor.name: (np.dtype(_DTYPES[tensor.type]), tuple(tensor.shape[1:]))
-            for tensor in session.get_inputs()
-            if tensor.name not in ("input_ids", "logits_to_keep")
-        }
+        self.model = manifest.files[manifest.weights]["sha256"]
+        self.vocab_size = backend.vocab_size
 
     @classmethod
     def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True) -> Engine:
@@ -65,10 +54,8 @@ class Engine:
         """
         folder, threads = Path(path), threads or default_threads()
         manifest = read_manifest(folder)
-        if DATA not in manifest.files:
-            raise DfssmError(f"{folder} has no {DATA}: compile the model again")
         check_files(folder, manifest, hashes=verify_hashes)
-        return cls(folder, manifest, get_target(manifest.target).open_session(folder, threads=threads), threads)
+        return cls(folder, manifest, open_backend(folder, manifest, threads), threads)
 
     @cached_property
     def tokenizer(self):
@@ -83,12 +70,12 @@ class Engine:
 
     def new_state(self, batch: int = 1) -> State:
         """The state of `batch` sequences that have read nothing yet."""
-        return State.zeros(self.model, self._layout, self.vocab_size, batch)
+        return State.zeros(self.model, self.backend.layout, self.vocab_size, batch)
 
     def load_state(self, path: str | Path) -> State:
         """Read a saved state; DfssmError when it is of another model or of another state dtype."""
         state = State.load(path)
-        require_model(state, self.model, self._layout, self.vocab_size)
+        require_model(state, self.model, self.backend.layout, self.vocab_size)
         return state
 
     def prefill(self, ids: Tokens | Sequence[Tokens], state: State) -> np.ndarray:
@@ -105,7 +92,10 @@ class Engine:
             self._read(np.stack(rows), state)
         else:
             for index, row in enumerate(rows):
-                self._read(row[None], state.row(index))
+                part = state.row(index)
+                self._read(row[None], part)
+                part.pull()
+            state.push()
         return state.logits.copy()
 
     def step(self, ids: Tokens | int, state: State) -> np.ndarray:
@@ -173,9 +163,10 @@ class Engine:
             state.tokens += stop - start
 
     def _binding(self, state: State) -> Binding:
-        if state.binding is None or state.binding.session is not self.session:
-            require_model(state, self.model, self._layout, self.vocab_size)
-            state.binding = Binding(self.session, state, self._in_place)
+        if state.engine is not self:
+            require_model(state, self.model, self.backend.layout, self.vocab_size)
+            state.pull()
+            state.binding, state.engine = self.backend.bind(state), self
         return state.binding
 
     def _rows(self, ids) -> list[np.ndarray]:

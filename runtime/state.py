@@ -31,15 +31,18 @@ class State:
     """State of `batch` sequences of one model, and the logits of the last token each of them has read.
 
     Attributes:
-        tensors: name of the graph's input -> array [batch, ...]; the engine reads and writes them in place.
+        tensors: name of the graph's input -> array [batch, ...], what the engine starts from and leaves; call `push`
+            after writing to them.
         logits: f32[batch, vocab], of the last token; the engine writes it at every call.
         tokens: i64[batch], how many tokens each row has read.
         model: identity of the model: sha256 of its weights. An engine refuses a state of another model.
     """
 
     def __init__(self, model: str, tensors: dict[str, np.ndarray], logits: np.ndarray, tokens: np.ndarray):
-        self.model, self.tensors, self.logits, self.tokens = model, tensors, logits, tokens
-        self.binding: Any = None  # the engine's: these buffers bound to its session, made at the first use
+        self.model, self._tensors, self.logits, self.tokens = model, tensors, logits, tokens
+        # Of the engine that ran it last: itself, and these buffers bound to its backend.
+        self.engine: Any = None
+        self.binding: Any = None
 
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
@@ -50,17 +53,32 @@ class State:
         return cls(model, tensors, np.zeros((batch, vocab), np.float32), np.zeros(batch, np.int64))
 
     @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        self.pull()
+        return self._tensors
+
+    def pull(self) -> None:
+        """Bring the arrays up to date with a device that runs them; nothing to do where they run in place."""
+        if self.binding is not None:
+            self.binding.pull()
+
+    def push(self) -> None:
+        """The arrays were written: the next run starts from them."""
+        if self.binding is not None:
+            self.binding.push()
+
+    @property
     def batch(self) -> int:
         return len(self.tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the recurrent state alone, all rows."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def layout(self) -> Layout:
-        return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in self._tensors.items()}
 
     def row(self, index: int) -> State:
         """Row `index` as a state of batch 1, sharing this one's memory: what runs on it changes this one."""
@@ -80,13 +98,16 @@ class State:
         self._require_same_model(other)
         if other.batch not in (1, self.batch):
             raise DfssmError(f"cannot copy a state of batch {other.batch} into one of batch {self.batch}")
-        for name, tensor in self._arrays().items():
-            np.copyto(tensor, other._arrays()[name])
+        source = other._arrays()
+        for name, array in self._arrays().items():
+            np.copyto(array, source[name])
+        self.push()
 
     def reset(self) -> None:
         """Forget everything: the state before the first token."""
         for array in self._arrays().values():
             array.fill(0)
+        self.push()
 
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file, atomically."""

@@ -20,6 +20,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+ENGINE = "model.engine"
 TOKENIZER = "tokenizer.json"
 
 
@@ -39,6 +40,11 @@ class Manifest:
     files: dict[str, dict]
     tools: dict[str, str] = field(default_factory=dict)
     verification: dict = field(default_factory=dict)
+
+    @property
+    def weights(self) -> str:
+        """Name of the file that holds the weights: its hash tells one model from another."""
+        return ENGINE if self.target == "trt" else DATA
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -80,8 +86,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
         if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise DfssmError(f"{path}: the entry of file '{name}' is not valid: compile the model again")
-    if MODEL not in manifest.files:
-        raise DfssmError(f"{path}: no entry for {MODEL}: compile the model again")
+    for name in (ENGINE,) if manifest.target == "trt" else (MODEL, DATA):
+        if name not in manifest.files:
+            raise DfssmError(f"{path}: no entry for {name}: compile the model again")
     return manifest
 
 

@@ -164,7 +164,7 @@ class TestLoad:
     def test_config_and_manifest(self, tiny_bundle):
         engine = Engine.load(tiny_bundle, threads=1)
         assert engine.config == json.loads((tiny_bundle / "manifest.json").read_text())["config"]
-        assert engine.threads == 1 and engine.session.get_session_options().intra_op_num_threads == 1
+        assert engine.threads == 1 and engine.backend.session.get_session_options().intra_op_num_threads == 1
 
     def test_running_a_bundle_imports_neither_torch_nor_onnx(self, tiny_bundle):
         code = (

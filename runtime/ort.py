@@ -1,19 +1,49 @@
-"""Buffers of one state bound to a session once, so that a step passes no tensor through Python."""
+"""The step in ONNX Runtime: the buffers of a state bound once, so that a step passes no tensor through Python."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from dfssm.targets import get_target
+from dfssm.targets.bundle import Manifest
+
 from .memory import trim
-from .state import State
+from .state import Layout, State
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 # The arena keeps what a long prompt needed; decoding needs a hundredth of it.
 _SHRINK = onnxruntime.RunOptions()
 _SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
-class Binding:
+class OrtBackend:
+    """A session of the step graph. With `in_place` a state may be written where it is read: our kernels can, a function
+    body in stock ops cannot.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, in_place: bool):
+        self.session, self._in_place = session, in_place
+        self.vocab_size: int = session.get_outputs()[0].shape[-1]
+        self.layout: Layout = {
+            tensor.name: (np.dtype(_DTYPES[tensor.type]), tuple(tensor.shape[1:]))
+            for tensor in session.get_inputs()
+            if tensor.name not in ("input_ids", "logits_to_keep")
+        }
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, threads: int) -> OrtBackend:
+        session = get_target(manifest.target).open_session(folder, threads=threads)
+        return cls(session, in_place=manifest.target == "ort-cpu")
+
+    def bind(self, state: State) -> OrtBinding:
+        return OrtBinding(self.session, state, self._in_place)
+
+
+class OrtBinding:
     """`state` bound to `session`: its tensors as inputs and outputs, its logits as output.
 
     With `in_place` a state tensor is input and output of the same node, one buffer; otherwise the session
@@ -71,6 +101,12 @@ class Binding:
             self._keep[...] = 1
             self._bind("bind_output", "logits", self._logits)
         return out
+
+    def pull(self) -> None:
+        """Nothing to do: the session works in the state's own arrays."""
+
+    def push(self) -> None:
+        """Nothing to do."""
 
     def _feed(self, ids: np.ndarray) -> None:
         self._ids = ids  # the session holds only the address

@@ -1,0 +1,85 @@
+"""The little of the CUDA runtime that a step needs, through NVIDIA's `cuda-bindings`: memory, one stream, graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+
+
+class Cuda:
+    """One stream of the current device. All work is queued; `synchronize` waits for it. Addresses are ints.
+
+    Raises DfssmError when `cuda-bindings` is missing, there is no driver or no device, or a call fails.
+    """
+
+    def __init__(self):
+        try:
+            from cuda.bindings import runtime
+        except ImportError:
+            raise DfssmError("the CUDA bindings are not installed: pip install 'dfssm[trt]'") from None
+        self._runtime = runtime
+        if not self._call("cudaGetDeviceCount"):
+            raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")
+        self.stream = int(self._call("cudaStreamCreate"))
+
+    def capability(self) -> int:
+        """The device's compute capability as SM number: 86 for 8.6."""
+        attributes = self._runtime.cudaDeviceAttr
+        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
+        return 10 * major + self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
+
+    def allocate(self, size: int) -> int:
+        """`size` bytes of device memory, zeroed."""
+        address = int(self._call("cudaMalloc", max(size, 1)))
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+        return address
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def to_device(self, address: int, array: np.ndarray) -> None:
+        """Queue a copy of a contiguous array; it must stay as it is until `synchronize`."""
+        self._copy(address, array.ctypes.data, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def to_host(self, array: np.ndarray, address: int) -> None:
+        """Queue a copy into a contiguous array."""
+        self._copy(array.ctypes.data, address, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def synchronize(self) -> None:
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def begin_capture(self) -> None:
+        """What is queued from here on is recorded, not run."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+
+    def end_capture(self):
+        """The recording, ready for `launch`."""
+        graph = self._call("cudaStreamEndCapture", self.stream)
+        executable = self._call("cudaGraphInstantiate", graph, 0)
+        self._call("cudaGraphDestroy", graph)
+        return executable
+
+    def launch(self, executable) -> None:
+        self._call("cudaGraphLaunch", executable, self.stream)
+
+    def release(self, executable) -> None:
+        self._call("cudaGraphExecDestroy", executable)
+
+    def _copy(self, to: int, source: int, size: int, kind) -> None:
+        self._call("cudaMemcpyAsync", to, source, size, kind, self.stream)
+
+    def _call(self, name: str, *arguments):
+        error, *result = getattr(self._runtime, name)(*arguments)
+        if error != self._runtime.cudaError_t.cudaSuccess:
+            reason = error.name.removeprefix("cudaError")
+            raise DfssmError(f"CUDA says {reason} ({name}): {_REMEDIES.get(reason, 'look at nvidia-smi')}")
+        return result[0] if result else None
+
+
+_REMEDIES = {
+    "InsufficientDriver": "install an NVIDIA driver for CUDA 13, or run on a machine with an NVIDIA GPU",
+    "NoDevice": "run this bundle on a machine with an NVIDIA GPU",
+    "MemoryAllocation": "the device is out of memory; use a smaller batch",
+}

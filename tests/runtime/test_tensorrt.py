@@ -1,0 +1,125 @@
+"""The engine over a device, its states there and its decoding from a recorded graph, against the engine on the CPU."""
+
+import numpy as np
+import pytest
+from fake_device import FakeCuda, FakeEngine
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+from dfssm.runtime.tensorrt import TensorRTBackend
+
+PROMPT = np.random.default_rng(2).integers(0, 256, 11)
+
+
+@pytest.fixture(params=[False, True], ids=["two_buffers", "aliased"])
+def device(request, engine):
+    """`engine` over the fake device, for up to 3 rows and 5 tokens a run."""
+    cuda = FakeCuda()
+    fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, aliased=request.param)
+    return Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
+
+
+def same(a, b):
+    assert a.tokens.tolist() == b.tokens.tolist() and a.logits.tolist() == b.logits.tolist()
+    for name, tensor in a.tensors.items():
+        assert np.array_equal(tensor, b.tensors[name]), name
+
+
+@pytest.fixture
+def in_fives(monkeypatch):
+    """The engine on the CPU reads prompts in the pieces the device does: a narrow state is rounded after each."""
+    monkeypatch.setattr("dfssm.runtime.engine.CHUNK", 5)
+
+
+def test_steps_are_those_of_the_cpu(engine, device):
+    ours, theirs = device.new_state(), engine.new_state()
+    for token in PROMPT:
+        assert device.step([token], ours).tolist() == engine.step([token], theirs).tolist()
+    same(ours, theirs)
+
+
+def test_decoding_replays_a_graph(device):
+    state = device.new_state()
+    for token in PROMPT:
+        device.step([token], state)
+    # One first run for each side of the states is not from a graph; an engine that works in place has one side twice.
+    assert device.backend.cuda.launches == len(PROMPT) - 2
+
+
+def test_a_prompt_and_steps(engine, device, in_fives):
+    ours, theirs = device.new_state(3), engine.new_state(3)
+    rows = PROMPT[:9].reshape(3, 3)
+    assert device.prefill(rows, ours).tolist() == engine.prefill(rows, theirs).tolist()
+    for _ in range(3):
+        assert device.step([5, 6, 7], ours).tolist() == engine.step([5, 6, 7], theirs).tolist()
+    same(ours, theirs)
+
+
+def test_a_prompt_longer_than_the_profile(engine, device, in_fives):
+    ours, theirs = device.new_state(), engine.new_state()
+    assert device.prefill(PROMPT, ours).tolist() == engine.prefill(PROMPT, theirs).tolist()
+    same(ours, theirs)
+
+
+def test_rows_of_unequal_lengths(engine, device, in_fives):
+    rows = [PROMPT[:3], PROMPT[3:10], PROMPT[10:]]
+    ours, theirs = device.new_state(3), engine.new_state(3)
+    device.step([1, 2, 3], ours)
+    engine.step([1, 2, 3], theirs)
+    assert device.prefill(rows, ours).tolist() == engine.prefill(rows, theirs).tolist()
+    assert device.step([1, 2, 3], ours).tolist() == engine.step([1, 2, 3], theirs).tolist()
+    same(ours, theirs)
+
+
+def test_logits_of_all_tokens_are_those_of_steps(engine, device):
+    theirs = engine.new_state()
+    stepped = np.stack([engine.step([token], theirs)[0] for token in PROMPT])
+    assert device.logits(PROMPT)[0].tolist() == stepped.tolist()
+
+
+def test_a_state_is_copied_reset_saved_and_loaded(engine, device, tmp_path):
+    ours, theirs = device.new_state(), engine.new_state()
+    for run, state in ((device, ours), (engine, theirs)):
+        run.step([1], state)
+    kept = ours.clone()
+    device.step([2], ours)
+    ours.copy_from(kept)
+    ours.save(tmp_path / "s")
+    loaded = device.load_state(tmp_path / "s")
+    for token in (3, 4, 5):
+        expected = engine.step([token], theirs).tolist()
+        assert device.step([token], ours).tolist() == device.step([token], loaded).tolist() == expected
+    ours.reset()
+    assert device.step([9], ours).tolist() == engine.step([9], engine.new_state()).tolist()
+
+
+def test_a_state_goes_from_one_engine_to_the_other(engine, device):
+    state, alone = device.new_state(), engine.new_state()
+    for run in (device, engine, device):
+        run.step([3], state)
+        engine.step([3], alone)
+    same(state, alone)
+
+
+def test_a_batch_that_the_engine_was_not_built_for(device):
+    with pytest.raises(DfssmError, match="4 rows, the engine was built for 3: compile with --max-batch 4"):
+        device.step([1, 1, 1, 1], device.new_state(4))
+
+
+def test_memory_is_given_back(device):
+    state = device.new_state()
+    device.step([1], state)
+    assert device.backend.cuda.memory
+    state.binding = None
+    assert not device.backend.cuda.memory
+
+
+def test_without_a_device_the_error_is_one_line():
+    cuda = pytest.importorskip("dfssm.runtime.cuda")
+    pytest.importorskip("cuda.bindings.runtime")
+    try:
+        cuda.Cuda()
+    except DfssmError as error:
+        assert "\n" not in str(error) and ("driver" in str(error) or "GPU" in str(error))
+    else:
+        pytest.skip("there is a CUDA device")
