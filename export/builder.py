@@ -54,12 +54,6 @@ class GraphBuilder:
         self._nodes.append(ir.node(op, inputs, attributes, outputs=[value], name=name))
         return value
 
-    def split(self, x: ir.Value, sizes: Mapping[str, int], table: ir.Value, name: str) -> list[ir.Value]:
-        """`x` [B,T,sum(sizes)] cut along its last axis; `table` is the initialiser that holds the sizes."""
-        parts = [_value(f"{name}/{part}", x.dtype, (*x.shape[:-1], size)) for part, size in sizes.items()]
-        self._nodes.append(ir.node("Split", [x, table], {"axis": -1}, outputs=parts, name=name))
-        return parts
-
     def dfssm(
         self,
         op: str,

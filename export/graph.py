@@ -47,12 +47,7 @@ class _StepGraph:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
-        bc = config.ngroups * config.d_state
-        self.in_proj_parts = {"z": config.d_inner, "xBC": config.conv_dim, "dt": config.nheads}
-        self.conv_parts = {"x": config.d_inner, "B": bc, "C": bc}
         self.last_axis = self.g.constant("axes.last", np.array([-1]))
-        self.in_proj_table = self.g.constant("split.sizes", np.array(list(self.in_proj_parts.values())))
-        self.conv_table = self.g.constant("split_conv.sizes", np.array(list(self.conv_parts.values())))
 
     def build(self) -> ir.Model:
         ids = self.g.input("input_ids", I64, ("B", "T"))
@@ -92,22 +87,25 @@ class _StepGraph:
         return g.standard("Mul", [rows, scales], F32, ("B", "T", D), "/embed/mul")
 
     def block(self, i: int, h: ir.Value) -> ir.Value:
-        """Layer i on the residual stream h [B,T,D]."""
+        """Layer i on the residual stream h [B,T,D].
+
+        The columns of in_proj's output are z, xBC, dt, those of the convolution's x, B, C: nothing is split, each op
+        reads its range.
+        """
         g, c = self.g, self.config
         name = f"/layers.{i}"
         x = self.rms_norm(h, f"layers.{i}.norm.weight", f"{name}/norm")
-        projected = self.scaffold(x, f"layers.{i}.in_proj", c.d_in_proj, f"{name}/in_proj")
-        z, xBC, dt = g.split(projected, self.in_proj_parts, self.in_proj_table, f"{name}/split")
-        xBC = self.conv(i, xBC, f"{name}/conv")
-        x, B, C = g.split(xBC, self.conv_parts, self.conv_table, f"{name}/split_conv")
-        y = self.scan(i, x, dt, B, C, f"{name}/scan")
+        zxBCdt = self.scaffold(x, f"layers.{i}.in_proj", c.d_in_proj, f"{name}/in_proj")
+        xBC = self.conv(i, zxBCdt, f"{name}/conv")
+        y = self.scan(i, xBC, zxBCdt, f"{name}/scan")
         (y,) = g.dfssm(
             "GatedRMSNorm",
-            [y, z, g.weight(f"layers.{i}.gated_norm.weight")],
+            [y, zxBCdt, g.weight(f"layers.{i}.gated_norm.weight")],
             [(F32, y.shape)],
             f"{name}/gated_norm",
             eps=c.norm_eps,
             groups=c.norm_groups,
+            z_start=0,
         )
         y = self.scaffold(y, f"layers.{i}.out_proj", c.d_model, f"{name}/out_proj")
         return g.standard("Add", [h, y], F32, h.shape, f"{name}/residual")
@@ -148,22 +146,25 @@ class _StepGraph:
         )
         return y
 
-    def conv(self, i: int, x: ir.Value, name: str) -> ir.Value:
+    def conv(self, i: int, zxBCdt: ir.Value, name: str) -> ir.Value:
+        """xBC [B,T,conv_dim], convolved."""
         c = self.config
         state = self.g.input(f"conv_state.{i}", F32, ("B", c.conv_dim, c.d_conv - 1))
         y, new_state = self.g.dfssm(
             "CausalConv1dStep",
-            [x, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
-            [(F32, x.shape), (F32, state.shape)],
+            [zxBCdt, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
+            [(F32, ("B", "T", c.conv_dim)), (F32, state.shape)],
             name,
             rename={"new_state": f"conv_state_out.{i}"},
             activation="silu",
+            x_start=c.d_inner,
         )
         self.inputs.append(state)
         self.outputs.append(new_state)
         return y
 
-    def scan(self, i: int, x: ir.Value, dt: ir.Value, B: ir.Value, C: ir.Value, name: str) -> ir.Value:
+    def scan(self, i: int, xBC: ir.Value, zxBCdt: ir.Value, name: str) -> ir.Value:
+        """The recurrence's y [B,T,d_inner]."""
         c = self.config
         shape = ("B", c.nheads, c.d_state, c.headdim)
         states = [self.g.input(f"ssm_state.{i}", self.storage, shape)]
@@ -172,13 +173,17 @@ class _StepGraph:
         parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
         y, *new_states = self.g.dfssm(
             "SelectiveScanStep",
-            [x, dt, B, C, *parameters, *states],
-            [(F32, x.shape), *((s.dtype, s.shape) for s in states)],
+            [xBC, zxBCdt, xBC, xBC, *parameters, *states],
+            [(F32, ("B", "T", c.d_inner)), *((s.dtype, s.shape) for s in states)],
             name,
             rename={"new_state": f"ssm_state_out.{i}", "new_state_scale": f"ssm_scale_out.{i}"},
             ngroups=c.ngroups,
             dt_min=c.dt_limit[0],
             dt_max=c.dt_limit[1],
+            x_start=0,
+            dt_start=c.d_inner + c.conv_dim,
+            B_start=c.d_inner,
+            C_start=c.d_inner + c.ngroups * c.d_state,
         )
         self.inputs += states
         self.outputs += new_states

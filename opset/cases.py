@@ -35,9 +35,20 @@ class Case:
         return self.sizes.get("state", "float32")
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """The op's inputs by name, absent optional ones left out."""
+        """The op's inputs by name, absent optional ones left out. Columns that the op must not read are NaN."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
-        return _DRAW[self.op](rng, self.attributes, self.kind, **self.sizes)
+        inputs = _DRAW[self.op](rng, self.attributes, self.kind, **self.sizes)
+        for name, value in inputs.items():
+            inputs[name] = _in_wider(value, self.attributes.get(f"{name}_start", -1))
+        return inputs
+
+
+def _in_wider(value: np.ndarray, start: int) -> np.ndarray:
+    """`value` as the columns from `start` on of a wider tensor; none, one, two or three more follow."""
+    if start < 0:
+        return value
+    edges = [(0, 0)] * (value.ndim - 1) + [(start, (start + 1) % 4)]
+    return np.pad(value, edges, constant_values=np.nan)
 
 
 def _activations(rng, shape, kind) -> np.ndarray:
@@ -191,6 +202,10 @@ def _conv_cases():
         ):
             yield Case("CausalConv1dStep", dict(B=batch, T=tokens, C=channels, W=width))
     yield Case("CausalConv1dStep", dict(B=1, T=5, C=24, W=4), {"activation": "none"})
+    for start, (batch, tokens, channels, width) in zip(
+        (0, 1, 3, 13, 34), ((1, 1, 33, 4), (3, 1, 16, 2), (1, 2, 40, 3), (2, 3, 17, 4), (3, 7, 96, 4)), strict=True
+    ):
+        yield Case("CausalConv1dStep", dict(B=batch, T=tokens, C=channels, W=width), {"x_start": start})
 
 
 def _scan_cases():
@@ -206,6 +221,11 @@ def _scan_cases():
         yield Case("SelectiveScanStep", {**shapes[1], "state": state}, {"ngroups": 4})
         limits = {"dt_min": 0.001, "dt_max": 0.1}
         yield Case("SelectiveScanStep", {**shapes[7], "state": state}, limits)
+        starts = {"x_start": 5, "dt_start": 1, "B_start": 0, "C_start": 35}
+        for sizes in (shapes[1], shapes[3], shapes[4], shapes[7]):
+            yield Case("SelectiveScanStep", {**sizes, "state": state}, starts)
+        yield Case("SelectiveScanStep", {**shapes[6], "state": state}, {"ngroups": 2, "x_start": 3, "B_start": 18})
+        yield Case("SelectiveScanStep", {**shapes[5], "state": state}, {"dt_start": 7, "C_start": 1})
     yield Case("SelectiveScanStep", shapes[6], kind="extreme")
 
 
@@ -218,6 +238,9 @@ def _norm_cases():
     yield Case("GatedRMSNorm", shapes[4], {"groups": 4, "eps": 1e-6})
     yield Case("GatedRMSNorm", shapes[2], {"groups": 2})
     yield Case("GatedRMSNorm", shapes[5], kind="saturated")
+    for start, sizes in zip((3, 0, 17, 2, 5), (shapes[0], *shapes[2:]), strict=True):
+        yield Case("GatedRMSNorm", sizes, {"z_start": start})
+    yield Case("GatedRMSNorm", shapes[4], {"groups": 4, "z_start": 9})
 
 
 CASES: list[Case] = [

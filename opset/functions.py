@@ -3,8 +3,8 @@
 A model file carries these as model-local functions, so it runs in any ONNX runtime without our libraries; where our
 kernel is registered, it wins over the body. The bodies are an oracle for the kernels too: they share no code.
 
-A body is specialised where ONNX cannot branch on an attribute: `layout` and `activation` by their value, the scan by
-the dtype of its state. One file uses one variant of an op.
+A body is specialised where ONNX cannot branch on an attribute: `layout` and `activation` by their value, a start of
+columns by whether it is -1, the scan by the dtype of its state. One file uses one variant of an op.
 """
 
 import onnx
@@ -12,7 +12,7 @@ from onnx import helper, parser
 
 from .packing import COLUMNS, ROWS
 from .reference import TINY
-from .schema import DOMAIN, LAYOUT_ROW16, OPS, VERSION
+from .schema import DOMAIN, LAYOUT_ROW16, OPS, VERSION, Op, Tensor, in_wider
 
 ONNX_OPSET = 21
 """Opset of the bodies and of the exported graphs; ONNX IR version 10 goes with it."""
@@ -325,11 +325,41 @@ def _gated_norm() -> str:
     return _silu("gate", "z") + "\n  gated = Mul (y, gate)\n" + _norm("gated", grouped=True)
 
 
+def _size(op: Op, symbol: str, out: str) -> str:
+    """`out` i64 [1], the value of one symbol of a shape: an attribute, or a dimension of an input."""
+    if symbol in op.defaults:
+        return f"""
+  {out}_0 = Constant <value_int: int = @{symbol}> ()
+  {out}_shape = Constant <value_ints = [1]> ()
+  {out} = Reshape ({out}_0, {out}_shape)
+"""
+    name, axis = next((t.name, t.shape.index(symbol)) for t in op.inputs if not t.start and symbol in t.shape)
+    return f"""
+  {out} = Shape <start = {axis}, end = {axis + 1}> ({name})
+"""
+
+
+def _columns(op: Op, tensor: Tensor) -> str:
+    """`<tensor>`, the columns that the op reads of the parameter `<tensor>_all`."""
+    name, factors = tensor.name, tensor.shape[-1].split(" * ")
+    sizes = [f"{name}_size{i}" for i in range(len(factors))]
+    return f"""
+  {_size(op, tensor.start, f"{name}_begin")}
+  {"".join(_size(op, factor, size) for factor, size in zip(factors, sizes, strict=True))}
+  {name}_sizes = Concat <axis = 0> ({", ".join(sizes)})
+  {name}_width = ReduceProd <keepdims = 1> ({name}_sizes)
+  {name}_end = Add ({name}_begin, {name}_width)
+  {name}_axis = Constant <value_ints = [2]> ()
+  {name} = Slice ({name}_all, {name}_begin, {name}_end, {name}_axis)
+"""
+
+
 def function_proto(name: str, state_dtype: str = "float32", **attributes) -> onnx.FunctionProto:
     """The body of op `name` as an ONNX function.
 
-    `attributes` are the op's attributes at the node (`layout` and `activation` choose the variant, the others stay
-    references to the node's attributes); `state_dtype` (NumPy name) chooses the variant of SelectiveScanStep.
+    `attributes` are the op's attributes at the node (`layout`, `activation` and whether a start is -1 choose the
+    variant, the others stay references to the node's attributes); `state_dtype` (NumPy name) chooses the variant of
+    SelectiveScanStep. An input that is read as a range of columns is called `<name>_all` in the body.
     """
     op = OPS[name]
     attributes = op.resolve(attributes)
@@ -343,7 +373,10 @@ def function_proto(name: str, state_dtype: str = "float32", **attributes) -> onn
     }[name]()
     wanted = [t for t in op.inputs if not t.optional or state_dtype == "int8"]
     made = [t for t in op.outputs if not t.optional or state_dtype == "int8"]
-    inputs, outputs = (", ".join(t.name for t in tensors) for tensors in (wanted, made))
+    wider = [t for t in wanted if in_wider(t, attributes)]
+    body = "".join(_columns(op, t) for t in wider) + body
+    inputs = ", ".join(f"{t.name}_all" if t in wider else t.name for t in wanted)
+    outputs = ", ".join(t.name for t in made)
     text = f'<domain: "{DOMAIN}", opset_import: ["": {ONNX_OPSET}]>\n{name} ({inputs}) => ({outputs}) {{{body}}}'
     function = parser.parse_function(text)
     function.attribute_proto.extend(helper.make_attribute(a.name, a.default) for a in op.attributes)

@@ -61,6 +61,11 @@ def int8_matmul_ref(x, w, w_scale):
     return (w_scale * s) * integer_matmul_ref(q, w).astype(F32)
 
 
+def columns_ref(x: np.ndarray, start: int, width: int) -> np.ndarray:
+    """The columns [start, start + width) of x [..., >= start + width]; all of x for start = -1."""
+    return x if start < 0 else x[..., start : start + width]
+
+
 def silu_ref(x: np.ndarray) -> np.ndarray:
     """x / (1 + exp(-x)) in fp32, without overflow."""
     e = np.exp(-np.abs(x))
@@ -72,11 +77,13 @@ def softplus_ref(x: np.ndarray) -> np.ndarray:
     return (np.maximum(x, F32(0)) + np.log1p(np.exp(-np.abs(x)))).astype(F32)
 
 
-def causal_conv1d_step_ref(x, state, weight, bias, activation="silu"):
+def causal_conv1d_step_ref(x, state, weight, bias, activation="silu", x_start=-1):
     """Depthwise causal convolution over [state, x]: x f32 [B,T,C], state f32 [B,C,W-1] (oldest first), weight f32
-    [C,W], bias f32 [C] -> y f32 [B,T,C], new_state f32 [B,C,W-1].
+    [C,W], bias f32 [C] -> y f32 [B,T,C], new_state f32 [B,C,W-1]. With `x_start` x is a range of columns.
     """
-    OPS["CausalConv1dStep"].check(dict(x=x, state=state, weight=weight, bias=bias), dict(activation=activation))
+    arguments = dict(x=x, state=state, weight=weight, bias=bias)
+    sizes = OPS["CausalConv1dStep"].check(arguments, dict(activation=activation, x_start=x_start))
+    x = columns_ref(x, x_start, sizes["C"])
     tokens, width = x.shape[1], weight.shape[1]
     window = np.concatenate([state.transpose(0, 2, 1), x], axis=1)  # [B, W-1+T, C]
     y = np.broadcast_to(bias, x.shape)
@@ -98,8 +105,9 @@ def quantize_state_ref(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def selective_scan_step_ref(
-    x, dt, B, C, A_log, D, dt_bias, state, state_scale=None, ngroups=1, dt_min=0.0, dt_max=float("inf")
-):
+    x, dt, B, C, A_log, D, dt_bias, state, state_scale=None, ngroups=1, dt_min=0.0, dt_max=float("inf"),
+    x_start=-1, dt_start=-1, B_start=-1, C_start=-1,
+):  # fmt: skip
     """The Mamba-2 recurrence over T tokens, one token after the other, in fp32.
 
     d = clamp(softplus(dt + dt_bias), dt_min, dt_max); state = exp(-exp(A_log) d) state + d B (x) x;
@@ -107,11 +115,16 @@ def selective_scan_step_ref(
 
     x f32 [B,T,H*P], dt f32 [B,T,H], B and C f32 [B,T,ngroups*N], A_log, D, dt_bias f32 [H], state [B,H,N,P] fp32, fp16
     or int8 (then state_scale f32 [B,H,N]) -> y f32 [B,T,H*P], new_state, and new_state_scale for int8. A narrow state
-    is widened at entry and rounded once at exit: prefill and steps differ by that rounding only.
+    is widened at entry and rounded once at exit: prefill and steps differ by that rounding only. With their `*_start`
+    x, dt, B and C are ranges of columns, of one tensor or of several.
     """
     arguments = dict(x=x, dt=dt, B=B, C=C, A_log=A_log, D=D, dt_bias=dt_bias, state=state, state_scale=state_scale)
-    sizes = OPS["SelectiveScanStep"].check(arguments, dict(ngroups=ngroups, dt_min=dt_min, dt_max=dt_max))
+    attributes = dict(ngroups=ngroups, dt_min=dt_min, dt_max=dt_max)
+    attributes |= dict(x_start=x_start, dt_start=dt_start, B_start=B_start, C_start=C_start)
+    sizes = OPS["SelectiveScanStep"].check(arguments, attributes)
     batch, tokens, heads, headdim, d_state = (sizes[k] for k in "BTHPN")
+    x, dt = columns_ref(x, x_start, heads * headdim), columns_ref(dt, dt_start, heads)
+    B, C = columns_ref(B, B_start, ngroups * d_state), columns_ref(C, C_start, ngroups * d_state)
     x = x.reshape(batch, tokens, heads, headdim)
     repeat = heads // ngroups
     B = B.reshape(batch, tokens, ngroups, d_state).repeat(repeat, axis=2)  # [B, T, H, N]
@@ -138,9 +151,12 @@ def rms_norm_ref(x, weight, eps=1e-5):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + F32(eps)) * weight
 
 
-def gated_rms_norm_ref(y, z, weight, eps=1e-5, groups=1):
-    """rmsnorm(y silu(z)) weight, each of `groups` equal parts of the channels normed on its own; f32 [B,T,C]."""
-    OPS["GatedRMSNorm"].check(dict(y=y, z=z, weight=weight), dict(eps=eps, groups=groups))
+def gated_rms_norm_ref(y, z, weight, eps=1e-5, groups=1, z_start=-1):
+    """rmsnorm(y silu(z)) weight, each of `groups` equal parts of the channels normed on its own: y and z f32 [B,T,C],
+    weight f32 [C] -> f32 [B,T,C]. With `z_start` z is a range of columns.
+    """
+    OPS["GatedRMSNorm"].check(dict(y=y, z=z, weight=weight), dict(eps=eps, groups=groups, z_start=z_start))
+    z = columns_ref(z, z_start, y.shape[-1])
     v = (y * silu_ref(z)).reshape(*y.shape[:-1], groups, -1)
     v = v / np.sqrt(np.mean(v * v, axis=-1, keepdims=True) + F32(eps))
     return v.reshape(y.shape) * weight

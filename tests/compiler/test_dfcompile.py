@@ -311,20 +311,25 @@ def test_one_changed_number_is_found(target, tensor, node, command, tmp_path, mo
     fails(command(model, "--target", target), f"the bundle does not compute what the student does: {node}")
 
 
-@pytest.mark.parametrize("kind", ["B and C", "y and z"])
-def test_wrong_wiring_is_found(kind, model, command, monkeypatch):
-    """Ops that are right, wired wrong: what an op made of its own inputs is not enough."""
+@pytest.mark.parametrize(
+    ("op", "changes", "words"),
+    [
+        ("SelectiveScanStep", lambda a: {"B_start": a["C_start"], "C_start": a["B_start"]}, "of /layers.0/scan"),
+        ("SelectiveScanStep", lambda a: {"x_start": a["x_start"] + 1}, "of /layers.0/scan"),
+        ("SelectiveScanStep", lambda a: {"dt_start": a["dt_start"] - 1}, "of /layers.0/scan"),
+        ("CausalConv1dStep", lambda a: {"x_start": a["x_start"] + 1}, "CausalConv1dStep.y of /layers.0/conv"),
+        ("GatedRMSNorm", lambda a: {"z_start": a["z_start"] + 1}, "GatedRMSNorm.out of /layers.0/gated_norm"),
+    ],
+    ids=["B and C", "x", "dt", "xBC", "z"],
+)
+def test_wrong_wiring_is_found(op, changes, words, model, command, monkeypatch):
+    """Ops that are right, but read other columns: what an op made of its own inputs is not enough."""
     dfssm = GraphBuilder.dfssm
 
-    def wired(self, op, inputs, *args, **keywords):
-        if op == "SelectiveScanStep" and kind == "B and C":
-            inputs = [*inputs[:2], inputs[3], inputs[2], *inputs[4:]]
-        if op == "GatedRMSNorm" and kind == "y and z":
-            inputs = [inputs[1], inputs[0], inputs[2]]
-        return dfssm(self, op, inputs, *args, **keywords)
+    def wired(self, kind, *args, **keywords):
+        return dfssm(self, kind, *args, **keywords | (changes(keywords) if kind == op else {}))
 
     monkeypatch.setattr(GraphBuilder, "dfssm", wired)
-    words = {"B and C": "of /layers.0/scan", "y and z": "GatedRMSNorm.out of /layers.0/gated_norm"}[kind]
     fails(command(model, "--target", "onnx"), words)
 
 

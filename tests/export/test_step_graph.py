@@ -75,7 +75,7 @@ def test_valid_typed_and_named(name, state_dtype, layout, tmp_path):
 
     names = [node.name for node in graph.node]
     assert len(set(names)) == len(names)
-    parts = "norm in_proj split conv split_conv scan gated_norm out_proj residual".split()
+    parts = "norm in_proj conv scan gated_norm out_proj residual".split()
     expected = [f"/layers.{i}/{part}" for i in range(config.n_layer) for part in parts]
     assert [n for n in names if n.startswith("/layers")] == expected
     assert names[-2:] == ["/norm_f", "/lm_head"]

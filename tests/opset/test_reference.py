@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from dfssm.opset import DfssmError
-from dfssm.opset.cases import Case, cases
+from dfssm.opset.cases import CASES, Case, cases
 from dfssm.opset.packing import pack_bits, to_row16, up_to_row16
 from dfssm.opset.reference import (
+    REFERENCES,
     binary_scaffold_matmul_ref,
     causal_conv1d_step_ref,
     gated_rms_norm_ref,
@@ -139,6 +140,23 @@ def test_one_call_of_many_tokens_is_many_steps():
                 pieces.append(piece)
             np.testing.assert_array_equal(np.concatenate(pieces, axis=1), y, err_msg=case.id)
             np.testing.assert_array_equal(inputs["state"], state, err_msg=case.id)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if any("_start" in a for a in c.attributes)], ids=lambda c: c.id)
+def test_a_range_of_columns_is_the_columns_alone(case):
+    """Bit for bit; `Case.inputs` says where the range lies, and what is around it is NaN."""
+    inputs, others = case.inputs(), dict(case.attributes)
+    expected = REFERENCES[case.op](**inputs, **others)
+    for name, value in inputs.items():
+        start = others.pop(f"{name}_start", -1)
+        if start >= 0:
+            inputs[name] = value[..., start : value.shape[-1] - (start + 1) % 4].copy()
+    assert not any(np.isnan(value).any() for value in inputs.values())
+    actual = REFERENCES[case.op](**inputs, **others)
+    if case.op == "GatedRMSNorm":
+        actual, expected = [actual], [expected]
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
 
 
 def scan_loops(x, dt, B, C, A_log, D, dt_bias, state, state_scale=None, ngroups=1, dt_min=0.0, dt_max=math.inf):

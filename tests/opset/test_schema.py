@@ -1,10 +1,12 @@
 """The schema's checks: what passes binds symbols, what does not is named."""
 
+import re
+
 import numpy as np
 import pytest
 
 from dfssm.opset import OPS, DfssmError
-from dfssm.opset.cases import CASES, cases
+from dfssm.opset.cases import CASES, Case, cases
 from dfssm.opset.header import render
 
 
@@ -44,6 +46,37 @@ def test_wrong_input_is_named_with_expected_and_got(change, message):
         OPS["BinaryScaffoldMatMul"].check(scaffold_inputs() | change)
 
 
+SCAN = Case("SelectiveScanStep", dict(B=1, T=2, H=4, P=8, N=6), {"ngroups": 2, "x_start": 3, "dt_start": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "attributes", "message"),
+    [
+        ({}, {"dt_start": 4}, "input 'dt' has shape [1, 2, 7], expected [B=1, T=2, >= dt_start=4 + H=4]"),
+        ({}, {"x_start": 4}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, >= x_start=4 + 32]"),
+        ({}, {"B_start": 1}, "input 'B' has shape [1, 2, 12], expected [B=1, T=2, >= B_start=1 + 12]"),
+        ({}, {"x_start": -1}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, 32]"),
+        ({}, {"C_start": -2}, "attribute 'C_start' is -2, expected at least -1"),
+        ({"dt": np.zeros((1, 1, 7), np.float32)}, {}, "input 'dt' has shape [1, 1, 7], expected [B=1, T=2, >= dt_"),
+        ({"dt": np.zeros((1, 7), np.float32)}, {}, "input 'dt' has shape [1, 7], expected [B, T, >= dt_start=3 + H]"),
+    ],
+)
+def test_a_range_of_columns_must_fit(change, attributes, message):
+    inputs = SCAN.inputs()
+    assert OPS[SCAN.op].check(inputs, SCAN.attributes)["H"] == 4
+    with pytest.raises(DfssmError, match=f"^{re.escape(f'SelectiveScanStep: {message}')}"):
+        OPS[SCAN.op].check(inputs | change, SCAN.attributes | attributes)
+
+
+def test_a_wider_tensor_is_an_error_without_a_start():
+    for op, wide in (("CausalConv1dStep", "x"), ("GatedRMSNorm", "z")):
+        inputs = cases(op)[4].inputs()
+        inputs[wide] = np.concatenate([inputs[wide]] * 2, axis=-1)
+        with pytest.raises(DfssmError, match=f"^{op}: input"):
+            OPS[op].check(inputs)
+        OPS[op].check(inputs, {f"{wide}_start": 1})
+
+
 def test_row16_layout_expects_padded_rows():
     with pytest.raises(DfssmError, match=r"'bits' has shape \[40, 32\], expected \[48, 32\]"):
         OPS["BinaryScaffoldMatMul"].check(scaffold_inputs(), {"layout": 1})
@@ -65,4 +98,5 @@ def test_header_names_every_op_and_input():
         assert f"struct {op.name} {{" in text
         assert all(f'"{t.name}"' in text for t in (*op.inputs, *op.outputs))
         assert all(f"kDefault_{a.name} = " in text for a in op.attributes)
+        assert all(f'"{t.start}"' in text for t in op.inputs if t.start)
     assert "kDefault_dt_max = HUGE_VALF;" in text

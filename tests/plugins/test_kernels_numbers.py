@@ -11,6 +11,7 @@ from kernel_calls import F32, each_isa, run
 
 from dfssm import _native
 from dfssm.opset import packing
+from dfssm.opset.cases import Case
 from dfssm.opset.reference import TINY, quantize_activations_ref
 
 
@@ -167,6 +168,42 @@ def _valid_matmul():
 def test_a_misfit_is_named(change, message):
     with pytest.raises(ValueError, match=f"^int8_matmul: {message}$"):
         _native.int8_matmul("scalar", **(_valid_matmul() | change))
+
+
+CONV = Case("CausalConv1dStep", dict(B=1, T=2, C=8, W=4), {"x_start": 3})
+SCAN = Case("SelectiveScanStep", dict(B=1, T=2, H=4, P=8, N=6), {"ngroups": 2, "x_start": 3, "dt_start": 3})
+GATED = Case("GatedRMSNorm", dict(B=1, T=2, C=12), {"z_start": 3})
+CALLED = ("causal_conv1d_step", "selective_scan_step", "gated_rms_norm")
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "attributes", "message"),
+    [
+        (CONV, {}, dict(x_start=-2), r"x_start is -2, expected at least -1"),
+        (CONV, {}, dict(x_start=-1), r"'state' is float32 \[1, 8, 3\], expected float32 \[1, 11, 3\]"),
+        (CONV, {}, dict(x_start=4), r"'x' is float32 \[1, 2, 11\], expected 8 columns from x_start=4 on"),
+        (CONV, {}, dict(x_start=2**63 - 1), rf"'x' is .*, expected 8 columns from x_start={2**63 - 1} on"),
+        (CONV, dict(x=np.ones((2, 2, 11), F32)), {}, r"'state' is float32 \[1, 8, 3\], expected float32 \[2, 8, 3\]"),
+        (
+            CONV,
+            dict(x=np.ones((1, 2, 7), F32)),
+            {},
+            r"'x' is float32 \[1, 2, 7\], expected 8 columns from x_start=3 on",
+        ),
+        (SCAN, {}, dict(x_start=4), r"'x' is float32 \[1, 2, 35\], expected 32 columns from x_start=4 on"),
+        (SCAN, {}, dict(dt_start=4), r"'dt' is float32 \[1, 2, 7\], expected 4 columns from dt_start=4 on"),
+        (SCAN, {}, dict(B_start=1), r"'B' is float32 \[1, 2, 12\], expected 12 columns from B_start=1 on"),
+        (SCAN, {}, dict(C_start=1), r"'C' is float32 \[1, 2, 12\], expected 12 columns from C_start=1 on"),
+        (SCAN, dict(dt=np.ones((1, 7), F32)), {}, r"'dt' is float32 \[1, 7\], expected float32 \[1, 2, 7\]"),
+        (SCAN, dict(dt=np.ones((1, 2, 7))), {}, r"'dt' is float64 \[1, 2, 7\], expected float32 \[1, 2, 7\]"),
+        (GATED, {}, dict(z_start=4), r"'z' is float32 \[1, 2, 15\], expected 12 columns from z_start=4 on"),
+        (GATED, {}, dict(z_start=-1), r"'z' is float32 \[1, 2, 15\], expected float32 \[1, 2, 12\]"),
+    ],
+)
+def test_a_range_of_columns_that_does_not_fit_is_named(case, change, attributes, message):
+    functions = dict(zip((CONV.op, SCAN.op, GATED.op), CALLED, strict=True))
+    with pytest.raises(ValueError, match=f"^{functions[case.op]}: {message}$"):
+        run(case.op, "scalar", case.inputs() | change, **case.attributes | attributes)
 
 
 def test_an_unknown_isa_is_named():

@@ -28,6 +28,12 @@ SCAN_INT8 = Case("SelectiveScanStep", {**SCAN.sizes, "state": "int8"}, {"ngroups
 NORM = Case("RMSNorm", dict(B=1, T=2, C=8))
 GATED = Case("GatedRMSNorm", dict(B=1, T=2, C=12), {"groups": 4})
 
+CONV_RANGE = Case("CausalConv1dStep", CONV.sizes, {"x_start": 3})
+SCAN_RANGES = Case(
+    "SelectiveScanStep", SCAN.sizes, {f"{name}_start": 3 for name in ("x", "dt", "B", "C")} | {"ngroups": 2}
+)
+GATED_RANGE = Case("GatedRMSNorm", GATED.sizes, {"groups": 4, "z_start": 3})
+
 WRONG_SHAPES = [
     (SCAFFOLD, "x", (1, 2, 96), "'bits' has shape [40, 8], expected [40, 12] from [(M + 15)"),
     (SCAFFOLD, "x", (1, 2, 48), "'x' has K=48, expected a multiple of 32"),
@@ -64,6 +70,31 @@ WRONG_SHAPES = [
     (NORM, "weight", (7,), "'weight' has shape [7], expected [8] from [C]"),
     (GATED, "z", (1, 1, 12), "'z' has shape [1, 1, 12], expected [1, 2, 12] from [B, T, C]"),
     (GATED, "weight", (24,), "'weight' has shape [24], expected [12] from [C]"),
+    (CONV, "x", (1, 2, 11), "'weight' has shape [8, 4], expected [11, 4] from [C, W]"),
+    (CONV_RANGE, "x", (1, 2, 10), "'x' has shape [1, 2, 10], expected [1, 2, >= 3 + 8] from [B, T, >= x_start + C]"),
+    (CONV_RANGE, "weight", (9, 4), "'state' has shape [1, 8, 3], expected [1, 9, 3] from [B, C, W - 1]"),
+    (
+        SCAN_RANGES,
+        "x",
+        (1, 2, 32),
+        "'x' has shape [1, 2, 32], expected [1, 2, >= 3 + 32] from [B, T, >= x_start + H * P]",
+    ),
+    (SCAN_RANGES, "dt", (1, 2, 3), "'dt' has shape [1, 2, 3], expected [1, 2, >= 3 + 4] from [B, T, >= dt_start + H]"),
+    (SCAN_RANGES, "dt", (1, 1, 7), "'dt' has shape [1, 1, 7], expected [1, 2, >= 3 + 4] from [B, T, >= dt_start + H]"),
+    (SCAN_RANGES, "dt", (2, 2, 7), "'dt' has shape [2, 2, 7], expected [1, 2, >= 3 + 4] from [B, T, >= dt_start + H]"),
+    (
+        SCAN_RANGES,
+        "B",
+        (1, 2, 14),
+        "'B' has shape [1, 2, 14], expected [1, 2, >= 3 + 12] from [B, T, >= B_start + ngroups * N]",
+    ),
+    (
+        SCAN_RANGES,
+        "C",
+        (1, 2, 14),
+        "'C' has shape [1, 2, 14], expected [1, 2, >= 3 + 12] from [B, T, >= C_start + ngroups * N]",
+    ),
+    (GATED_RANGE, "z", (1, 2, 14), "'z' has shape [1, 2, 14], expected [1, 2, >= 3 + 12] from [B, T, >= z_start + C]"),
 ]
 
 
@@ -156,6 +187,9 @@ def test_an_optional_input_may_have_the_empty_name(default_library):
         (CONV, {"activation": "gelu"}, "attribute 'activation' is 'gelu', expected 'silu' or 'none'"),
         (CONV, {"activation": 1}, "attribute 'activation' is an integer, expected a string"),
         (GATED, {"groups": 0}, "attribute 'groups' is 0, expected at least 1"),
+        (CONV, {"x_start": -2}, "attribute 'x_start' is -2, expected at least -1"),
+        (SCAN, {"dt_start": 0.5}, "attribute 'dt_start' is a float, expected an integer"),
+        (GATED, {"z_start": -(2**63)}, "attribute 'z_start' is -9223372036854775808, expected at least -1"),
         (SCAN, {"ngroups": -2}, "attribute 'ngroups' is -2, expected at least 1"),
         (SCAN, {"dt_min": 2.0, "dt_max": 1.0}, "attribute 'dt_min' is 2, expected at most 'dt_max' = 1"),
     ],
@@ -165,11 +199,21 @@ def test_wrong_attribute(default_library, case, attributes, message):
         default_library.session(nodes.node_model(case, attributes=attributes))
 
 
+def test_a_start_past_every_tensor(default_library):
+    session = default_library.session(nodes.node_model(CONV, attributes={"x_start": 2**63 - 1}))
+    with pytest.raises(
+        INVALID_ARGUMENT, match=r"input 'x' has shape .*, expected \[1, 2, >= 9223372036854775807 \+ 8\]"
+    ):
+        session.run(None, CONV.inputs())
+
+
 def test_absent_attributes_have_the_schema_defaults(default_library):
     case = Case("CausalConv1dStep", CONV.sizes)  # silu
     nodes.check_outputs(case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs()))
-    case = next(c for c in cases("SelectiveScanStep") if not c.attributes and c.sizes["T"] > 1)
-    nodes.check_outputs(case, default_library.session(nodes.node_model(case, attributes={})).run(None, case.inputs()))
+    for op in ("SelectiveScanStep", "GatedRMSNorm"):
+        case = next(c for c in cases(op) if not c.attributes and c.sizes["T"] > 1)
+        session = default_library.session(nodes.node_model(case, attributes={}))
+        nodes.check_outputs(case, session.run(None, case.inputs()))
 
 
 def load(library, **environment) -> subprocess.CompletedProcess:

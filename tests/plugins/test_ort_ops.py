@@ -16,6 +16,14 @@ ONE_OF_EACH = [
     *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in OPS],
     *[next(case for case in cases("SelectiveScanStep") if case.state_dtype == d) for d in ("float16", "int8")],
     next(case for case in cases("BinaryScaffoldMatMul") if case.attributes == {"layout": 1}),
+    *[  # ranges of columns
+        next(case for case in cases(op) if start in case.attributes and case.sizes["T"] > 1)
+        for op, start in (
+            ("CausalConv1dStep", "x_start"),
+            ("SelectiveScanStep", "x_start"),
+            ("GatedRMSNorm", "z_start"),
+        )
+    ],
 ]
 LARGE = [  # enough work for several chunks on the thread pool
     Case("BinaryScaffoldMatMul", dict(B=1, T=1, K=2048, M=4097, R=16), {"layout": 1}),
@@ -23,9 +31,12 @@ LARGE = [  # enough work for several chunks on the thread pool
     Case("BinaryScaffoldMatMul", dict(B=1, T=9, K=512, M=1030, R=8), {"layout": 0}),
     Case("Int8MatMul", dict(B=1, T=1, K=1024, M=2003)),
     Case("CausalConv1dStep", dict(B=2, T=40, C=1100, W=4)),
+    Case("CausalConv1dStep", dict(B=2, T=40, C=1100, W=4), {"x_start": 1001}),
     Case("SelectiveScanStep", dict(B=1, T=1, H=24, P=64, N=128)),
     Case("SelectiveScanStep", dict(B=2, T=17, H=6, P=33, N=40, state="int8"), {"ngroups": 2}),
+    Case("SelectiveScanStep", dict(B=2, T=2, H=12, P=64, N=128), {"x_start": 1, "B_start": 768, "C_start": 896}),
     Case("GatedRMSNorm", dict(B=2, T=40, C=1000), {"groups": 4}),
+    Case("GatedRMSNorm", dict(B=2, T=40, C=1000), {"groups": 4, "z_start": 7}),
     Case("RMSNorm", dict(B=2, T=80, C=1000)),
 ]
 IDS = dict(ids=lambda case: case.id)
@@ -115,10 +126,13 @@ def test_state_in_place(library, base, tokens):
 ORT_VERSION = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
+# ONNX Runtime before 1.24 is not trusted with optional inputs, see op.h.
+INFERRED = [case for case in ONE_OF_EACH if case.op != "SelectiveScanStep" or ORT_VERSION >= (1, 24)]
+
+
 @pytest.mark.parametrize(
     "case",
-    # ONNX Runtime before 1.24 is not trusted with optional inputs, see op.h.
-    [case for case in ONE_OF_EACH if case.op != "SelectiveScanStep" or ORT_VERSION >= (1, 24)],
+    [case for case in INFERRED if "x_start" not in case.attributes],
     **IDS,
 )
 def test_output_shapes_are_inferred(default_library, case):
@@ -133,6 +147,19 @@ def test_output_shapes_are_inferred(default_library, case):
     types = {"float16": "tensor(float16)", "int8": "tensor(int8)"}
     if "state" in fed:
         assert session.get_outputs()[1].type == types.get(case.state_dtype, "tensor(float)")
+
+
+@pytest.mark.parametrize("case", [case for case in INFERRED if "x_start" in case.attributes], **IDS)
+def test_output_of_a_range_of_columns_is_as_wide_as_the_range(default_library, case):
+    model, inputs = nodes.node_model(case, constants=True, types=False), case.inputs()
+    state = next(value for value in model.graph.input if value.name == "state")
+    for dim, size in zip(state.type.tensor_type.shape.dim, inputs["state"].shape, strict=True):
+        dim.dim_value = size  # as in a real model; of symbols there is no product
+    sizes = case.sizes
+    width = sizes["C"] if "C" in sizes else sizes["H"] * sizes["P"]
+    y, new_state = default_library.session(model).get_outputs()
+    assert y.shape == ["x_0", "x_1", width]
+    assert new_state.shape == list(inputs["state"].shape)
 
 
 def test_two_threads_share_a_session(default_library):

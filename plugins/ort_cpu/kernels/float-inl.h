@@ -178,13 +178,14 @@ void conv_panel(const ConvArgs& a, int64_t b, int64_t c, int64_t count) {
   const float* window[W];  // rows of channels, the newest last: first of the state, then of x itself
   for (int w = 0; w < kHistory; ++w) window[w] = history[w];
   for (int64_t t = 0; t < a.T; ++t) {
-    const int64_t at = (b * a.T + t) * a.C + c;
-    window[kHistory] = a.x + at;
+    const int64_t token = b * a.T + t;
+    float* out = a.y + token * a.C + c;
+    window[kHistory] = a.x + token * a.x_stride + c;
     for_vectors(count, [&](int64_t i, auto lanes) {
       F32 y = load(a.bias + c + i, lanes);
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) y = fma(load(weight[w] + i, lanes), load(window[w] + i, lanes), y);
-      store(a.y + at + i, a.silu ? silu(y) : y, lanes);
+      store(out + i, a.silu ? silu(y) : y, lanes);
     });
     for (int w = 0; w < kHistory; ++w) window[w] = window[w + 1];
   }
@@ -220,9 +221,10 @@ void causal_conv1d(const ConvArgs& a, int64_t c0, int64_t c1) {
 void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
   const int64_t size = a.C / a.groups;
   for (int64_t i = t0 * a.groups; i < t1 * a.groups; ++i) {
+    const int64_t group = i % a.groups;
     const float* y = a.y + i * size;
-    const float* z = a.z == nullptr ? nullptr : a.z + i * size;
-    const float* weight = a.weight + i % a.groups * size;
+    const float* z = a.z == nullptr ? nullptr : a.z + i / a.groups * a.z_stride + group * size;
+    const float* weight = a.weight + group * size;
     float* out = a.out + i * size;
     F32 squares = zero();
     for_vectors(size, [&](int64_t c, auto lanes) {
@@ -267,8 +269,9 @@ inline void store_chunk(T* p, Lanes last, const F32 (&v)[NV]) {
 // token.
 struct Step {
   const float* x;  // [tokens, P]
-  float* y;        // [tokens, P]
   int64_t x_stride;
+  float* y;  // [tokens, P]
+  int64_t y_stride;
   const float* C;  // [tokens, N]
   int64_t C_stride;
   const float* dB;  // [tokens, N], d * B
@@ -296,7 +299,7 @@ inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lane
 #pragma GCC unroll 4
   for (int t = 0; t < NT; ++t) {
     load_chunk(s.x + t * s.x_stride + p, last, x[t]);
-    load_chunk(s.y + t * s.x_stride + p, last, y[t]);
+    load_chunk(s.y + t * s.y_stride + p, last, y[t]);
   }
   for (int64_t n = 0; n < s.N; ++n, in += s.P, out += s.P) {
 #pragma GCC unroll 4
@@ -330,7 +333,7 @@ inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lane
     if (largest(m) >= kInfinityBits) s.magnitudes->finite = false;
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < NT; ++t) store_chunk(s.y + t * s.x_stride + p, last, y[t]);
+  for (int t = 0; t < NT; ++t) store_chunk(s.y + t * s.y_stride + p, last, y[t]);
   ahead = lines;
 }
 
@@ -399,27 +402,28 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
       tokens = a.T - t < kTokens ? 1 : kTokens;
       const int64_t token = b * a.T + t;
       Step s;
-      s.x = a.x + (token * a.H + head) * a.P;
+      s.x = a.x + token * a.x_stride + head * a.P;
+      s.x_stride = a.x_stride;
       s.y = a.y + (token * a.H + head) * a.P;
-      s.x_stride = a.H * a.P;
-      s.C = a.Cm + (token * a.G + group) * a.N;
-      s.C_stride = a.G * a.N;
+      s.y_stride = a.H * a.P;
+      s.C = a.Cm + token * a.C_stride + group * a.N;
+      s.C_stride = a.C_stride;
       s.dB = dB;
       s.dB_stride = a.N;
       s.row_factor = row_factor;
       s.N = a.N;
       s.P = a.P;
       for (int64_t j = 0; j < tokens; ++j) {
-        const float delta = softplus(a.dt[(token + j) * a.H + head] + a.dt_bias[head]);
+        const float delta = softplus(a.dt[(token + j) * a.dt_stride + head] + a.dt_bias[head]);
         const float d = fminf(fmaxf(delta, a.dt_min), a.dt_max);
-        const float* B = a.Bm + ((token + j) * a.G + group) * a.N;
+        const float* B = a.Bm + (token + j) * a.B_stride + group * a.N;
         s.decay[j] = expf(rate * d);
         for_vectors(a.N, [&](int64_t n, auto lanes) {
           store(dB + j * a.N + n, load(B + n, lanes) * broadcast(d), lanes);
         });
         for_vectors(a.P, [&](int64_t p, auto lanes) {
-          const int64_t at = j * s.x_stride + p;
-          store(s.y + at, load(s.x + at, lanes) * broadcast(a.D[head]), lanes);
+          store(s.y + j * s.y_stride + p, load(s.x + j * s.x_stride + p, lanes) * broadcast(a.D[head]),
+                lanes);
         });
       }
       const bool first = t == 0, last = t + tokens == a.T;

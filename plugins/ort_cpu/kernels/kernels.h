@@ -3,6 +3,8 @@
 // Contract of every kernel
 //   * Arrays are dense and row-major in the given order, unless a leading dimension (`ld*`, in elements) is
 //   given.
+//   * Inputs with a stride (`*_stride`, elements from one token to the next) are ranges of columns of wider
+//     arrays; the stride is at least the width.
 //   * No alignment is needed (64 bytes is fastest). Nothing outside an array is read or written, not even a
 //   vector
 //     tail; software prefetches may name addresses past the end.
@@ -63,12 +65,13 @@ struct Int8Args {
 // CausalConv1dStep: y[b,t,c] = act(bias[c] + sum_w weight[c,w] * window[w]), the window ending at token t.
 // In place: new_state == state. 2 <= W <= 4.
 struct ConvArgs {
-  const float* x;       // [B, T, C]
+  const float* x;       // [B, T, C] with x_stride
   const float* state;   // [B, C, W-1], the newest token last
   const float* weight;  // [C, W]
   const float* bias;    // [C]
   float* y;             // [B, T, C]
   float* new_state;     // [B, C, W-1]
+  int64_t x_stride;
   int64_t B, T, C, W;
   bool silu;
 };
@@ -77,10 +80,10 @@ enum class StateType { f32, f16, i8 };
 
 // SelectiveScanStep. In place: new_state == state and new_state_scale == state_scale.
 struct ScanArgs {
-  const float* x;            // [B, T, H*P]
-  const float* dt;           // [B, T, H]
-  const float* Bm;           // [B, T, G*N]
-  const float* Cm;           // [B, T, G*N]
+  const float* x;            // [B, T, H*P] with x_stride
+  const float* dt;           // [B, T, H] with dt_stride
+  const float* Bm;           // [B, T, G*N] with B_stride
+  const float* Cm;           // [B, T, G*N] with C_stride
   const float* A_log;        // [H]
   const float* D;            // [H]
   const float* dt_bias;      // [H]
@@ -89,6 +92,7 @@ struct ScanArgs {
   float* y;                  // [B, T, H*P]
   void* new_state;
   float* new_state_scale;
+  int64_t x_stride, dt_stride, B_stride, C_stride;
   int64_t B, T, H, P, N, G;
   float dt_min, dt_max;
   StateType state_type;
@@ -97,10 +101,11 @@ struct ScanArgs {
 // GatedRMSNorm: v = y * silu(z); out = v * rsqrt(mean over each of `groups` equal parts of v^2 + eps) *
 // weight. RMSNorm: z == nullptr, v = y. In place: out == y.
 struct NormArgs {
-  const float* y;        // [n, C]
-  const float* z;        // [n, C] or nullptr
-  const float* weight;   // [C]
-  float* out;            // [n, C]
+  const float* y;       // [n, C]
+  const float* z;       // [n, C] with z_stride, or nullptr
+  const float* weight;  // [C]
+  float* out;           // [n, C]
+  int64_t z_stride;
   int64_t n, C, groups;  // C % groups == 0
   float eps;
 };

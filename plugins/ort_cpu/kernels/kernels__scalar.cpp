@@ -98,7 +98,7 @@ void causal_conv1d(const ConvArgs& a, int64_t c0, int64_t c1) {
       float window[4];
       for (int64_t w = 0; w < history; ++w) window[w] = a.state[(b * a.C + c) * history + w];
       for (int64_t t = 0; t < a.T; ++t) {
-        window[history] = a.x[(b * a.T + t) * a.C + c];
+        window[history] = a.x[(b * a.T + t) * a.x_stride + c];
         float y = a.bias[c];
         for (int64_t w = 0; w < a.W; ++w) y += a.weight[c * a.W + w] * window[w];
         a.y[(b * a.T + t) * a.C + c] = a.silu ? silu(y) : y;
@@ -153,10 +153,10 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
     load_state(a, i, state);
     for (int64_t t = 0; t < a.T; ++t) {
       const int64_t token = b * a.T + t;
-      const float* x = a.x + (token * a.H + head) * a.P;
-      const float* B = a.Bm + (token * a.G + group) * a.N;
-      const float* C = a.Cm + (token * a.G + group) * a.N;
-      const float delta = softplus(a.dt[token * a.H + head] + a.dt_bias[head]);
+      const float* x = a.x + token * a.x_stride + head * a.P;
+      const float* B = a.Bm + token * a.B_stride + group * a.N;
+      const float* C = a.Cm + token * a.C_stride + group * a.N;
+      const float delta = softplus(a.dt[token * a.dt_stride + head] + a.dt_bias[head]);
       const float d = std::fmin(std::fmax(delta, a.dt_min), a.dt_max);
       const float decay = std::exp(-std::exp(a.A_log[head]) * d);
       for (int64_t p = 0; p < a.P; ++p) {
@@ -175,12 +175,13 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
 void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
   const int64_t size = a.C / a.groups;
   for (int64_t i = t0 * a.groups; i < t1 * a.groups; ++i) {
-    const int64_t first = i * size;
-    const float* weight = a.weight + i % a.groups * size;
+    const int64_t first = i * size, group = i % a.groups;
+    const float* z = a.z == nullptr ? nullptr : a.z + i / a.groups * a.z_stride + group * size;
+    const float* weight = a.weight + group * size;
     double squares = 0.0;
     for (int64_t c = 0; c < size; ++c) {
       const float y = a.y[first + c];
-      const float v = a.z == nullptr ? y : y * silu(a.z[first + c]);
+      const float v = z == nullptr ? y : y * silu(z[c]);
       squares += static_cast<double>(v) * v;
       a.out[first + c] = v;
     }

@@ -23,9 +23,10 @@ struct CausalConv1dStep : Kernel {
   }
 
   void compute(Call& call) const {
-    const Tensor& x = call.ranked(Schema::k_x, 3);
+    const Tensor& tokens = call.ranked(Schema::k_x, 3);
     const Tensor& weight = call.ranked(Schema::k_weight, 2);
-    const int64_t B = x[0], T = x[1], C = x[2], W = weight[1];
+    const int64_t B = tokens[0], T = tokens[1], W = weight[1];
+    const int64_t C = start(Schema::k_x) < 0 ? tokens[2] : weight[0];
     if (W < 2 || W > 4) {
       fail("%s: input 'weight' has width W=%lld, expected 2, 3 or 4", Schema::kName,
            static_cast<long long>(W));
@@ -33,9 +34,10 @@ struct CausalConv1dStep : Kernel {
     call.expect(Schema::k_weight, {C, W});
     const Tensor& state = call.expect(Schema::k_state, {B, C, W - 1});
     const Tensor& bias = call.expect(Schema::k_bias, {C});
+    const Columns x = call.columns(Schema::k_x, B, T, C);
 
     ConvArgs args{};
-    args.x = x.as<float>();
+    args.x = x.data, args.x_stride = x.stride;
     args.state = state.as<float>();
     args.weight = weight.as<float>();
     args.bias = bias.as<float>();
@@ -52,7 +54,13 @@ struct CausalConv1dStep : Kernel {
   }
 
   static void infer(Inference& inference) {
-    inference.like(0, Schema::k_x, 3);
+    if (inference.attribute("x_start", Schema::kDefault_x_start) < 0) {
+      inference.like(0, Schema::k_x, 3);
+    } else {
+      const Inference::Shape x = inference.shape(Schema::k_x, 3);
+      const Inference::Shape weight = inference.shape(Schema::k_weight, 2);
+      if (!x.empty() && !weight.empty()) inference.set(0, {x[0], x[1], weight[0]});
+    }
     inference.like(1, Schema::k_state, 3);
   }
 

@@ -32,7 +32,7 @@ struct RMSNorm : Kernel {
     const Tensor& x = call.ranked(Schema::k_x, 3);
     const Tensor& weight = call.expect(Schema::k_weight, {x[2]});
     float* out = call.output<float>(0, {x[0], x[1], x[2]});
-    norm(call, {x.as<float>(), nullptr, weight.as<float>(), out, x[0] * x[1], x[2], 1, eps});
+    norm(call, {x.as<float>(), nullptr, weight.as<float>(), out, 0, x[0] * x[1], x[2], 1, eps});
   }
 
   static void infer(Inference& inference) { inference.like(0, Schema::k_x, 3); }
@@ -58,10 +58,10 @@ struct GatedRMSNorm : Kernel {
       fail("%s: input 'y' has C=%lld channels, expected a multiple of groups=%lld", Schema::kName,
            static_cast<long long>(C), static_cast<long long>(groups));
     }
-    const Tensor& z = call.expect(Schema::k_z, {B, T, C});
+    const Columns z = call.columns(Schema::k_z, B, T, C);
     const Tensor& weight = call.expect(Schema::k_weight, {C});
     float* out = call.output<float>(0, {B, T, C});
-    norm(call, {y.as<float>(), z.as<float>(), weight.as<float>(), out, B * T, C, groups, eps});
+    norm(call, {y.as<float>(), z.data, weight.as<float>(), out, z.stride, B * T, C, groups, eps});
   }
 
   static void infer(Inference& inference) { inference.like(0, Schema::k_y, 3); }

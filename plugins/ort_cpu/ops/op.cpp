@@ -101,6 +101,14 @@ Kernel::Kernel(const Signature& signature, const OrtKernelInfo* info) : signatur
     is_constant_[i] = true;
     constants_[i] = read_tensor(value, signature, i);
   }
+  for (size_t i = 0; i < signature.inputs; ++i) {
+    const char* name = signature.input_starts[i];
+    starts_[i] = name ? attribute(name, int64_t{-1}) : -1;
+    if (starts_[i] < -1) {
+      fail("%s: attribute '%s' is %lld, expected at least -1", signature.name, name,
+           static_cast<long long>(starts_[i]));
+    }
+  }
 }
 
 // False if the node has no such attribute. The API answers "absent" and "of another type" alike, so the other
@@ -182,7 +190,7 @@ ONNXTensorElementDataType Kernel::input_type(size_t index) const {
 }
 
 Call::Call(const Kernel& kernel, OrtKernelContext* context)
-    : signature_(kernel.signature_), context_(context) {
+    : kernel_(kernel), signature_(kernel.signature_), context_(context) {
   for (size_t i = 0; i < kernel.input_count_; ++i) {
     if (kernel.is_constant_[i]) {
       inputs_[i] = kernel.constants_[i];
@@ -219,6 +227,20 @@ const Tensor& Call::expect(size_t input, std::initializer_list<int64_t> shape) c
     wrong_shape(input, shape_text(shape.begin(), shape.size()) + " from " + symbols);
   }
   return tensor;
+}
+
+Columns Call::columns(size_t input, int64_t B, int64_t T, int64_t width) const {
+  const int64_t start = kernel_.starts_[input];
+  if (start < 0) return {expect(input, {B, T, width}).as<float>(), width};
+  const Tensor& tensor = inputs_[input];
+  const int64_t total = tensor.rank == 3 ? tensor[2] : 0;
+  if (total < width || total - width < start || tensor[0] != B || tensor[1] != T) {
+    std::string symbols = signature_.input_shapes[input];  // "[B, T, width]"
+    symbols.insert(symbols.find("T, ") + 3, std::string(">= ") + signature_.input_starts[input] + " + ");
+    wrong_shape(input, "[" + std::to_string(B) + ", " + std::to_string(T) + ", >= " + std::to_string(start) +
+                           " + " + std::to_string(width) + "] from " + symbols);
+  }
+  return {tensor.as<float>() + start, total};
 }
 
 void* Call::output_data(size_t index, const int64_t* shape, size_t rank) {
@@ -280,6 +302,17 @@ void Inference::set(size_t output, const Shape& shape, ONNXTensorElementDataType
   check(api->SetDimensions(raw, values.data(), values.size()));
   check(api->SetSymbolicDimensions(raw, symbols.data(), symbols.size()));
   check(api->ShapeInferContext_SetOutputTypeShape(context_, output, raw));
+}
+
+int64_t Inference::attribute(const char* name, int64_t default_value) const {
+  const OrtOpAttr* attribute = nullptr;  // owned by the context
+  size_t bytes = 0;
+  int64_t value = default_value;
+  OrtStatus* status = api->ShapeInferContext_GetAttribute(context_, name, &attribute);
+  if (!status) status = api->ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof value, &bytes);
+  if (!status) return value;
+  api->ReleaseStatus(status);
+  return default_value;
 }
 
 void Inference::like(size_t output, size_t input, size_t rank) {

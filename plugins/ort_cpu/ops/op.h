@@ -76,13 +76,14 @@ struct Signature {
   size_t inputs, required_inputs, outputs, required_outputs;
   const char* const* input_names;
   const char* const* input_shapes;
+  const char* const* input_starts;  // the attribute with an input's first column; nullptr: always whole
   const char* const* output_names;
 };
 
 template <class S>
 inline constexpr Signature kSignature{S::kName,        S::kInputs,          S::kRequiredInputs,
                                       S::kOutputs,     S::kRequiredOutputs, S::kInputNames,
-                                      S::kInputShapes, S::kOutputNames};
+                                      S::kInputShapes, S::kInputStarts,     S::kOutputNames};
 
 // One input of a call. `data` is nullptr where an optional input is absent or the tensor is empty.
 struct Tensor {
@@ -96,6 +97,12 @@ struct Tensor {
   const T* as() const {
     return static_cast<const T*>(data);
   }
+};
+
+// The columns that an op reads of an input [B, T, columns]; `stride` floats from one token to the next.
+struct Columns {
+  const float* data;
+  int64_t stride;
 };
 
 // What a kernel knows when the session loads: attributes, input types, and the inputs that are constant,
@@ -121,6 +128,8 @@ class Kernel {
   ONNXTensorElementDataType input_type(size_t index) const;
   bool has_input(size_t index) const;  // false for an optional input left out, or given the empty name
   bool has_output(size_t index) const { return index < output_count_; }
+  // The first column read of an input; negative: the input is exactly as wide as the op reads.
+  int64_t start(size_t input) const { return starts_[input]; }
 
  private:
   friend class Call;
@@ -132,6 +141,7 @@ class Kernel {
   size_t input_count_ = 0, output_count_ = 0;
   std::array<Tensor, kMaxInputs> constants_;
   std::array<bool, kMaxInputs> is_constant_{};
+  std::array<int64_t, kMaxInputs> starts_{};
 };
 
 // One execution of a node.
@@ -144,6 +154,8 @@ class Call {
   const Tensor& ranked(size_t input, size_t rank) const;
   // The input, which must have exactly this shape.
   const Tensor& expect(size_t input, std::initializer_list<int64_t> shape) const;
+  // The input's [B, T, width] from its start on, which must lie inside; without a start, exactly this shape.
+  Columns columns(size_t input, int64_t B, int64_t T, int64_t width) const;
 
   template <class T>
   T* output(size_t index, std::initializer_list<int64_t> shape) {
@@ -179,6 +191,7 @@ class Call {
   void* output_data(size_t index, const int64_t* shape, size_t rank);
   [[noreturn]] void wrong_shape(size_t input, const std::string& expected) const;
 
+  const Kernel& kernel_;
   const Signature& signature_;
   OrtKernelContext* context_;
   std::array<Tensor, kMaxInputs> inputs_;
@@ -232,6 +245,8 @@ class Inference {
   void set(size_t output, const Shape& shape, ONNXTensorElementDataType type = kF32);
   // Output of the shape and type of an input.
   void like(size_t output, size_t input, size_t rank);
+  // An attribute of the node; the default also where it is no integer, which the kernel will report.
+  int64_t attribute(const char* name, int64_t default_value) const;
 
  private:
   OrtShapeInferContext* context_;

@@ -46,20 +46,23 @@ struct SelectiveScanStep : Kernel {
   }
 
   void compute(Call& call) const {
-    const Tensor& x = call.ranked(Schema::k_x, 3);
+    const Tensor& tokens = call.ranked(Schema::k_x, 3);
     const Tensor& state = call.ranked(Schema::k_state, 4);
-    const int64_t B = x[0], T = x[1], H = state[1], N = state[2], P = state[3];
+    const int64_t B = tokens[0], T = tokens[1], H = state[1], N = state[2], P = state[3];
     if (H % groups) {
       fail("%s: input 'state' has H=%lld heads, expected a multiple of ngroups=%lld", Schema::kName,
            static_cast<long long>(H), static_cast<long long>(groups));
     }
     call.expect(Schema::k_state, {B, H, N, P});
-    call.expect(Schema::k_x, {B, T, H * P});
+    const Columns x = call.columns(Schema::k_x, B, T, H * P);
+    const Columns dt = call.columns(Schema::k_dt, B, T, H);
+    const Columns Bm = call.columns(Schema::k_B, B, T, groups * N);
+    const Columns Cm = call.columns(Schema::k_C, B, T, groups * N);
     ScanArgs args{};
-    args.x = x.as<float>();
-    args.dt = call.expect(Schema::k_dt, {B, T, H}).as<float>();
-    args.Bm = call.expect(Schema::k_B, {B, T, groups * N}).as<float>();
-    args.Cm = call.expect(Schema::k_C, {B, T, groups * N}).as<float>();
+    args.x = x.data, args.x_stride = x.stride;
+    args.dt = dt.data, args.dt_stride = dt.stride;
+    args.Bm = Bm.data, args.B_stride = Bm.stride;
+    args.Cm = Cm.data, args.C_stride = Cm.stride;
     args.A_log = call.expect(Schema::k_A_log, {H}).as<float>();
     args.D = call.expect(Schema::k_D, {H}).as<float>();
     args.dt_bias = call.expect(Schema::k_dt_bias, {H}).as<float>();
@@ -92,7 +95,14 @@ struct SelectiveScanStep : Kernel {
   }
 
   static void infer(Inference& inference) {
-    inference.like(0, Schema::k_x, 3);
+    if (inference.attribute("x_start", Schema::kDefault_x_start) < 0) {
+      inference.like(0, Schema::k_x, 3);
+    } else {
+      const Inference::Shape x = inference.shape(Schema::k_x, 3);
+      const Inference::Shape state = inference.shape(Schema::k_state, 4);
+      const bool known = !x.empty() && !state.empty() && state[1].value > 0 && state[3].value > 0;
+      if (known) inference.set(0, {x[0], x[1], {state[1].value * state[3].value, ""}});
+    }
     inference.like(1, Schema::k_state, 4);
     // Not the optional output: the API does not tell whether the node has it.
   }

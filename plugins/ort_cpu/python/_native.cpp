@@ -71,6 +71,22 @@ class Arguments {
     return static_cast<const T*>(a.data());
   }
 
+  // `shape` out of `a`: the columns from `start` on, which must lie inside; for start = -1, all of `a`.
+  // `stride` becomes the number of floats from one token to the next.
+  const float* columns(const char* name, const py::array& a, Shape shape, int64_t start,
+                       int64_t& stride) const {
+    require(start >= -1, std::string(name) + "_start is " + std::to_string(start) + ", expected at least -1");
+    const py::ssize_t width = shape.back();
+    stride = width;
+    if (start < 0) return input<float>(name, a, shape);
+    stride = a.ndim() > 0 ? a.shape(a.ndim() - 1) : 0;
+    require(stride >= width && stride - width >= start,
+            std::string("'") + name + "' is " + name_of(a.dtype()) + " " + text(shape_of(a)) + ", expected " +
+                std::to_string(width) + " columns from " + name + "_start=" + std::to_string(start) + " on");
+    shape.back() = stride;
+    return input<float>(name, a, shape) + start;
+  }
+
   // Number of dimensions of `name`, before its sizes are read.
   void rank(const char* name, const py::array& a, py::ssize_t rank) const {
     require(a.ndim() == rank, std::string("'") + name + "' has shape " + text(shape_of(a)) + ", expected " +
@@ -231,17 +247,19 @@ py::array int8_matmul(const std::string& isa, const py::array& x, const py::arra
 
 py::tuple causal_conv1d_step(const std::string& isa, const py::array& x, py::array state,
                              const py::array& weight, const py::array& bias, const std::string& activation,
-                             int threads, bool in_place, const std::optional<py::array>& out) {
+                             int64_t x_start, int threads, bool in_place,
+                             const std::optional<py::array>& out) {
   const Arguments arguments("causal_conv1d_step");
   const KernelTable& table = arguments.table(isa);
   arguments.require(activation == "silu" || activation == "none",
                     "activation is '" + activation + "', expected 'silu' or 'none'");
   arguments.rank("x", x, 3);
   arguments.rank("weight", weight, 2);
-  const py::ssize_t B = x.shape(0), T = x.shape(1), C = x.shape(2), W = weight.shape(1);
+  const py::ssize_t B = x.shape(0), T = x.shape(1), C = x_start < 0 ? x.shape(2) : weight.shape(0),
+                    W = weight.shape(1);
   arguments.require(2 <= W && W <= 4, "W is " + std::to_string(W) + ", expected 2, 3 or 4");
   ConvArgs args{};
-  args.x = arguments.input<float>("x", x, {B, T, C});
+  args.x = arguments.columns("x", x, {B, T, C}, x_start, args.x_stride);
   args.state = arguments.input<float>("state", state, {B, C, W - 1});
   args.weight = arguments.input<float>("weight", weight, {C, W});
   args.bias = arguments.input<float>("bias", bias, {C});
@@ -259,7 +277,8 @@ py::tuple selective_scan_step(const std::string& isa, const py::array& x, const 
                               const py::array& Bm, const py::array& Cm, const py::array& A_log,
                               const py::array& D, const py::array& dt_bias, py::array state,
                               std::optional<py::array> state_scale, float dt_min, float dt_max,
-                              int64_t ngroups, int threads, bool in_place,
+                              int64_t ngroups, int64_t x_start, int64_t dt_start, int64_t B_start,
+                              int64_t C_start, int threads, bool in_place,
                               const std::optional<py::array>& out) {
   const Arguments arguments("selective_scan_step");
   const KernelTable& table = arguments.table(isa);
@@ -277,10 +296,10 @@ py::tuple selective_scan_step(const std::string& isa, const py::array& x, const 
   const bool scaled = args.state_type == StateType::i8;
   arguments.require(scaled == state_scale.has_value(),
                     "'state_scale' belongs to an int8 state and only to it");
-  args.x = arguments.input<float>("x", x, {B, T, H * P});
-  args.dt = arguments.input<float>("dt", dt, {B, T, H});
-  args.Bm = arguments.input<float>("B", Bm, {B, T, ngroups * N});
-  args.Cm = arguments.input<float>("C", Cm, {B, T, ngroups * N});
+  args.x = arguments.columns("x", x, {B, T, H * P}, x_start, args.x_stride);
+  args.dt = arguments.columns("dt", dt, {B, T, H}, dt_start, args.dt_stride);
+  args.Bm = arguments.columns("B", Bm, {B, T, ngroups * N}, B_start, args.B_stride);
+  args.Cm = arguments.columns("C", Cm, {B, T, ngroups * N}, C_start, args.C_stride);
   args.A_log = arguments.input<float>("A_log", A_log, {H});
   args.D = arguments.input<float>("D", D, {H});
   args.dt_bias = arguments.input<float>("dt_bias", dt_bias, {H});
@@ -308,7 +327,7 @@ py::tuple selective_scan_step(const std::string& isa, const py::array& x, const 
 }
 
 py::array gated_rms_norm(const std::string& isa, const py::array& y, const std::optional<py::array>& z,
-                         const py::array& weight, float eps, int64_t groups, int threads,
+                         const py::array& weight, float eps, int64_t groups, int64_t z_start, int threads,
                          const std::optional<py::array>& out) {
   const Arguments arguments(z ? "gated_rms_norm" : "rms_norm");
   const KernelTable& table = arguments.table(isa);
@@ -318,7 +337,7 @@ py::array gated_rms_norm(const std::string& isa, const py::array& y, const std::
       "groups is " + std::to_string(groups) + ", expected a divisor of C=" + std::to_string(rows.width));
   NormArgs args{};
   args.y = arguments.input<float>(z ? "y" : "x", y, rows.with(rows.width));
-  if (z) args.z = arguments.input<float>("z", *z, rows.with(rows.width));
+  if (z) args.z = arguments.columns("z", *z, rows.with(rows.width), z_start, args.z_stride);
   args.weight = arguments.input<float>("weight", weight, {rows.width});
   py::array result = arguments.output(out, py::dtype::of<float>(), rows.with(rows.width));
   args.out = static_cast<float*>(result.mutable_data());
@@ -459,24 +478,25 @@ PYBIND11_MODULE(_native, m) {
   m.def("int8_matmul", &int8_matmul, arg("isa"), arg("x"), arg("w"), arg("w_scale"), arg("threads") = 1,
         arg("out") = none, "x f32 [...,K], w i8 [M,K], w_scale f32 [M] -> f32 [...,M].");
   m.def("causal_conv1d_step", &causal_conv1d_step, arg("isa"), arg("x"), arg("state"), arg("weight"),
-        arg("bias"), arg("activation") = "silu", arg("threads") = 1, arg("in_place") = false,
-        arg("out") = none,
+        arg("bias"), arg("activation") = "silu", arg("x_start") = -1, arg("threads") = 1,
+        arg("in_place") = false, arg("out") = none,
         "x f32 [B,T,C], state f32 [B,C,W-1], weight f32 [C,W], bias f32 [C] -> y, new_state; in_place writes "
         "`state`.");
   m.def("selective_scan_step", &selective_scan_step, arg("isa"), arg("x"), arg("dt"), arg("B"), arg("C"),
         arg("A_log"), arg("D"), arg("dt_bias"), arg("state"), arg("state_scale") = none, arg("dt_min") = 0.0f,
-        arg("dt_max") = std::numeric_limits<float>::infinity(), arg("ngroups") = 1, arg("threads") = 1,
+        arg("dt_max") = std::numeric_limits<float>::infinity(), arg("ngroups") = 1, arg("x_start") = -1,
+        arg("dt_start") = -1, arg("B_start") = -1, arg("C_start") = -1, arg("threads") = 1,
         arg("in_place") = false, arg("out") = none,
         "Arguments as in opset/schema.py -> y, new_state (, new_state_scale); in_place writes `state` and "
         "its scale.");
   m.def("gated_rms_norm", &gated_rms_norm, arg("isa"), arg("y"), arg("z"), arg("weight"), arg("eps") = 1e-5f,
-        arg("groups") = 1, arg("threads") = 1, arg("out") = none,
+        arg("groups") = 1, arg("z_start") = -1, arg("threads") = 1, arg("out") = none,
         "y and z f32 [...,C], weight f32 [C] -> f32 [...,C].");
   m.def(
       "rms_norm",
       [](const std::string& isa, const py::array& x, const py::array& weight, float eps, int threads,
          const std::optional<py::array>& out) {
-        return gated_rms_norm(isa, x, std::nullopt, weight, eps, 1, threads, out);
+        return gated_rms_norm(isa, x, std::nullopt, weight, eps, 1, -1, threads, out);
       },
       arg("isa"), arg("x"), arg("weight"), arg("eps") = 1e-5f, arg("threads") = 1, arg("out") = none,
       "x f32 [...,C], weight f32 [C] -> f32 [...,C].");
