@@ -15,6 +15,7 @@ from dfssm.opset.errors import DfssmError
 COMMANDS = {
     "run": (".run", "run"),
     "bench": (".bench", "bench"),
+    "eval": (".eval", "evaluate"),
     "compare": (".compare", "compare"),
     "inspect": (".inspect", "inspect"),
     "doctor": (".doctor", "doctor"),

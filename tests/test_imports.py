@@ -13,7 +13,7 @@ import pytest
 import dfssm
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["opset", "model", "export", "targets", "compiler", "runtime", "bench", "cli"]
+PARTS = ["opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "cli"]
 
 # import-linter in a process that knows only the tree it stands in: an editable install would answer first.
 LINT = """
@@ -62,6 +62,7 @@ def test_the_tree_keeps_the_import_contracts(lint_tree):
         ("runtime/engine.py", "def late():\n    import torch", "does not know how it was made"),
         ("runtime/state.py", "import onnx", "where onnx is not installed"),
         ("runtime/state.py", "import dfssm.compiler", "Imports go down this list"),
+        ("eval/text.py", "import dfssm.bench", "Imports go down this list"),
         ("opset/reference.py", "import onnxruntime", "NumPy and onnx only"),
     ],
 )
@@ -102,7 +103,7 @@ def test_dfssm_is_a_namespace():
     assert getattr(dfssm, "__file__", None) is None, "a package __init__ would hide the other parts"
 
 
-@pytest.mark.parametrize("module", ["dfssm.cli.main", "dfssm.compiler.cli", "dfssm.runtime"])
+@pytest.mark.parametrize("module", ["dfssm.cli.main", "dfssm.compiler.cli", "dfssm.runtime", "dfssm.eval.perplexity"])
 def test_commands_start_light(module):
     code = f"import sys, {module}\nprint(*(m for m in ('torch', 'onnx', 'transformers') if m in sys.modules))"
     result = python(code)

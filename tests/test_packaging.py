@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"opset", "model", "export", "targets", "compiler", "runtime", "bench", "cli"}
+PARTS = {"opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "cli"}
 
 pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
 
@@ -74,7 +74,7 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[1] for name in names if name.startswith("dfssm/") and name.count("/") > 1}
     assert folders == PARTS
-    assert "dfssm/libdfssm_ort_cpu.so" in names
+    assert "dfssm/libdfssm_ort_cpu.so" in names and "dfssm/eval/tasks/piqa.yaml" in names
     assert sum(name.startswith("dfssm/_native.") for name in names) == 1
     assert not [name for name in names if "__pycache__" in name or "test" in name]
     shipped = {name for name in names if name.endswith(".py")}

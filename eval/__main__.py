@@ -1,0 +1,24 @@
+"""`python -m dfssm.eval`: the command lm_eval of the harness, which then knows `--model dfssm`."""
+
+import sys
+
+from dfssm.opset.errors import DfssmError
+
+from .suite import require_harness
+
+
+def main() -> None:
+    """Run it; an error of the user's is one line, and exit code 1."""
+    try:
+        require_harness()
+        from lm_eval.__main__ import cli_evaluate
+
+        from . import harness  # noqa: F401 (registers the model type)
+
+        cli_evaluate()
+    except DfssmError as error:
+        sys.exit(f"dfssm: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What is measured: a teacher, a student or a bundle, behind one interface. A bundle needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dfssm.opset.errors import DfssmError
+from dfssm.targets.bundle import MANIFEST, TOKENIZER
+
+END_OF_TEXT = "<|endoftext|>"
+
+BATCH = 8
+"""Rows of one run, unless the caller says otherwise."""
+
+CHUNK = 64
+"""Tokens of one run whose logits are all wanted: 8 rows of 50,288 tokens are 103 MB."""
+
+_TEACHER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Scorer(Protocol):
+    """A language model with its tokenizer. Token ids and logits are NumPy arrays; a state is the model's own.
+
+    Attributes:
+        kind: "teacher", "student" or "bundle". vocab_size: it knows the ids 0 to vocab_size - 1.
+        tokenizer: `tokenizers.Tokenizer`. end: id of the end-of-text token, which separates documents.
+        max_batch: the most rows of a state.
+    """
+
+    kind: str
+    vocab_size: int
+    tokenizer: Tokenizer
+    end: int
+    max_batch: int
+
+    def new_state(self, batch: int) -> Any:
+        """The state of `batch` sequences that have read nothing."""
+
+    def select(self, state: Any, rows: Sequence[int]) -> Any:
+        """A state of its own with these rows of `state`, in this order; a row may be given more than once."""
+
+    def read(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        """ids i64[B,T] -> logits f32[B,V] of the last token, and the new state. `state` is used up."""
+
+    def logits(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        """ids i64[B,T] -> logits f32[B,T,V] of all tokens, and the new state. `state` is used up."""
+
+
+def log_probs(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """logits f32[...,V], targets i64[...] -> their log-probabilities f64[...], and whether each is the likeliest token.
+
+    Exponentials are fp32, their sum and everything after it fp64.
+    """
+    top = logits.max(-1)
+    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    total = np.exp(logits - top[..., None]).sum(-1, dtype=np.float64)
+    return picked.astype(np.float64) - top - np.log(total), picked == top
+
+
+def score(scorer: Scorer, ids: np.ndarray, targets: np.ndarray, state: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read ids i64[B,T] after `state`: `log_probs` of targets i64[B,T], each the token after that in ids."""
+    found, likeliest = np.empty(ids.shape), np.empty(ids.shape, bool)
+    for start in range(0, ids.shape[1], CHUNK):
+        part = np.s_[:, start : start + CHUNK]
+        logits, state = scorer.logits(np.ascontiguousarray(ids[part]), state)
+        found[part], likeliest[part] = log_probs(logits, targets[part])
+    return found, likeliest
+
+
+def kind_of(path: Path) -> str:
+    """One of "bundle", "teacher" or "student", by the files; DfssmError where there is nothing that could be one."""
+    if (path / MANIFEST).is_file():
+        return "bundle"
+    if (path / "config.json").is_file():
+        return "teacher"
+    if path.is_dir():
+        raise DfssmError(f"{path} holds neither a {MANIFEST} (a bundle) nor a config.json (a teacher)")
+    if not path.is_file():
+        raise DfssmError(f"{path} does not exist: name a teacher's folder, a model.pt, a .safetensors file or a bundle")
+    in_checkpoint = path.name in _TEACHER_FILES and (path.parent / "config.json").is_file()
+    return "teacher" if in_checkpoint else "student"
+
+
+def open_scorer(path: str | Path, tokenizer: str | Path | None = None, device: str | None = None) -> Scorer:
+    """Open what lies at `path`: a bundle, a teacher (checkpoint folder, or the weights file in it) or a student.
+
+    Args: `tokenizer`: a tokenizer.json; without it that of the bundle or teacher, or the one beside the student.
+        `device`: a torch device for teacher and student, the CPU where it is not given.
+    Raises DfssmError when there is no model, no tokenizer, or no end-of-text token, or torch is needed and missing.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "bundle":
+        if device:
+            raise DfssmError(f"{path} is a bundle, which runs where it was compiled for: leave out the device {device}")
+        return EngineScorer(path, tokenizer and _read_tokenizer(Path(tokenizer)))
+    try:
+        from .torch_scorer import TorchScorer
+    except ModuleNotFoundError as error:
+        raise DfssmError(f"{path} is a {kind}, which needs {error.name}: pip install 'dfssm[compile]'") from None
+    folder = path if path.is_dir() else path.parent
+    beside = folder / TOKENIZER
+    if not tokenizer and not beside.is_file():
+        raise DfssmError(f"{beside}: no such file; give the tokenizer of the model with --tokenizer")
+    return TorchScorer(kind, folder if kind == "teacher" else path, _read_tokenizer(Path(tokenizer or beside)), device)
+
+
+def end_token(tokenizer: Tokenizer, configured: int | None) -> int:
+    """The id that ends a text: the config's, else that of <|endoftext|>. DfssmError where there is neither."""
+    end = tokenizer.token_to_id(END_OF_TEXT) if configured is None else configured
+    if end is None:
+        raise DfssmError(f"neither the config has an eos_token_id nor the tokenizer {END_OF_TEXT}: give --tokenizer")
+    return end
+
+
+class EngineScorer:
+    """A bundle, run by the engine that ships it."""
+
+    kind = "bundle"
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer | None = None):
+        from dfssm.runtime import Engine
+
+        self.engine = Engine.load(folder)
+        self.vocab_size = self.engine.vocab_size
+        self.tokenizer = tokenizer or _whole(self.engine.tokenizer)
+        self.end = end_token(self.tokenizer, self.engine.config.get("eos_token_id"))
+        self.max_batch = getattr(self.engine.backend, "max_batch", 1 << 16)  # a TensorRT engine is built for so many
+
+    def new_state(self, batch: int) -> Any:
+        return self.engine.new_state(batch)
+
+    def select(self, state: Any, rows: Sequence[int]) -> Any:
+        rows, new = list(rows), self.engine.new_state(len(rows))
+        source, target = state.tensors, new.tensors
+        for name, tensor in target.items():
+            tensor[:] = source[name][rows]
+        new.logits[:], new.tokens[:] = state.logits[rows], state.tokens[rows]
+        return new
+
+    def read(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        return self.engine.prefill(ids, state), state
+
+    def logits(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        return self.engine.logits(ids, state), state
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return _whole(Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises nothing narrower
+        raise DfssmError(
+            f"{path} cannot be read as a tokenizer.json ({error}): give another with --tokenizer"
+        ) from None
+
+
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer.json may ask to cut or pad what it encodes; a text to be scored is taken as it is."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,78 @@
+"""Text files -> one stream of tokens, its documents separated by the end-of-text token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+
+from .scorer import END_OF_TEXT, Scorer
+
+_DOCUMENTS = 256  # tokenised at a time
+
+
+@dataclass(frozen=True)
+class Text:
+    """ids i64[n], at least two; ends i64[n]: UTF-8 bytes of the documents up to the end of each token."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def scored_bytes(self) -> int:
+        """Bytes of all tokens but the first, which nothing predicts."""
+        return int(self.ends[-1] - self.ends[0])
+
+
+def read_text(paths: Sequence[Path], scorer: Scorer, tokens: int | None = None) -> Text:
+    """Tokenise files (UTF-8), and every *.txt of folders; documents end at <|endoftext|> and at the end of a file.
+
+    White space around a document is dropped, and an empty document. Each is followed by `scorer.end`. `tokens`: only
+    so many tokens after the first. Raises DfssmError when a file cannot be read, the text has fewer than two tokens,
+    or the model lacks one of them.
+    """
+    ids, ends, size, missing = [], [], 0, np.inf if tokens is None else tokens + 1
+    documents = _documents(paths)
+    while missing > 0 and (batch := list(islice(documents, _DOCUMENTS))):
+        for document, found in zip(batch, scorer.tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
+            lengths = _byte_lengths(document)
+            ids += [np.array(found.ids, np.int64), [scorer.end]]
+            ends += [size + lengths[[end for _, end in found.offsets]], [size + lengths[-1]]]
+            size += lengths[-1]
+            missing -= len(found.ids) + 1
+    length = sum(map(len, ids))
+    if length < 2:
+        raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to score; give --data more")
+    keep = slice(None if tokens is None else tokens + 1)
+    text = Text(np.concatenate(ids)[keep], np.concatenate(ends)[keep])
+    if text.ids.max() >= scorer.vocab_size:
+        raise DfssmError(
+            f"the tokenizer makes token {text.ids.max()}, the model has {scorer.vocab_size}: "
+            "give the model's own with --tokenizer"
+        )
+    return text
+
+
+def _documents(paths: Sequence[Path]) -> Iterator[str]:
+    for path in paths:
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise DfssmError(f"{path}: no *.txt file in this folder; name the files themselves")
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise DfssmError(f"{file}: cannot be read ({error.strerror}); give --data text files") from None
+            yield from filter(None, (part.strip() for part in text.split(END_OF_TEXT)))
+
+
+def _byte_lengths(document: str) -> np.ndarray:
+    """UTF-8 bytes of the first 0, 1, ... characters: i64[characters + 1]."""
+    codes = np.frombuffer(document.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (codes >= 0x80) + (codes >= 0x800).astype(np.int64) + (codes >= 0x10000)
+    return np.concatenate([[0], sizes.cumsum()])

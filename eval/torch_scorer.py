@@ -1,0 +1,60 @@
+"""Teacher and student in PyTorch, as `Scorer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from dfssm.model.hf_import import load_teacher
+from dfssm.model.student import load_student
+from dfssm.model.teacher import Mamba2State
+from dfssm.opset.errors import DfssmError
+
+from .scorer import end_token
+
+_PIECE = 256
+"""Tokens of one run of which the last one's logits are wanted: activations do not grow with the text."""
+
+
+class TorchScorer:
+    """`kind` "teacher" (a checkpoint folder) or "student" (fp32 states), on a torch device."""
+
+    max_batch = 1 << 16
+
+    def __init__(self, kind: str, path: Path, tokenizer: Tokenizer, device: str | None = None):
+        try:
+            self.device = torch.device(device or "cpu")
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DfssmError(f"device {device!r} cannot be used ({reason}): leave it out to run on the CPU") from None
+        self.kind = kind
+        self.model = (load_teacher if kind == "teacher" else load_student)(path).to(self.device).eval()
+        self.vocab_size = self.model.config.vocab_size
+        self.tokenizer, self.end = tokenizer, end_token(tokenizer, self.model.config.eos_token_id)
+
+    def new_state(self, batch: int) -> Mamba2State:
+        return self.model.new_state(batch)
+
+    def select(self, state: Mamba2State, rows: Sequence[int]) -> Mamba2State:
+        rows = torch.tensor(rows, device=self.device)
+        parts = (getattr(state, field.name) for field in dataclasses.fields(state))
+        return type(state)(*(part and [tensor[rows] for tensor in part] for part in parts))
+
+    def read(self, ids: np.ndarray, state: Mamba2State) -> tuple[np.ndarray, Mamba2State]:
+        for start in range(0, ids.shape[1], _PIECE):
+            logits, state = self._run(ids[:, start : start + _PIECE], state, 1)
+        return logits[:, 0], state
+
+    def logits(self, ids: np.ndarray, state: Mamba2State) -> tuple[np.ndarray, Mamba2State]:
+        return self._run(ids, state, 0)
+
+    @torch.inference_mode()
+    def _run(self, ids: np.ndarray, state: Mamba2State, keep: int) -> tuple[np.ndarray, Mamba2State]:
+        logits, state = self.model(torch.as_tensor(ids, device=self.device), state, logits_to_keep=keep)
+        return logits.float().cpu().numpy(), state
