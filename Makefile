@@ -1,15 +1,16 @@
 # make demo    compile the shipped small model, verify it, print text
 # make test    lint, then every test
+# make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
 # make bench   speed of this machine on the shipped model, beside its roofline
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test lint format bench build clean
+.PHONY: demo test test-cuda-archs lint format bench build clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 NATIVE := $(shell find plugins cmake scripts -type f -not -name '*.pyc') CMakeLists.txt opset/schema.py opset/header.py
-CXX_FILES := $(shell find plugins -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find plugins tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 build: $(VENV)/.built
 
@@ -30,6 +31,9 @@ demo: build
 # One thread each: two test processes on two cores are enough.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+
+test-cuda-archs: build
+	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py
 
 lint: build
 	$(BIN)/ruff check .

@@ -29,7 +29,9 @@ def examine() -> dict:
         "machine": machine(),
         "packages": packages(),
         "isas": instruction_sets(),
-        "environment": {name: os.environ.get(name) for name in ("DFSSM_ISA", "DFSSM_ORT_LIBRARY", "DFSSM_LOG")},
+        "environment": {
+            name: os.environ.get(name) for name in ("DFSSM_ISA", "DFSSM_ORT_LIBRARY", "DFSSM_TRT_LIBRARY", "DFSSM_LOG")
+        },
         "targets": {
             name: {"usable": probe.usable, "uses": probe.uses, "why_not": probe.why_not or None}
             for name, probe in probes.items()

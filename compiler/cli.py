@@ -11,21 +11,45 @@ from dfssm.opset import DfssmError
 
 from .pipeline import Report, Request, compile_model
 
+_OF_TARGET: list[str] = []  # names of the options that only some target has
+
+
+def _for_trt(flag: str, help: str, **attributes):
+    """An option that only target trt has; one that is not given does not count."""
+    _OF_TARGET.append(flag.strip("-").replace("-", "_"))
+    return click.option(flag, help=f"trt: {help}", **attributes)
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="ort-cpu: ONNX Runtime with our CPU kernels. onnx: portable, slow.")
+@click.option(
+    "--target",
+    required=True,
+    help="ort-cpu: ONNX Runtime with our CPU kernels. onnx: portable, slow. trt: a TensorRT engine.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: ./MODEL-TARGET]")
 @click.option("--state-dtype", help="fp32, fp16 or int8: how the SSM state is stored.  [default: by target]")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="[default: tokenizer.json beside MODEL, if any]")
 @click.option("--verify/--no-verify", default=True, help="Compare the bundle with the student.  [default: verify]")
 @click.option("--force", is_flag=True, help="Replace the output if it is a bundle.")
+@_for_trt("--builder", help="auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).  [default: auto]")
+@_for_trt("--sm", metavar="LIST", help="GPUs to build for, as 86,89.  [default: the one here, else all]")
+@_for_trt("--max-batch", type=int, metavar="N", help="Most sequences of a call.  [default: 1]")
+@_for_trt("--max-tokens", type=int, metavar="N", help="Most tokens of a call.  [default: 512]")
+@_for_trt("--lowering", help="plugin (our kernels) or native (no plugin, one token a call).  [default: plugin]")
+@_for_trt("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings to read and write.")
+@_for_trt("--version-compatible", is_flag=True, help="Runs in later versions of TensorRT, too.")
+@_for_trt("--hardware-compatible", is_flag=True, help="Runs on other GPUs from Ampere on, too (tensorrt).")
+@_for_trt("--embed-plugins", is_flag=True, help="The engine holds the plugin library.")
+@_for_trt("--strip-weights", is_flag=True, help="The engine holds no weights; refit it where it runs.")
 @click.version_option(package_name="dfssm")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(as_json: bool, **options) -> None:
     """Compile MODEL (model.pt or model.safetensors) into a bundle: a folder that dfssm runs."""
+    given = {name: options.pop(name) for name in _OF_TARGET}
+    of_target = {name: value for name, value in given.items() if value is not None and value is not False}
     with _Bars() as bars:
-        report = compile_model(Request(**options), bars)
+        report = compile_model(Request(**options, options=of_target), bars)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
@@ -73,6 +97,9 @@ def _print(report: Report) -> None:
     for record in report.passes:
         click.echo(f"{record.name:<8}{record.seconds:8.2f} s   peak {record.peak_rss_bytes / 1e6:8.0f} MB")
     verification = report.manifest.verification
+    if "why_not" in verification:
+        click.echo(f"not run: {verification['why_not']}")
+        verification = verification["graph"]
     if verification["passed"]:
         name, worst = max(verification["outputs"].items(), key=lambda item: item[1]["max_rel"] / item[1]["tolerance"])
         click.echo(
@@ -81,6 +108,9 @@ def _print(report: Report) -> None:
         )
     else:
         click.echo("not verified (--no-verify)")
+    if engine := report.manifest.engine:
+        sm = ", ".join(map(str, engine["sm"]))
+        click.echo(f"built by {engine['builder']} {engine['version']} ({engine['why']}) for SM {sm}")
     click.echo(
         f"{report.output}: {report.bytes / 1e6:.1f} MB, target {report.manifest.target}, "
         f"state {report.manifest.state_dtype}"

@@ -1,4 +1,4 @@
-"""The passes of dfcompile, in order: load, lower, export, write, verify, finish."""
+"""The passes of dfcompile, in order: load, lower, export, write, build, verify, finish."""
 
 import platform
 import resource
@@ -22,7 +22,10 @@ TOOLS = ("dfssm", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile. `output`, `state_dtype` and `tokenizer` left None take their defaults; see docs/format.md."""
+    """What to compile. `output`, `state_dtype` and `tokenizer` left None take their defaults; see docs/format.md.
+
+    `options` are those of the target alone, by name; left out, they take the target's defaults.
+    """
 
     model: Path
     target: str
@@ -31,11 +34,12 @@ class Request:
     tokenizer: Path | None = None
     verify: bool = True
     force: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass: its wall time, and the most memory the process had held by its end."""
+    """One pass: its wall time, and the most memory the process, or a child of it, had held by its end."""
 
     name: str
     seconds: float
@@ -63,6 +67,7 @@ class Job:
     lowered: dict[str, Any] = field(default_factory=dict)  # name -> array, in the target's layout
     graph: Any = None  # onnx_ir.Model
     files: list[str] = field(default_factory=list)
+    engine: dict = field(default_factory=dict)  # what the target says of the engine it built
     verification: dict = field(default_factory=lambda: {"passed": None})
     manifest: Manifest | None = None
 
@@ -89,6 +94,7 @@ class Report:
             "files": self.manifest.files,
             "bytes": self.bytes,
             "verification": self.manifest.verification,
+            "engine": self.manifest.engine,
             "passes": [vars(record) for record in self.passes],
             "seconds": sum(record.seconds for record in self.passes),
             "peak_rss_bytes": self.passes[-1].peak_rss_bytes,
@@ -104,7 +110,10 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     state_dtype = request.state_dtype or target.DEFAULT_STATE_DTYPE
     if state_dtype not in STATE_DTYPES:
         raise DfssmError(f"unknown state dtype '{state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
-    probe = target.probe()
+    for name in request.options:
+        if name not in target.OPTIONS:
+            raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")
+    probe = target.probe(**request.options)
     if not probe.usable:
         raise DfssmError(f"target {request.target} cannot be used here: {probe.why_not}")
     if not request.model.is_file():
@@ -117,7 +126,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     records = []
     with staged(output) as stage:
         job = Job(request, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
-        for run in (load, lower, export, write, verify, finish):
+        for run in (load, lower, export, write, build, verify, finish):
             start = time.perf_counter()
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
@@ -147,26 +156,42 @@ def export(job: Job) -> None:
 
 
 def write(job: Job) -> None:
-    """Write the graph, its weights and what the target adds."""
+    """Write the graph and its weights."""
     from dfssm.export.writer import write_model
 
     with writing(job.stage / MODEL):
-        job.files += write_model(job.graph, job.stage / MODEL, _step(job, "write"))
-        job.files += job.target.build(job.stage)
+        write_model(job.graph, job.stage / MODEL, _step(job, "write"))
+
+
+def build(job: Job) -> None:
+    """Let the target make of the graph what it runs."""
+    with writing(job.stage):
+        job.files, job.engine = job.target.build(job.stage, _step(job, "build"), **job.request.options)
 
 
 def verify(job: Job) -> None:
-    """Run what was written against the student it came from."""
+    """Run what was written against the student it came from.
+
+    An engine for another machine is not run: what it was built from is, and the manifest says so.
+    """
     if not job.request.verify:
         return
     from .verify import verify_bundle
 
-    job.verification = verify_bundle(job.target, job.stage, job.request.model, job.state_dtype, _step(job, "verify"))
+    runner = next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
+    found = verify_bundle(runner, job.stage, job.request.model, job.state_dtype, _step(job, "verify"))
+    if runner is not job.target:
+        why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {runner.NAME}"
+        found = {"passed": None, "why_not": why_not, "graph": found}
+    job.verification = found
 
 
 def finish(job: Job) -> None:
-    """Add the tokenizer and the manifest."""
+    """Add the tokenizer and the manifest; drop what served to build."""
     with writing(job.stage / MANIFEST):
+        for path in job.stage.iterdir():
+            if path.name not in job.files:
+                path.unlink()
         if job.tokenizer:
             (job.stage / TOKENIZER).write_bytes(job.tokenizer.read_bytes())
             job.files.append(TOKENIZER)
@@ -178,6 +203,7 @@ def finish(job: Job) -> None:
             files={name: file_entry(job.stage / name) for name in job.files},
             tools={tool: version(tool) for tool in TOOLS} | {"python": platform.python_version()},
             verification=job.verification,
+            engine=job.engine,
         )
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
 
@@ -208,4 +234,5 @@ def _step(job: Job, name: str) -> Callable[[int, int], None]:
 
 
 def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(one).ru_maxrss for one in who) * 1024  # Linux counts it in KiB

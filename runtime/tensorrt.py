@@ -21,13 +21,13 @@ from .cuda import Cuda
 from .state import Layout, State
 
 DECODE, PREFILL = 0, 1
-"""The optimisation profiles of an engine, in order: T = 1, and T up to what it was built for."""
+"""The execution contexts, in order: T = 1 with the engine's first profile, more tokens with its last."""
 
 _DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
 
 
 class TensorRTBackend:
-    """An engine with an execution context for each profile. `cuda` is a `Cuda`; `engine` an ICudaEngine."""
+    """An engine with one context for steps and one for prompts. `cuda` is a `Cuda`; `engine` an ICudaEngine."""
 
     def __init__(self, engine: Any, cuda: Any):
         self.engine, self.cuda = engine, cuda
@@ -37,12 +37,14 @@ class TensorRTBackend:
         self.layout: Layout = {name: (self.dtype(name), tuple(engine.get_tensor_shape(name))[1:]) for name in inputs}
         self.vocab_size = int(engine.get_tensor_shape("logits")[-1])
         self.aliased = {name for name, out in self.states.items() if engine.get_aliased_input_tensor(out) == name}
+        # Two even where one profile serves both: a prompt must not change the context whose step was recorded.
         self.contexts = []
-        for profile in range(engine.num_optimization_profiles):
+        last = engine.num_optimization_profiles - 1
+        for profile in (0, last):
             context = engine.create_execution_context()
             context.set_optimization_profile_async(profile, cuda.stream)
             self.contexts.append(context)
-        self.max_batch, self.max_tokens = engine.get_tensor_profile_shape("input_ids", len(self.contexts) - 1)[2]
+        self.max_batch, self.max_tokens = engine.get_tensor_profile_shape("input_ids", last)[2]
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest) -> TensorRTBackend:

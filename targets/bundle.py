@@ -30,7 +30,8 @@ class Manifest:
 
     `config` is the model config by its JSON keys, `files` maps a file name to {"sha256": hex, "bytes": int} for every
     file of the bundle but the manifest, `tools` the versions that made it, `verification` the result of comparing the
-    bundle with the student it was made from ({"passed": None} when that was skipped).
+    bundle with the student it was made from ({"passed": None} when that was skipped). `engine` is what a target says of
+    the model.engine it built, {} where there is none.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Manifest:
     files: dict[str, dict]
     tools: dict[str, str] = field(default_factory=dict)
     verification: dict = field(default_factory=dict)
+    engine: dict = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
@@ -48,7 +50,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=2) + "\n"
+        contents = asdict(self)
+        if not self.engine:
+            del contents["engine"]
+        return json.dumps({"format": FORMAT, "version": VERSION} | contents, indent=2) + "\n"
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -71,10 +76,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DfssmError(
             f"{path} has bundle version {version}, this dfssm reads version {VERSION}: compile the model again"
         )
+    document.setdefault("engine", {})
     expected = {f.name for f in fields(Manifest)}
     for key in sorted(expected ^ set(document)):
         raise DfssmError(f"{path}: key '{key}' is {'missing' if key in expected else 'unknown'}: compile again")
-    for key in ("config", "files", "tools", "verification"):
+    for key in ("config", "files", "tools", "verification", "engine"):
         if not isinstance(document[key], dict):
             raise DfssmError(f"{path}: '{key}' is not an object: compile the model again")
     manifest = Manifest(**document)
@@ -86,6 +92,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
         if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise DfssmError(f"{path}: the entry of file '{name}' is not valid: compile the model again")
+    if bool(manifest.engine) != (manifest.target == "trt"):
+        raise DfssmError(f"{path}: key 'engine' is for target trt, and needed there: compile the model again")
     for name in (ENGINE,) if manifest.target == "trt" else (MODEL, DATA):
         if name not in manifest.files:
             raise DfssmError(f"{path}: no entry for {name}: compile the model again")

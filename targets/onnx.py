@@ -10,7 +10,7 @@ import onnxruntime
 
 from dfssm.opset.schema import LAYOUT_CANONICAL
 
-from .bundle import MODEL
+from .bundle import DATA, MODEL
 from .session import Probe, create_session, session_options
 
 NAME = "onnx"
@@ -21,6 +21,8 @@ DEFAULT_STATE_DTYPE = "fp32"
 
 # A step of 1.3B takes half a minute through the bodies. Prefill, one call, is verified over as many tokens as ever.
 VERIFY_STEPS = 1
+OPTIONS = ()
+VERIFIED_BY = (NAME,)
 
 
 def probe() -> Probe:
@@ -33,9 +35,9 @@ def lower(tensors: Mapping) -> Mapping:
     return tensors
 
 
-def build(folder: Path) -> list[str]:
+def build(folder: Path, progress=None) -> tuple[list[str], dict]:
     """Nothing to add to the graph."""
-    return []
+    return [MODEL, DATA], {}
 
 
 def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:

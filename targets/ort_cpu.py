@@ -17,7 +17,7 @@ from dfssm.opset import DOMAIN, OPS, VERSION, DfssmError
 from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
 from dfssm.opset.schema import LAYOUT_ROW16
 
-from .bundle import MODEL
+from .bundle import DATA, MODEL
 from .session import Probe, create_session, one_line, session_options
 
 NAME = "ort-cpu"
@@ -28,6 +28,8 @@ LAYOUT = LAYOUT_ROW16
 DEFAULT_STATE_DTYPE = "fp16"
 
 VERIFY_STEPS = 8
+OPTIONS = ()
+VERIFIED_BY = (NAME,)
 
 LIBRARY = "libdfssm_ort_cpu.so"
 LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
@@ -92,10 +94,10 @@ def lower(tensors: Mapping) -> Mapping:
     return lowered
 
 
-def build(folder: Path) -> list[str]:
+def build(folder: Path, progress=None) -> tuple[list[str], dict]:
     """Copies the op library into `folder`, so that the bundle runs where only ONNX Runtime is installed."""
     shutil.copyfile(find_library(), folder / LIBRARY)
-    return [LIBRARY]
+    return [MODEL, DATA, LIBRARY], {}
 
 
 def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:

@@ -149,6 +149,39 @@ def test_a_folder_without_the_headers_is_named(tmp_path):
     assert f"headers: {tmp_path}/onnxruntime" in cmake_headers(DFSSM_ORT_INCLUDE_DIR=tmp_path).stdout
 
 
+def trt_headers(tmp_path, wheel: str) -> subprocess.CompletedProcess:
+    """scripts/fetch_trt_headers.sh with a pip that runs `wheel`, a line of Python, in the download folder."""
+    pip = f"""case "$*" in *"pip download"*)
+  while [ "$1" != -d ]; do shift; done; cd "$2" && exec {sys.executable} -c '{wheel}';; esac
+exec {sys.executable} "$@\""""
+    fake(tmp_path, "python3", pip)
+    command = ["sh", ROOT / "scripts/fetch_trt_headers.sh", tmp_path / "headers", tmp_path / "python3"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_trt_headers_arrive_whole(tmp_path):
+    names = ["NvInferRuntime.h", "NvInferVersion.h"]
+    files = "".join(f'z.writestr("kernel_lens/include/tensorrt/{name}", "");' for name in names)
+    result = trt_headers(tmp_path, f'import zipfile; z = zipfile.ZipFile("a.whl", "w"); {files} z.close()')
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "headers").iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("wheel", "message"),
+    [
+        ("raise SystemExit(1)", "could not download kernel-lens"),
+        ('import zipfile; zipfile.ZipFile("a.whl", "w").close()', "has no TensorRT headers in it"),
+    ],
+)
+def test_no_trt_headers_is_a_clean_end(tmp_path, wheel, message):
+    result = trt_headers(tmp_path, wheel)
+    assert result.returncode == 1
+    assert result.stderr.startswith("fetch_trt_headers: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not list((tmp_path / "headers").iterdir())
+
+
 def bootstrap(tmp_path, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["sh", str(ROOT / "scripts/bootstrap.sh"), str(tmp_path / "venv")],

@@ -103,11 +103,13 @@ def write_bundle(
     lowered = module.lower(tensors(config, seed))
     graph = build_step_graph(config, lowered, state_dtype=state_dtype, layout=module.LAYOUT)
     write_model(graph, folder / "model.onnx")
-    names = ["model.onnx", "model.onnx.data", *module.build(folder)]
+    names, engine = module.build(folder)
     if tokenizer:
         write_tokenizer(folder / "tokenizer.json")
         names.append("tokenizer.json")
     files = {name: file_entry(folder / name) for name in names}
-    manifest = Manifest(target, json.loads(json.dumps(config.to_dict())), state_dtype, module.LAYOUT, files)
+    manifest = Manifest(
+        target, json.loads(json.dumps(config.to_dict())), state_dtype, module.LAYOUT, files, engine=engine
+    )
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder

@@ -13,6 +13,7 @@ from dfssm import _native
 from dfssm.opset import packing
 from dfssm.opset.cases import Case
 from dfssm.opset.reference import TINY, quantize_activations_ref
+from dfssm.opset.schema import STATE_DTYPES
 
 
 def _hostile_rows(rng):
@@ -83,6 +84,17 @@ def test_an_int8_state_row_that_is_not_finite_becomes_nan_and_no_other(isa):
         others = np.arange(N) != bad
         np.testing.assert_array_equal(spoilt_state[:, :, others], state[:, :, others])
         np.testing.assert_array_equal(spoilt_scale[..., others], scale[..., others])
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", STATE_DTYPES.values())
+def test_a_time_step_that_is_nan_is_not_clamped(isa, dtype):
+    inputs = _store(isa, np.ones(20, F32), dtype, np.ones(20))
+    if dtype == "int8":
+        inputs["state_scale"] = np.ones((1, 1, 1), F32)
+    inputs["dt"][...] = np.nan
+    y, *_ = run("SelectiveScanStep", isa, inputs, dt_min=0.1, dt_max=0.2)
+    assert np.isnan(y).all()
 
 
 def _store(isa, values, dtype, state):

@@ -415,7 +415,7 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
       s.P = a.P;
       for (int64_t j = 0; j < tokens; ++j) {
         const float delta = softplus(a.dt[(token + j) * a.dt_stride + head] + a.dt_bias[head]);
-        const float d = fminf(fmaxf(delta, a.dt_min), a.dt_max);
+        const float d = delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
         const float* B = a.Bm + (token + j) * a.B_stride + group * a.N;
         s.decay[j] = expf(rate * d);
         for_vectors(a.N, [&](int64_t n, auto lanes) {

@@ -157,7 +157,7 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
       const float* B = a.Bm + token * a.B_stride + group * a.N;
       const float* C = a.Cm + token * a.C_stride + group * a.N;
       const float delta = softplus(a.dt[token * a.dt_stride + head] + a.dt_bias[head]);
-      const float d = std::fmin(std::fmax(delta, a.dt_min), a.dt_max);
+      const float d = delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
       const float decay = std::exp(-std::exp(a.A_log[head]) * d);
       for (int64_t p = 0; p < a.P; ++p) {
         float y = 0.0f;

@@ -1,0 +1,94 @@
+// The kernels of the TensorRT plugins: raw device pointers in, launches on a stream out. No TensorRT header
+// here, and none of these functions allocates, synchronises or keeps anything: everything can be captured
+// into a CUDA graph.
+//
+// Semantics are those of opset/ (docs/ops.md), integer sums exact; the scaffold is in its canonical layout,
+// rows of K/32 words of 32 bits, column k at bit k % 32 of word k / 32. Activations are f32, f16 or bf16
+// (`type`), all arithmetic on them is fp32. A stride is the distance from one token to the next in elements:
+// an input may be a range of columns of a wider tensor. Pointers of weights and states are 16-byte aligned,
+// those of activations as their type asks. Each function returns the error of its launches. A workspace for
+// some shapes does for smaller ones: plugins ask once, for the largest of a profile.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dfssm::trt {
+
+enum class Float : int32_t { f32, f16, bf16 };
+enum class State : int32_t { f32, f16, i8 };
+
+struct ScaffoldArgs {
+  const void* x;            // [n, K], stride K
+  const uint32_t* bits;     // [planes, M, K/32]
+  const float* scale;       // [planes, M]
+  const int8_t* down;       // [R, K]
+  const float* down_scale;  // [R]
+  const int8_t* up;         // [M, R]
+  const float* up_scale;    // [M]
+  void* y;                  // [n, M]
+  int32_t n, K, M, R, planes;
+  Float type;  // of x and y
+};
+size_t scaffold_workspace(int32_t n, int32_t K, int32_t M, int32_t R);
+cudaError_t binary_scaffold_matmul(const ScaffoldArgs& args, void* workspace, cudaStream_t stream);
+
+struct Int8Args {
+  const void* x;         // [n, K], stride K
+  const int8_t* w;       // [M, K]
+  const float* w_scale;  // [M]
+  void* y;               // [n, M]
+  int32_t n, K, M;
+  Float type, y_type;  // of x, of y: logits are f32
+};
+size_t int8_workspace(int32_t n, int32_t K);
+cudaError_t int8_matmul(const Int8Args& args, void* workspace, cudaStream_t stream);
+
+struct ConvArgs {
+  const void* x;        // [B, T, C], x_stride from token to token
+  const float* state;   // [B, C, W-1], oldest first
+  const float* weight;  // [C, W]
+  const float* bias;    // [C]
+  void* y;              // [B, T, C]
+  float* new_state;     // [B, C, W-1], may be `state`
+  int32_t B, T, C, W;
+  int64_t x_stride;
+  bool silu;
+  Float type;
+};
+cudaError_t causal_conv1d_step(const ConvArgs& args, cudaStream_t stream);
+
+struct ScanArgs {
+  const void* x;                     // [B, T, H*P]
+  const void* dt;                    // [B, T, H]
+  const void *Bm, *Cm;               // [B, T, G*N]
+  const float *A_log, *D, *dt_bias;  // [H]
+  const void* state;                 // [B, H, N, P]
+  const float* state_scale;          // [B, H, N], int8 states only
+  void* y;                           // [B, T, H*P]
+  void* new_state;                   // may be `state`
+  float* new_state_scale;            // may be `state_scale`
+  int32_t B, T, H, P, N, G;
+  int64_t x_stride, dt_stride, B_stride, C_stride;
+  float dt_min, dt_max;
+  State state_type;
+  Float type;
+};
+size_t scan_workspace(const ScanArgs& args);
+cudaError_t selective_scan_step(const ScanArgs& args, void* workspace, cudaStream_t stream);
+
+struct NormArgs {
+  const void* y;        // [n, C]
+  const void* z;        // [n, C], z_stride from token to token; nullptr: no gate (RMSNorm)
+  const float* weight;  // [C]
+  void* out;            // [n, C], may be `y`
+  int32_t n, C, groups;
+  int64_t z_stride;
+  float eps;
+  Float type;
+};
+cudaError_t rms_norm(const NormArgs& args, cudaStream_t stream);
+
+}  // namespace dfssm::trt

@@ -1,0 +1,53 @@
+// Launching a kernel the same way under nvcc and on the host emulation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <tuple>
+#include <utility>
+#ifdef DFSSM_EMULATION
+#include "emulation.h"
+#endif
+
+namespace dfssm::trt {
+
+// Shared memory a block gets without asking for more.
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+// kernel<<<grid, block, dynamic_shared_bytes, stream>>>(arguments...), and its error. Asks for more than 48
+// KB of shared memory where that is needed.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                   cudaStream_t stream, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                "one argument for each parameter of the kernel");
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (dynamic_shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(dynamic_shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it is returned here; the next launch must not find it again
+      return error == cudaErrorInvalidValue ? cudaErrorInvalidConfiguration : error;
+    }
+  }
+  std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
+#ifdef DFSSM_EMULATION
+  using Call = std::pair<decltype(kernel), decltype(parameters)>;
+  Call call(kernel, parameters);
+  static_cast<void>(stream);  // one thing after another
+  return emulation::run(
+      grid, block, dynamic_shared_bytes, function,
+      [](void* self) { std::apply(static_cast<Call*>(self)->first, static_cast<Call*>(self)->second); },
+      &call, sizeof call);
+#else
+  return std::apply(
+      [&](auto&... each) {
+        void* pointers[] = {static_cast<void*>(&each)..., nullptr};
+        return cudaLaunchKernel(function, grid, block, pointers, dynamic_shared_bytes, stream);
+      },
+      parameters);
+#endif
+}
+
+}  // namespace dfssm::trt

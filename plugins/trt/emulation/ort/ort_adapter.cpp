@@ -1,0 +1,424 @@
+// The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on
+// the host.
+//
+// Each node goes the way it goes in TensorRT: the creator makes a plugin from the node's attributes; its
+// types, shapes, formats and bounds are negotiated; a second plugin is made from the fields that the first
+// one serializes, cloned for a context, told the shapes and launched, with a workspace of just the size that
+// was asked for. The kernels are those of the emulation, and every tensor is announced to it: an access
+// outside of one fails the node.
+//
+// Activations are float32, or float16: each op is there twice.
+#include <onnxruntime_c_api.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <utility>
+
+#include "common/creators.h"
+#include "common/plugin.h"
+#include "emulation.h"
+
+namespace dfssm::trt {
+
+// common/tensorrt.h, with this adapter in TensorRT's place.
+namespace {
+thread_local std::string last_message;
+}
+void log_error(const char* message) noexcept { last_message = message; }
+nvinfer1::IPluginRegistry* loaded_registry() noexcept { return nullptr; }
+
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::IPluginCreatorV3One;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+constexpr uint32_t kApiVersion = 18;
+const OrtApi* api = nullptr;
+
+void check(OrtStatus* status) {
+  if (!status) return;
+  const Error error(api->GetErrorMessage(status));
+  api->ReleaseStatus(status);
+  throw error;
+}
+
+// For what a plugin returns: 0, or an error that it has logged.
+void check(int32_t result, const char* what) {
+  if (result == 0) return;
+  const std::string message = std::exchange(last_message, "");
+  fail("%s", message.empty() ? what : message.c_str());
+}
+
+template <class F>
+OrtStatus* to_status(F&& f) noexcept {
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& e) {
+    return api->CreateStatus(ORT_FAIL, e.what());
+  }
+}
+
+DataType trt_type(ONNXTensorElementDataType type) {
+  static const std::map<ONNXTensorElementDataType, DataType> types = {
+      {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, DataType::kFLOAT},
+      {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, DataType::kHALF},
+      {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, DataType::kINT8},
+      {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, DataType::kINT32},
+  };
+  const auto found = types.find(type);
+  if (found == types.end()) fail("a tensor has ONNX type %d, which TensorRT has not", static_cast<int>(type));
+  return found->second;
+}
+
+// ---- TensorRT's expressions, over dimensions that are all known ----
+
+class Constant : public nvinfer1::IDimensionExpr, public nvinfer1::apiv::VDimensionExpr {
+ public:
+  explicit Constant(int64_t value) : value_(value) { mImpl = this; }
+  bool isConstant() const override { return true; }
+  int64_t getConstantValue() const override { return value_; }
+  bool isSizeTensor() const override { return false; }
+
+ private:
+  const int64_t value_;
+};
+
+class Builder : public nvinfer1::IExprBuilder, public nvinfer1::apiv::VExprBuilder {
+ public:
+  Builder() { mImpl = this; }
+  const nvinfer1::IDimensionExpr* constant(int64_t value) override { return &made_.emplace_back(value); }
+  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation op,
+                                            const nvinfer1::IDimensionExpr& a,
+                                            const nvinfer1::IDimensionExpr& b) override {
+    if (op != nvinfer1::DimensionOperation::kPROD)
+      fail("the adapter has no dimension operation but the product");
+    return constant(static_cast<const Constant&>(a).getConstantValue() *
+                    static_cast<const Constant&>(b).getConstantValue());
+  }
+  const nvinfer1::IDimensionExpr* declareSizeTensor(int32_t, const nvinfer1::IDimensionExpr&,
+                                                    const nvinfer1::IDimensionExpr&) override {
+    return nullptr;
+  }
+
+ private:
+  std::deque<Constant> made_;
+};
+
+// ---- A node ----
+
+struct Deleter {
+  void operator()(nvinfer1::IPluginV3* plugin) const { delete plugin; }
+};
+using PluginPointer = std::unique_ptr<nvinfer1::IPluginV3, Deleter>;
+
+template <class Capability>
+Capability& capability(nvinfer1::IPluginV3& plugin, nvinfer1::PluginCapabilityType type) {
+  return *static_cast<Capability*>(plugin.getCapabilityInterface(type));
+}
+
+PluginPointer create(IPluginCreatorV3One& creator, const char* node,
+                     const nvinfer1::PluginFieldCollection& fields, nvinfer1::TensorRTPhase phase) {
+  PluginPointer plugin(creator.createPlugin(node, &fields, phase));
+  check(plugin ? 0 : -1, "no plugin");
+  return plugin;
+}
+
+class Node {
+ public:
+  Node(IPluginCreatorV3One& creator, const OrtKernelInfo* info);
+  void compute(OrtKernelContext* context) const;
+
+ private:
+  PluginPointer built_, runs_;
+};
+
+// One attribute of a node in memory that a PluginField may point to, as TensorRT's parser reads it.
+struct Attribute {
+  Attribute(const PluginField& wanted, const OrtKernelInfo* info) : name(wanted.name), type(wanted.type) {
+    int64_t wide = 0;
+    size_t bytes = 0;
+    OrtStatus* status = nullptr;
+    if (type == PluginFieldType::kINT32) {
+      status = api->KernelInfoGetAttribute_int64(info, name, &wide);
+      integer = static_cast<int32_t>(wide);
+    } else if (type == PluginFieldType::kFLOAT32) {
+      status = api->KernelInfoGetAttribute_float(info, name, &real);
+    } else if (!(status = api->KernelInfoGetAttribute_string(info, name, nullptr, &bytes))) {
+      text.resize(bytes);  // with the closing NUL
+      status = api->KernelInfoGetAttribute_string(info, name, text.data(), &bytes);
+    }
+    present = !status;
+    if (status) api->ReleaseStatus(status);
+  }
+  PluginField field() const {
+    if (type == PluginFieldType::kCHAR) return {name, text.data(), type, static_cast<int32_t>(text.size())};
+    return {name, type == PluginFieldType::kINT32 ? static_cast<const void*>(&integer) : &real, type, 1};
+  }
+
+  const char* name;
+  PluginFieldType type;
+  bool present = false;
+  int32_t integer = 0;
+  float real = 0;
+  std::string text;
+};
+
+Node::Node(IPluginCreatorV3One& creator, const OrtKernelInfo* info) {
+  size_t bytes = 0;
+  check(api->KernelInfo_GetNodeName(info, nullptr, &bytes));
+  std::string name(bytes, '\0');
+  check(api->KernelInfo_GetNodeName(info, name.data(), &bytes));
+
+  const nvinfer1::PluginFieldCollection& wanted = *creator.getFieldNames();
+  std::deque<Attribute> attributes;
+  std::vector<PluginField> fields;
+  for (int32_t i = 0; i < wanted.nbFields; ++i) {
+    const Attribute& attribute = attributes.emplace_back(wanted.fields[i], info);
+    if (attribute.present) fields.push_back(attribute.field());
+  }
+  built_ = create(creator, name.c_str(), {static_cast<int32_t>(fields.size()), fields.data()},
+                  nvinfer1::TensorRTPhase::kBUILD);
+
+  auto& runtime =
+      capability<nvinfer1::IPluginV3OneRuntime>(*built_, nvinfer1::PluginCapabilityType::kRUNTIME);
+  const PluginPointer loaded =
+      create(creator, name.c_str(), *runtime.getFieldsToSerialize(), nvinfer1::TensorRTPhase::kRUNTIME);
+  runs_.reset(capability<nvinfer1::IPluginV3OneRuntime>(*loaded, nvinfer1::PluginCapabilityType::kRUNTIME)
+                  .attachToContext(nullptr));
+  check(runs_ ? 0 : -1, "no clone");
+}
+
+// The inputs of a call as TensorRT describes them.
+struct Described {
+  std::vector<nvinfer1::PluginTensorDesc> descs;
+  std::vector<const void*> data;
+  std::vector<const char*> names;
+
+  void add(const char* name, DataType type, const nvinfer1::Dims& dims, const void* at) {
+    descs.push_back({dims, type, nvinfer1::TensorFormat::kLINEAR, 1});
+    data.push_back(at);
+    names.push_back(name);
+  }
+  size_t bytes(size_t i) const {
+    size_t count = descs[i].type == DataType::kINT32 ? 4 : element_size(descs[i].type);
+    for (int32_t axis = 0; axis < descs[i].dims.nbDims; ++axis)
+      count *= static_cast<size_t>(descs[i].dims.d[axis]);
+    return count;
+  }
+};
+
+Described inputs_of(OrtKernelContext* context, const Signature& signature) {
+  Described inputs;
+  size_t count = 0;
+  check(api->KernelContext_GetInputCount(context, &count));
+  for (size_t i = 0; i < count; ++i) {
+    const OrtValue* value = nullptr;
+    check(api->KernelContext_GetInput(context, i, &value));
+    if (!value) continue;
+    OrtTensorTypeAndShapeInfo* raw = nullptr;
+    check(api->GetTensorTypeAndShape(value, &raw));
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> info(
+        raw, api->ReleaseTensorTypeAndShapeInfo);
+    size_t rank = 0;
+    ONNXTensorElementDataType type;
+    void* data = nullptr;
+    check(api->GetDimensionsCount(raw, &rank));
+    nvinfer1::Dims dims{static_cast<int32_t>(rank), {}};
+    check(api->GetDimensions(raw, dims.d, rank));
+    check(api->GetTensorElementType(raw, &type));
+    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    inputs.add(signature.input_names[i], trt_type(type), dims, data);
+  }
+  return inputs;
+}
+
+std::vector<nvinfer1::DynamicPluginTensorDesc> exactly(const std::vector<nvinfer1::PluginTensorDesc>& descs) {
+  std::vector<nvinfer1::DynamicPluginTensorDesc> bounds;
+  for (const auto& desc : descs) bounds.push_back({desc, desc.dims, desc.dims, desc.dims});
+  return bounds;
+}
+
+// The outputs' types and shapes, as the builder asks for them.
+Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& inputs,
+                    const Signature& signature) {
+  const auto in = static_cast<int32_t>(inputs.descs.size()), out = build.getNbOutputs();
+  std::vector<DataType> input_types, output_types(static_cast<size_t>(out));
+  for (const auto& desc : inputs.descs) input_types.push_back(desc.type);
+  check(build.getOutputDataTypes(output_types.data(), out, input_types.data(), in), "getOutputDataTypes");
+
+  Builder builder;
+  std::vector<nvinfer1::DimsExprs> known(inputs.descs.size()), shapes(static_cast<size_t>(out));
+  for (size_t i = 0; i < known.size(); ++i) {
+    known[i].nbDims = inputs.descs[i].dims.nbDims;
+    for (int32_t axis = 0; axis < known[i].nbDims; ++axis) {
+      known[i].d[axis] = builder.constant(inputs.descs[i].dims.d[axis]);
+    }
+  }
+  check(build.getOutputShapes(known.data(), in, nullptr, 0, shapes.data(), out, builder), "getOutputShapes");
+
+  Described outputs;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    nvinfer1::Dims dims{shapes[i].nbDims, {}};
+    for (int32_t axis = 0; axis < dims.nbDims; ++axis) dims.d[axis] = shapes[i].d[axis]->getConstantValue();
+    outputs.add(signature.output_names[i], output_types[i], dims, nullptr);
+  }
+
+  std::vector<nvinfer1::PluginTensorDesc> all = inputs.descs;
+  all.insert(all.end(), outputs.descs.begin(), outputs.descs.end());
+  auto formats = exactly(all);
+  for (int32_t i = 0; i < in + out; ++i) {
+    if (!build.supportsFormatCombination(i, formats.data(), in, out))
+      fail("tensor %d: no format is supported", i);
+  }
+  check(build.configurePlugin(formats.data(), in, formats.data() + in, out), "configurePlugin");
+  return outputs;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// What the kernels of one launch may touch.
+struct Announced {
+  ~Announced() { emulation::clear_buffers(); }
+  void add(const char* name, const void* data, size_t bytes, emulation::Contents contents) {
+    if (bytes) emulation::add_buffer(name, data, bytes, contents);
+  }
+};
+
+void Node::compute(OrtKernelContext* context) const {
+  using emulation::Contents;
+  const Signature& signature = static_cast<const Plugin&>(*built_).signature();
+  auto& build = capability<nvinfer1::IPluginV3OneBuildV2>(*built_, nvinfer1::PluginCapabilityType::kBUILD);
+  auto& runtime = capability<nvinfer1::IPluginV3OneRuntime>(*runs_, nvinfer1::PluginCapabilityType::kRUNTIME);
+
+  const Described inputs = inputs_of(context, signature);
+  Described outputs = negotiate(build, inputs, signature);
+  std::vector<void*> addresses;
+  for (size_t i = 0; i < outputs.descs.size(); ++i) {
+    OrtValue* value = nullptr;
+    const nvinfer1::Dims& dims = outputs.descs[i].dims;
+    check(api->KernelContext_GetOutput(context, i, dims.d, static_cast<size_t>(dims.nbDims), &value));
+    if (!value) fail("output '%s' is not connected", outputs.names[i]);
+    check(api->GetTensorMutableData(value, &addresses.emplace_back()));
+  }
+
+  const auto in = static_cast<int32_t>(inputs.descs.size()), out = static_cast<int32_t>(addresses.size());
+  const auto most_in = exactly(inputs.descs), most_out = exactly(outputs.descs);
+  const size_t bytes = build.getWorkspaceSize(most_in.data(), in, most_out.data(), out);
+  const std::unique_ptr<void, Free> workspace(std::aligned_alloc(256, (bytes + 256) / 256 * 256));
+  if (!workspace) throw std::bad_alloc();
+
+  Announced memory;
+  memory.add("workspace", workspace.get(), bytes, Contents::uninitialised);
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    const int32_t alias = build.getAliasedInput(static_cast<int32_t>(i));
+    const bool in_place = alias >= 0 && inputs.data[static_cast<size_t>(alias)] == addresses[i];
+    memory.add(outputs.names[i], addresses[i], outputs.bytes(i),
+               in_place ? Contents::written : Contents::uninitialised);
+  }
+  for (size_t i = 0; i < inputs.data.size(); ++i) {
+    bool is_output = false;
+    for (const void* address : addresses) is_output |= address == inputs.data[i];
+    if (!is_output) memory.add(inputs.names[i], inputs.data[i], inputs.bytes(i), Contents::constant);
+  }
+  check(runtime.onShapeChange(inputs.descs.data(), in, outputs.descs.data(), out), "onShapeChange");
+  check(runtime.enqueue(inputs.descs.data(), outputs.descs.data(), inputs.data.data(), addresses.data(),
+                        workspace.get(), nullptr),
+        "enqueue");
+}
+
+// ---- The op as ONNX Runtime sees it ----
+
+struct Op : OrtCustomOp {
+  Op(nvinfer1::IPluginCreatorInterface* interface, ONNXTensorElementDataType activations);
+
+  static const Op& of(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
+  ONNXTensorElementDataType type(Type type) const {
+    switch (type) {
+      case Type::activation:
+        return activation;
+      case Type::f32:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case Type::i32:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+      default:  // what it is depends on the node's attributes: any, and the plugin refuses what it does not
+                // take
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    }
+  }
+
+  IPluginCreatorV3One& creator;
+  PluginPointer sample;
+  const Signature& signature;
+  const ONNXTensorElementDataType activation;
+};
+
+Op::Op(nvinfer1::IPluginCreatorInterface* interface, ONNXTensorElementDataType activations)
+    : OrtCustomOp{},
+      creator(*static_cast<IPluginCreatorV3One*>(interface)),
+      sample(create(creator, "", {}, nvinfer1::TensorRTPhase::kBUILD)),
+      signature(static_cast<Plugin&>(*sample).signature()),
+      activation(activations) {
+  version = kApiVersion;
+  GetName = [](const OrtCustomOp* op) { return of(op).signature.name; };
+  GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
+  GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).signature.inputs; };
+  GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).signature.outputs; };
+  GetInputType = [](const OrtCustomOp* op, size_t i) { return of(op).type(of(op).signature.input_types[i]); };
+  GetOutputType = [](const OrtCustomOp* op, size_t i) {
+    return of(op).type(of(op).signature.output_types[i]);
+  };
+  GetInputCharacteristic = [](const OrtCustomOp* op, size_t i) {
+    return i < of(op).signature.required_inputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  };
+  GetOutputCharacteristic = [](const OrtCustomOp* op, size_t i) {
+    return i < of(op).signature.required_outputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  };
+  GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+  GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+  GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return opset::kVersion; };
+  CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+    return to_status([&] { *kernel = new Node(of(op).creator, info); });
+  };
+  KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return to_status([&] { static_cast<const Node*>(kernel)->compute(context); });
+  };
+  KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+}
+
+}  // namespace
+}  // namespace dfssm::trt
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  using namespace dfssm::trt;
+  api = base->GetApi(kApiVersion);
+  return to_status([&] {
+    static const std::deque<Op>* const ops = [] {
+      auto* made = new std::deque<Op>;  // sessions may outlive every static object
+      for (auto activation : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
+        for (auto* creator :
+             {binary_scaffold_matmul_creator(), int8_matmul_creator(), causal_conv1d_step_creator(),
+              selective_scan_step_creator(), gated_rms_norm_creator(), rms_norm_creator()}) {
+          made->emplace_back(creator, activation);
+        }
+      }
+      return made;
+    }();
+    static OrtCustomOpDomain* const domain = [] {
+      OrtCustomOpDomain* made = nullptr;
+      check(api->CreateCustomOpDomain(dfssm::opset::kDomain, &made));
+      for (const Op& op : *ops) check(api->CustomOpDomain_Add(made, &op));
+      return made;
+    }();
+    check(api->AddCustomOpDomain(options, domain));
+  });
+}

@@ -1,0 +1,64 @@
+// libdfssm_trt.so: how its creators get into a plugin registry. There are two ways, because tools differ:
+// `load_library` of a registry (trtexec --dynamicPlugins, plugins embedded in an engine) asks for the
+// creators with the functions exported here; `polygraphy --plugins` does a plain dlopen and expects to find
+// them registered.
+#include <array>
+#include <vector>
+
+#include "common/creators.h"
+#include "common/plugin.h"
+#include "common/tensorrt.h"
+
+namespace dfssm::trt {
+namespace {
+
+using nvinfer1::IPluginCreatorInterface;
+using nvinfer1::IPluginRegistry;
+
+const std::array<IPluginCreatorInterface*, 6>& creators() {
+  static const std::array<IPluginCreatorInterface*, 6> all = {
+      binary_scaffold_matmul_creator(), int8_matmul_creator(),    causal_conv1d_step_creator(),
+      selective_scan_step_creator(),    gated_rms_norm_creator(), rms_norm_creator()};
+  return all;
+}
+
+// The registration that a plain dlopen makes and dlclose ends.
+class Registration {
+ public:
+  Registration() : registry_(loaded_registry()) {
+    if (!registry_) return;
+    for (IPluginCreatorInterface* creator : creators()) {
+      const auto& it = *static_cast<nvinfer1::IPluginCreatorV3One*>(creator);
+      // Another copy of this library may have been first.
+      if (registry_->getCreator(it.getPluginName(), it.getPluginVersion(), it.getPluginNamespace())) continue;
+      if (registry_->registerCreator(*creator, it.getPluginNamespace())) mine_.push_back(creator);
+    }
+  }
+  ~Registration() { end(); }
+
+  void end() {
+    for (IPluginCreatorInterface* creator : mine_) registry_->deregisterCreator(*creator);
+    mine_.clear();
+  }
+
+ private:
+  IPluginRegistry* registry_;
+  std::vector<IPluginCreatorInterface*> mine_;
+};
+
+Registration registration;
+
+}  // namespace
+}  // namespace dfssm::trt
+
+// Part of what load_library looks for; common/tensorrt.cpp says why the finder is not used.
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder*) {}
+
+// For load_library, which refuses a library whose creators are registered already: that dlopen was its own.
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& count) {
+  dfssm::trt::registration.end();
+  const auto& creators = dfssm::trt::creators();
+  count = static_cast<int32_t>(creators.size());
+  return creators.data();
+}

@@ -1,0 +1,111 @@
+// SelectiveScanStep: which of the two kernels a shape takes, and with what tile. Every state byte is read
+// once and written once a call; a state that fits no tile takes the general kernel, which goes over it at
+// every token.
+#include <algorithm>
+
+#include "common/device.h"
+#include "common/kernels.h"
+#include "common/launch.h"
+#include "selective_scan_step/general.cuh"
+#include "selective_scan_step/resident.cuh"
+
+namespace dfssm::trt {
+namespace {
+
+using namespace selective_scan;
+
+constexpr int kChunkTokens = 8;  // more cost shared memory, fewer cost barriers
+
+// Tiles of one token have 16-byte accesses. Those of many tokens have 4 columns and more rows a thread: the
+// state is read once for all of them, but the sums of y are a thread's columns at every token. For fp32 the
+// two are one shape, so that T tokens and T steps add in one order.
+template <class State>
+struct Tiles;
+template <>
+struct Tiles<float> {
+  using Step = Tile<float, 4, 8, 8, 1, 256, 3>;
+  using Many = Tile<float, 4, 8, 8, kChunkTokens, 512, 1>;
+  using WideStep = Step;
+  using WideMany = Many;
+};
+template <>
+struct Tiles<__half> {
+  using Step = Tile<__half, 8, 4, 4, 1, 256, 3>;
+  using Many = Tile<__half, 4, 8, 8, kChunkTokens, 512, 1>;
+  using WideStep = Step;
+  using WideMany = Many;
+};
+template <>
+struct Tiles<int8_t> {  // whole rows: up to 64 columns, up to 128
+  using Step = Tile<int8_t, 16, 4, 4, 1, 256, 2>;
+  using Many = Tile<int8_t, 4, 16, 8, kChunkTokens, 512, 1>;
+  using WideStep = Tile<int8_t, 16, 8, 4, 1, 512, 1>;
+  using WideMany = Tile<int8_t, 4, 32, 16, 2, 512, 1>;  // more tokens under way would spill
+};
+
+template <class Tile>
+int warps_of(const ScanArgs& a) {
+  return std::max((a.N + Tile::kWarpRows - 1) / Tile::kWarpRows, Tile::kColumns / kWarpSize);
+}
+
+template <class Tile>
+bool fits(const ScanArgs& a) {
+  const bool whole_rows = sizeof(typename Tile::State) > 1 || a.P <= Tile::kColumns;
+  return whole_rows && a.P % Tile::kVector == 0 && kWarpSize * warps_of<Tile>(a) <= Tile::kThreads;
+}
+
+template <class Tile>
+cudaError_t launch_resident(const ScanArgs& a, cudaStream_t stream) {
+  const int warps = warps_of<Tile>(a), rows = warps * Tile::kWarpRows;
+  const auto bytes = [&](int tokens) -> size_t { return Chunk::bytes(tokens, rows, Tile::kColumns, warps); };
+  int tokens = std::min(Tile::kTokens, a.T);
+  while (tokens > 1 && bytes(tokens) > kDefaultSharedBytes) --tokens;
+  const dim3 grid((a.P + Tile::kColumns - 1) / Tile::kColumns, a.H, a.B);
+  return dispatch(a.type, [&](auto type) {
+    return launch(resident_scan<Tile, decltype(type)>, grid, kWarpSize * warps, bytes(tokens), stream, a,
+                  a.H / a.G, tokens);
+  });
+}
+
+template <class State>
+bool resident(const ScanArgs& a) {
+  return fits<typename Tiles<State>::Many>(a) || fits<typename Tiles<State>::WideMany>(a);
+}
+
+template <class State>
+cudaError_t scan(const ScanArgs& a, void* workspace, cudaStream_t stream) {
+  using T = Tiles<State>;
+  if (a.T == 1 && fits<typename T::Step>(a)) return launch_resident<typename T::Step>(a, stream);
+  if (a.T == 1 && fits<typename T::WideStep>(a)) return launch_resident<typename T::WideStep>(a, stream);
+  if (fits<typename T::Many>(a)) return launch_resident<typename T::Many>(a, stream);
+  if (fits<typename T::WideMany>(a)) return launch_resident<typename T::WideMany>(a, stream);
+  float* carried = static_cast<float*>(sizeof(State) == sizeof(float) ? a.new_state : workspace);
+  const dim3 grid(1, a.H, a.B);
+  return dispatch(a.type, [&](auto type) {
+    return launch(general_scan<State, decltype(type)>, grid, kGeneralThreads, 0, stream, a, a.H / a.G,
+                  carried);
+  });
+}
+
+}  // namespace
+
+// The same for every T: a plugin asks once, for the largest shapes, and then runs steps as well.
+size_t scan_workspace(const ScanArgs& a) {
+  const bool none = a.state_type == State::f32 || (a.state_type == State::f16 && resident<__half>(a)) ||
+                    (a.state_type == State::i8 && resident<int8_t>(a));
+  return none ? 0 : sizeof(float) * a.B * a.H * a.N * a.P;
+}
+
+cudaError_t selective_scan_step(const ScanArgs& a, void* workspace, cudaStream_t stream) {
+  switch (a.state_type) {
+    case State::f32:
+      return scan<float>(a, workspace, stream);
+    case State::f16:
+      return scan<__half>(a, workspace, stream);
+    case State::i8:
+      return scan<int8_t>(a, workspace, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dfssm::trt

@@ -1,0 +1,214 @@
+"""Target `trt`: a TensorRT engine, and libdfssm_trt.so with the plugins that are its ops.
+
+Built with TensorRT-RTX on any machine, or with TensorRT on one with a GPU; run on a GPU only. So what `dfcompile`
+proves here is everything but the run: see `VERIFIED_BY` and docs/trt.md.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from dfssm.opset import DfssmError
+from dfssm.opset.schema import LAYOUT_CANONICAL
+
+from . import cuda
+from .bundle import ENGINE, MODEL, Manifest
+from .session import Probe
+from .trt_build import MODULES, Request
+from .trt_options import PACKAGES, Options, Plan, installed, resolve
+
+NAME = "trt"
+LAYOUT = LAYOUT_CANONICAL
+
+# As for ort-cpu: the state is the largest thing that a step reads and writes after the weights.
+DEFAULT_STATE_DTYPE = "fp16"
+
+VERIFY_STEPS = 8
+
+OPTIONS = tuple(field.name for field in fields(Options))
+
+# The step graph from which the engine is built, run on the CPU: with our kernels where they are installed.
+VERIFIED_BY = ("ort-cpu", "onnx")
+
+LIBRARY = "libdfssm_trt.so"
+LIBRARY_VARIABLE = "DFSSM_TRT_LIBRARY"
+
+LOWERED = f"lowered.{MODEL}"
+"""The graph that TensorRT's parser reads, beside the step graph while the engine is built."""
+
+
+def probe(**options) -> Probe:
+    """The builder, library and GPU that these options of `dfcompile` come to here."""
+    gpus, no_gpu = cuda.devices()
+    uses = {"gpu": ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in gpus) or f"none, {no_gpu}"}
+    uses |= {name: version for name, version in installed().items()}
+    try:
+        plan = _plan(options)
+        uses["builder"] = f"{plan.builder} ({plan.why})"
+        if options.get("lowering") != "native":
+            uses["library"] = str(find_library())
+    except DfssmError as error:
+        return Probe(NAME, uses, str(error))
+    return Probe(NAME, uses)
+
+
+def find_library(folder: Path | None = None) -> Path:
+    """The plugin library: $DFSSM_TRT_LIBRARY, else the copy in the bundle `folder`, else the installed one.
+
+    Raises DfssmError when there is none, or when the variable names no file.
+    """
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        if not Path(chosen).is_file():
+            raise DfssmError(f"{LIBRARY_VARIABLE} is {chosen}: there is no such file; unset it or name {LIBRARY}")
+        return Path(chosen)
+    native = find_spec("dfssm._native")
+    installed_one = native and Path(native.origin).with_name(LIBRARY)
+    for candidate in (folder and folder / LIBRARY, installed_one):
+        if candidate and candidate.is_file():
+            return candidate
+    raise DfssmError(
+        f"{LIBRARY} is not installed: build dfssm where nvcc is, set {LIBRARY_VARIABLE} to the file, "
+        f"or compile with --lowering native"
+    )
+
+
+def lower(tensors: Mapping) -> Mapping:
+    """The tensors as they are: the plugins read the canonical layout."""
+    return tensors
+
+
+def build(folder: Path, progress: Callable[[int, int], None] | None = None, **options) -> tuple[list[str], dict]:
+    """Lowers the step graph in `folder` and builds model.engine of it; copies the plugin library beside it.
+
+    Returns the names of the bundle's files, which are these two, and the manifest's `engine`. Raises DfssmError when
+    an option cannot be met, or with what the builder says.
+    """
+    from .trt_child import build_engine
+    from .trt_lowering import lower as lower_graph
+    from .trt_proof import weights_in
+
+    plan = _plan(options)
+    choice = plan.options
+    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering)
+    files = [ENGINE]
+    if choice.lowering == "plugin":
+        shutil.copyfile(find_library(), folder / LIBRARY)
+        files.append(LIBRARY)
+    built = build_engine(_request(plan, folder), progress)
+    found, missing = weights_in(folder / LOWERED, folder / ENGINE)
+    # Plugins take weights as they are; of a graph without them TensorRT may fold some, and stripped ones are gone.
+    if missing and choice.lowering == "plugin" and not choice.strip_weights:
+        raise DfssmError(f"the engine that {plan.builder} built does not hold {missing[0]} as it is: report this")
+    if choice.embed_plugins:
+        files.remove(LIBRARY)
+    return files, {
+        "builder": plan.builder,
+        "why": plan.why,
+        "sm": list(plan.sm or built["sm"]),
+        "lowering": choice.lowering,
+        "passes": {name: len(names) for name, names in changed.items()},
+        "version_compatible": choice.version_compatible,
+        "hardware_compatible": choice.hardware_compatible,
+        "embed_plugins": choice.embed_plugins,
+        "strip_weights": choice.strip_weights,
+        "weights": {"found": found, "missing": len(missing)},
+        **{key: built[key] for key in ("version", "layers", "profiles")},
+    }
+
+
+def _request(plan: Plan, folder: Path) -> Request:
+    choice = plan.options
+    return Request(
+        builder=plan.builder,
+        model=str(folder / LOWERED),
+        engine=str(folder / ENGINE),
+        library=str(folder / LIBRARY) if choice.lowering == "plugin" else "",
+        sm=plan.sm if plan.builder == "tensorrt-rtx" else (),
+        profiles=plan.profiles,
+        timing_cache=str(choice.timing_cache or ""),
+        version_compatible=choice.version_compatible,
+        hardware_compatible=choice.hardware_compatible,
+        embed_plugins=choice.embed_plugins,
+        strip_weights=choice.strip_weights,
+    )
+
+
+def _plan(options: dict) -> Plan:
+    return resolve(Options(**options))
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Raises DfssmError naming what this machine lacks to run the bundle: a GPU, its TensorRT, the plugin library."""
+    engine = manifest.engine
+    made_for = _made_for(folder, engine)
+    _, no_gpu = cuda.devices()
+    if no_gpu:
+        raise DfssmError(f"{made_for}, and {no_gpu} here: run it on such a GPU, or compile with --target ort-cpu")
+    version = installed().get(engine["builder"])
+    if version is None:
+        raise DfssmError(f"{made_for}, which is not installed: pip install {PACKAGES[engine['builder']][0]}")
+    if not _runs_in(engine, version):
+        raise DfssmError(f"{made_for}; installed is {version}: install that version, or compile again here")
+    if engine["strip_weights"]:
+        raise DfssmError(
+            f"{folder / ENGINE} has no weights: refit it with TensorRT, or compile without --strip-weights"
+        )
+    if _has_library(engine):
+        find_library(folder)
+
+
+def open_engine(folder: Path, manifest: Manifest, capability: int):
+    """The bundle's engine as TensorRT's ICudaEngine, for a GPU of SM `capability`, after `check`.
+
+    Raises DfssmError when the engine is for other GPUs, or when TensorRT refuses it or the plugin library.
+    """
+    engine = manifest.engine
+    # What is built to be hardware-compatible runs on Ampere and on whatever came later.
+    if not (capability >= 80 if engine["hardware_compatible"] else capability in engine["sm"]):
+        raise DfssmError(
+            f"{_made_for(folder, engine)}; the GPU here is SM {capability}: compile with --sm {capability}"
+        )
+    trt = import_module(MODULES[engine["builder"]])
+    logger = trt.Logger(trt.Logger.ERROR)
+    if _has_library(engine):
+        _load_plugins(trt, find_library(folder))
+    runtime = trt.Runtime(logger)
+    # Plugins in the engine, or its own runtime, are code that it brings: its sha256 is that of the manifest.
+    runtime.engine_host_code_allowed = engine["version_compatible"]
+    opened = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if opened is None:
+        raise DfssmError(f"{engine['builder']} {trt.__version__} cannot load {folder / ENGINE}: see its message above")
+    return opened
+
+
+def open_session(folder: str | Path, threads: int = 0, model: str = MODEL):
+    """Raises DfssmError: what compares a graph's inner values asks for it, and an engine shows none."""
+    raise DfssmError(f"{folder} is a TensorRT engine, not a graph for ONNX Runtime: use a bundle of --target ort-cpu")
+
+
+@cache
+def _load_plugins(trt: ModuleType, library: Path) -> None:
+    """Once a process: TensorRT refuses a second plugin of the same name."""
+    if trt.get_plugin_registry().load_library(str(library)) is None:
+        raise DfssmError(f"{library} does not load into TensorRT {trt.__version__}: compile the model again")
+
+
+def _has_library(engine: dict) -> bool:
+    return engine["lowering"] == "plugin" and not engine["embed_plugins"]
+
+
+def _made_for(folder: Path, engine: dict) -> str:
+    return f"{folder / ENGINE} is for {engine['builder']} {engine['version']}, SM {', '.join(map(str, engine['sm']))}"
+
+
+def _runs_in(engine: dict, version: str) -> bool:
+    """An engine runs in the TensorRT that built it; a version-compatible one in later ones of its major version."""
+    # A wheel may have a suffix that TensorRT's own version has not: 10.14.1.48.post1.
+    here, built = ([int(part) for part in text.split(".") if part.isdigit()] for text in (version, engine["version"]))
+    return here == built or engine["version_compatible"] and here[:1] == built[:1] and here > built

@@ -1,0 +1,250 @@
+"""Builds a TensorRT engine, as a process of its own: `python -m dfssm.targets.trt_build` with a request on stdin.
+
+The request is one JSON object (`Request`); what comes on stdout is one object a line: `{"log": [severity, text]}`,
+`{"progress": [done, total]}`, and last `{"result": {...}}` or `{"error": "..."}`. A process of its own, because then an
+abort inside the native builder, or the end of memory, is a message to the caller and not the caller's end too.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from dfssm.opset.schema import OPS
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Name of a builder -> the Python module it is."""
+
+# Of every model with token ids: they are bound as int64, as the step graph has them.
+_EXPECTED_WARNING = "Int64 binding"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One engine to build.
+
+    `model`: the lowered graph. `engine`: the file to write. `library`: the plugin library, "" for a graph without
+    plugins. `sm`: compute capabilities, for tensorrt-rtx; none: all that it knows. `profiles`: (most rows, best tokens,
+    most tokens) of each optimisation profile, rows and tokens from 1 on. `timing_cache`: a file to read, if it is
+    there, and to write; "" for none.
+    """
+
+    builder: str
+    model: str
+    engine: str
+    library: str
+    sm: tuple[int, ...]
+    profiles: tuple[tuple[int, int, int], ...]
+    timing_cache: str = ""
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    embed_plugins: bool = False
+    strip_weights: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class BuildError(Exception):
+    """What TensorRT has against the request, in one line."""
+
+
+def main() -> None:
+    """Serve the request on stdin. Exit status 1 after an `error`."""
+    document = json.load(sys.stdin)
+    request = Request(**{field.name: document[field.name] for field in fields(Request)})
+    try:
+        _say(result=build(import_module(MODULES[request.builder]), request))
+    except (BuildError, MemoryError, OSError, ImportError) as error:
+        _say(error=" ".join(str(error).split()) or type(error).__name__)
+        raise SystemExit(1) from None
+
+
+def build(trt: ModuleType, request: Request) -> dict:
+    """Build `request` with the module `trt` and write the engine. Returns figures and what the engine is for."""
+    start = time.perf_counter()
+    log = _logger(trt)
+    if request.library:
+        _load_plugins(trt, request.library, log)
+    builder = trt.Builder(log)
+    if builder is None:
+        raise BuildError(log.last or f"TensorRT {trt.__version__} makes no builder here")
+    network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(request.model):
+        raise BuildError(f"the graph does not parse: {_parser_error(parser, log)}")
+    parsed = time.perf_counter()
+    config, profiles = _config(trt, builder, network, request)
+    monitor = _monitor(trt)
+    if monitor:
+        config.progress_monitor = monitor
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BuildError(log.last or "TensorRT built nothing and said nothing")
+    Path(request.engine).write_bytes(memoryview(engine))
+    if request.timing_cache:
+        Path(request.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return {
+        "version": trt.__version__,
+        "layers": network.num_layers,
+        "sm": _capabilities(trt, request),
+        "profiles": profiles,
+        "parse_seconds": parsed - start,
+        "build_seconds": time.perf_counter() - parsed,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def known_sms(trt: ModuleType) -> list[int]:
+    """The compute capabilities that `trt` builds for without having one; none if it takes the GPU it finds."""
+    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", ())
+    return sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit())
+
+
+def _flags(enum, *names: str) -> int:
+    """The bits of those flags that this version still has: TensorRT 11 has strongly typed networks only."""
+    return sum(1 << int(getattr(enum, name)) for name in names if hasattr(enum, name))
+
+
+def _load_plugins(trt: ModuleType, library: str, log) -> None:
+    registry = trt.get_plugin_registry()
+    if registry.load_library(library) is None:
+        raise BuildError(f"{library} does not load into TensorRT {trt.__version__}: {log.last or 'no reason given'}")
+
+
+def _config(trt: ModuleType, builder, network, request: Request) -> tuple:
+    """The builder's configuration for `request`, and the bounds of its profiles as the manifest tells them."""
+    config = builder.create_builder_config()
+    for name, wanted in {
+        "VERSION_COMPATIBLE": request.version_compatible,
+        # The runtime that such an engine carries for later versions is no part of TensorRT-RTX.
+        "EXCLUDE_LEAN_RUNTIME": request.version_compatible and request.builder == "tensorrt-rtx",
+        "STRIP_PLAN": request.strip_weights,
+    }.items():
+        if wanted:
+            if not hasattr(trt.BuilderFlag, name):
+                raise BuildError(f"TensorRT {trt.__version__} has no {name}")
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    # fp32 is to mean fp32: TensorRT may round the factors of its own products to ten bits otherwise.
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)
+    # States are updated in place: plugins declare their outputs to be their inputs' memory.
+    if request.library and hasattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03"):
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if request.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if request.embed_plugins:
+        config.plugins_to_serialize = [request.library]
+    if request.timing_cache:
+        path = Path(request.timing_cache)
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise BuildError(f"{path} is the timing cache of another GPU or TensorRT: remove it or name another")
+    if request.builder == "tensorrt-rtx":
+        _set_capabilities(trt, config, _capabilities(trt, request))
+    profiles = [_add_profile(builder, config, network, *profile) for profile in request.profiles]
+    return config, profiles
+
+
+def _capabilities(trt: ModuleType, request: Request) -> Sequence[int]:
+    """Those asked for, else all that may be: a graph without plugins holds INT4, which begins with SM 80."""
+    return request.sm or [sm for sm in known_sms(trt) if request.library or sm >= 80]
+
+
+def _set_capabilities(trt: ModuleType, config, sm: Sequence[int]) -> None:
+    known = known_sms(trt)
+    unknown = [str(number) for number in sm if number not in known]
+    if unknown:
+        raise BuildError(
+            f"TensorRT-RTX {trt.__version__} does not build for SM {', '.join(unknown)}: choose of "
+            f"{', '.join(map(str, known))}"
+        )
+    config.num_compute_capabilities = len(sm)
+    for index, number in enumerate(sm):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+
+
+def _add_profile(builder, config, network, rows: int, best: int, tokens: int) -> dict:
+    """One optimisation profile; returns what it means for `input_ids`."""
+    profile = builder.create_optimization_profile()
+    sizes = {"min": (1, 1), "opt": (rows, best), "max": (rows, tokens)}
+    bounds = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        # The open dimensions are the rows, first in every input, and the tokens of input_ids [B,T].
+        shapes = {
+            name: [size if size != -1 else most[min(axis, 1)] for axis, size in enumerate(tensor.shape)]
+            for name, most in sizes.items()
+        }
+        profile.set_shape(tensor.name, *shapes.values())
+        if tensor.name == "input_ids":
+            bounds = shapes
+    config.add_optimization_profile(profile)
+    return bounds
+
+
+def _parser_error(parser, log) -> str:
+    if log.last.startswith(tuple(OPS)) or not parser.num_errors:
+        return log.last
+    error = parser.get_error(0)
+    return f"{error.desc()} (node {error.node_name()})"
+
+
+def _logger(trt: ModuleType):
+    """A TensorRT logger that says everything on stdout but details; `last` is the error to show.
+
+    That is the last one, but an error of a plugin stays: it names the node and the shapes, and what TensorRT says
+    after it is only that a plugin failed.
+    """
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.last = ""
+
+        def log(self, severity, text: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR and not self.last.startswith(tuple(OPS)):
+                self.last = " ".join(text.split())
+            if severity <= trt.ILogger.Severity.WARNING and _EXPECTED_WARNING not in text:
+                _say(log=[severity.name.lower(), " ".join(text.split())])
+
+    return Logger()
+
+
+def _monitor(trt: ModuleType):
+    """Tells how far the build is, by its outermost phase; None where this TensorRT has no progress monitor."""
+    if not hasattr(trt, "IProgressMonitor"):
+        return None
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self):
+            super().__init__()
+            self.phase, self.steps = "", 0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.phase, self.steps = name, steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.phase:
+                _say(progress=[step + 1, self.steps])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.phase:  # not every step of it is told of
+                _say(progress=[self.steps, self.steps])
+
+    return Monitor()
+
+
+def _say(**message) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()

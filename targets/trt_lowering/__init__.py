@@ -1,0 +1,39 @@
+"""From the step graph to the graph that TensorRT's parser reads: passes over an onnx-graphsurgeon graph, in order.
+
+A pass is a module with `run(graph) -> list[str]`: it changes the graph and returns what it changed, by name. Weights
+stay where they are: a pass never reads the data file, it relabels or rewires tensors. (The `native` passes do read the
+scaffold, one matrix at a time, for they store it differently.)
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+
+from .check import check_lowered
+from .graph import load, save
+
+LOWERINGS = {
+    "plugin": ("functions", "last_token", "embedding", "words", "plugin_attributes", "dtypes"),
+    "native": ("functions", "last_token", "one_token", "native", "embedding", "dtypes"),
+}
+"""Name of a lowering -> its passes. `plugin` keeps our ops, for libdfssm_trt.so; `native` has standard ops only."""
+
+
+def passes(lowering: str) -> dict[str, Callable[[gs.Graph], list[str]]]:
+    """The passes of `lowering` by name, in order."""
+    return {name: import_module(f".{name}", __name__).run for name in LOWERINGS[lowering]}
+
+
+def lower(model: Path, output: Path, lowering: str = "plugin") -> dict[str, list[str]]:
+    """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file.
+
+    Returns what each pass changed. Raises ValueError when what came out is not the graph that went in: that is a bug
+    of a pass.
+    """
+    graph = load(model)
+    changed = {name: run(graph) for name, run in passes(lowering).items()}
+    save(graph, output)
+    check_lowered(load(model), load(output), lowering)
+    return changed

@@ -1,0 +1,29 @@
+"""Name the plugin that is to run each of our nodes, and tell it what it cannot see.
+
+TensorRT finds a plugin by op type, version and namespace. It asks a plugin for its number of outputs and the types it
+takes before it shows those of the node; so the two ops that leave a choice there get an attribute of their own.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dfssm.opset import OPS
+
+from .graph import ours
+
+PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+def run(graph: gs.Graph) -> list[str]:
+    """Returns the names of the nodes that got attributes; written out are all, defaults too."""
+    changed = []
+    for node in ours(graph):
+        wanted = OPS[node.op].defaults | node.attrs | PLUGIN
+        if node.op == "SelectiveScanStep":
+            wanted["int8_state"] = int(len(node.outputs) == 3)
+        if node.op == "Int8MatMul":
+            wanted["w_words"] = int(node.inputs[1].dtype == np.int32)
+        if wanted != node.attrs:
+            node.attrs = wanted
+            changed.append(node.name)
+    return changed

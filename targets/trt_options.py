@@ -1,0 +1,133 @@
+"""Options of `--target trt`, and what they come to on this machine: which builder, for which GPUs, why."""
+
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from dfssm.opset import DfssmError
+
+from . import cuda
+from .trt_build import MODULES
+
+LOWERINGS = ("plugin", "native")
+BUILDERS = ("auto", *MODULES)
+PACKAGES = {
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+}
+"""The distributions in which a builder's module may come."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; docs/trt.md says what each means. `sm` is a list as in "86,89"."""
+
+    builder: str = "auto"
+    sm: str = ""
+    lowering: str = "plugin"
+    max_batch: int = 1
+    max_tokens: int = 512
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    embed_plugins: bool = False
+    strip_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options resolved: `builder` is one, not auto; `why` says why; `sm` are the GPUs the engine is to run on,
+    none being all that the builder knows.
+    """
+
+    options: Options
+    builder: str
+    why: str
+    sm: tuple[int, ...]
+    profiles: tuple[tuple[int, int, int], ...]
+
+
+def installed() -> dict[str, str]:
+    """The builders that can be imported here -> their version."""
+    return {name: version for name in MODULES if (version := _version(name))}
+
+
+def _version(builder: str) -> str:
+    if not find_spec(MODULES[builder]):
+        return ""
+    for package in PACKAGES[builder]:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def resolve(options: Options) -> Plan:
+    """What `options` come to here. Raises DfssmError for those that cannot be met, before anything is built."""
+    if options.builder not in BUILDERS:
+        raise DfssmError(f"unknown builder '{options.builder}': choose one of {', '.join(BUILDERS)}")
+    if options.lowering not in LOWERINGS:
+        raise DfssmError(f"unknown lowering '{options.lowering}': choose one of {', '.join(LOWERINGS)}")
+    for name in ("max_batch", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise DfssmError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
+    gpus, no_gpu = cuda.devices()
+    builder, why = _builder(options.builder, no_gpu)
+    _check_flags(options, builder, no_gpu)
+    return Plan(options, builder, why, _capabilities(options.sm, builder, gpus), _profiles(options, builder))
+
+
+def _builder(wanted: str, no_gpu: str) -> tuple[str, str]:
+    found = installed()
+    if wanted == "auto":
+        # `tensorrt` times kernels on the GPU it finds, and runs on more kinds of them; it builds on none but that.
+        if "tensorrt" in found and not no_gpu:
+            return "tensorrt", "it is installed, and there is a GPU to build on"
+        if "tensorrt-rtx" in found:
+            return "tensorrt-rtx", f"{no_gpu}, and it needs none" if no_gpu else "tensorrt is not installed"
+        wanted = "tensorrt-rtx" if no_gpu else "tensorrt"
+    if wanted not in found:
+        package = PACKAGES[wanted][0]
+        raise DfssmError(f"builder {wanted} is not installed (no module {MODULES[wanted]}): pip install {package}")
+    if wanted == "tensorrt" and no_gpu:
+        raise DfssmError(f"builder tensorrt needs a GPU, and {no_gpu}: use --builder tensorrt-rtx, or build elsewhere")
+    return wanted, "--builder"
+
+
+def _check_flags(options: Options, builder: str, no_gpu: str) -> None:
+    if options.embed_plugins and options.lowering == "native":
+        raise DfssmError("--embed-plugins: a native engine has no plugins; leave one of both out")
+    if options.embed_plugins and not options.version_compatible:
+        raise DfssmError("--embed-plugins works in version-compatible engines only: add --version-compatible")
+    if builder != "tensorrt-rtx":
+        return
+    if options.timing_cache:
+        raise DfssmError("--timing-cache: tensorrt-rtx times nothing when it builds; leave it out")
+    if options.hardware_compatible:
+        raise DfssmError("--hardware-compatible is for builder tensorrt: tensorrt-rtx takes several GPUs, --sm 86,89")
+    if options.strip_weights and no_gpu:
+        raise DfssmError(f"--strip-weights: tensorrt-rtx needs a GPU for that, and {no_gpu}; leave it out")
+
+
+def _capabilities(text: str, builder: str, gpus: list[cuda.Device]) -> tuple[int, ...]:
+    """The GPUs asked for, else the one that is here, else none."""
+    try:
+        wanted = tuple(dict.fromkeys(int(number) for number in text.split(",") if number.strip()))
+    except ValueError:
+        raise DfssmError(f"--sm is '{text}': give compute capabilities as in 86,89 (8.6 and 8.9)") from None
+    here = tuple(dict.fromkeys(gpu.sm for gpu in gpus))
+    if builder == "tensorrt" and wanted and wanted != here[:1]:
+        raise DfssmError(f"--sm {text}: tensorrt builds for the GPU here, SM {here[0]}; use --builder tensorrt-rtx")
+    return wanted or here[:1]
+
+
+def _profiles(options: Options, builder: str) -> tuple[tuple[int, int, int], ...]:
+    """(most rows, best tokens, most tokens) each: see docs/trt.md."""
+    rows, tokens = options.max_batch, options.max_tokens
+    if options.lowering == "native":
+        return ((rows, 1, 1),)
+    # tensorrt-rtx compiles its kernels where the engine runs, for the shapes it meets there: a profile for decoding
+    # would only store each of them once more. tensorrt chooses its kernels now, once for each profile.
+    return ((rows, 1, tokens),) if builder == "tensorrt-rtx" else ((rows, 1, 1), (rows, tokens, tokens))

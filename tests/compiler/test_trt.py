@@ -1,0 +1,131 @@
+"""dfcompile --target trt: whole bundles on a machine without a GPU, what their manifest says, and how they open."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import student_ref
+import tiny
+import torch
+
+from dfssm.compiler import cli
+from dfssm.compiler.pipeline import Request, compile_model
+from dfssm.model.checkpoint import save_student
+from dfssm.model.config import preset
+from dfssm.model.convert import init_student
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+from dfssm.targets import cuda, trt
+from dfssm.targets.bundle import check_files, read_manifest
+from dfssm.targets.trt_options import Options
+
+pytestmark = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("in") / "model.pt"
+    config = student_ref.config("plain")
+    save_student(path, config, {name: torch.from_numpy(array) for name, array in tiny.tensors(config).items()})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(cuda, "devices", lambda: ([], "there is no CUDA driver (libcuda.so.1)"))
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    try:
+        cli.main([str(arg) for arg in args])
+        status = 0
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+def test_plugin_bundle(model, tmp_path, capsys):
+    try:
+        trt.find_library()
+    except DfssmError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "b"
+    arguments = ("--target", "trt", "--builder", "tensorrt-rtx", "--sm", "86,89", "--max-tokens", 128, "-o", out)
+    status, text, _ = run(capsys, model, *arguments, "--json")
+    report = json.loads(text)
+    assert status == 0 and set(report["files"]) == {"model.engine", trt.LIBRARY}
+    assert sorted(path.name for path in out.iterdir()) == ["libdfssm_trt.so", "manifest.json", "model.engine"]
+    manifest = read_manifest(out)
+    check_files(out, manifest)
+    engine = manifest.engine
+    assert report["engine"] == engine and (engine["sm"], engine["why"]) == ([86, 89], "--builder")
+    assert engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 128]}]
+    assert (manifest.state_dtype, manifest.layout) == (trt.DEFAULT_STATE_DTYPE, trt.LAYOUT)
+    # What was proven, and that it is not the run of the engine.
+    assert manifest.verification["passed"] is None and manifest.verification["graph"]["passed"] is True
+    assert "runs on a GPU" in manifest.verification["why_not"]
+    with pytest.raises(DfssmError, match="model.engine is for tensorrt-rtx .*SM 86, 89, and there is no CUDA driver"):
+        Engine.load(out)
+
+
+@pytest.mark.slow
+def test_size_and_memory(tmp_path):
+    """Of the 130m shape: what TensorRT adds is one small kernel a layer, kept as source. At this rate the 1.3B, 278 MB
+    and 48 layers, stays below 1.05 of its model.pt.
+    """
+    try:
+        trt.find_library()
+    except DfssmError as error:
+        pytest.skip(str(error))
+    config, tensors = init_student(preset("mamba2-130m"), seed=0, rank=16, planes=1)
+    save_student(tmp_path / "model.pt", config, tensors)
+    options = {"builder": "tensorrt-rtx"}
+    report = compile_model(Request(tmp_path / "model.pt", "trt", tmp_path / "b", verify=False, options=options))
+    added = report.manifest.files["model.engine"]["bytes"] - (tmp_path / "model.pt").stat().st_size
+    assert added < 2e6 + 200e3 * config.n_layer
+    build = next(record for record in report.passes if record.name == "build")
+    assert build.peak_rss_bytes < 2e9
+
+
+def test_native_bundle(model, tmp_path, capsys):
+    out = tmp_path / "b"
+    status, text, _ = run(capsys, model, "--target", "trt", "--lowering", "native", "-o", out)
+    assert status == 0 and sorted(path.name for path in out.iterdir()) == ["manifest.json", "model.engine"]
+    assert "not run: the engine runs on a GPU" in text and "verified op by op over 64 + " in text
+    assert "built by tensorrt-rtx" in text and "it needs none) for SM 80, 86, 89, 120" in text
+    assert read_manifest(out).engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 1]}]
+
+
+def test_progress(model, tmp_path):
+    seen = {}
+
+    def progress(name, done, total):
+        assert seen.get(name, (0, total)) <= (done, total)
+        seen[name] = done, total
+
+    options = {"lowering": "native", "sm": "86"}
+    compile_model(Request(model, "trt", tmp_path / "b", verify=False, options=options), progress)
+    assert list(seen) == ["write", "build"] and all(done == total for done, total in seen.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--max-tokens", "0"), "target trt cannot be used here: --max-tokens is 0: give 1 or more"),
+        (("--sm", "86", "--builder", "tensorrt"), "builder tensorrt "),
+        (("--sm", "86", "--timing-cache", "t"), "--timing-cache: tensorrt-rtx times nothing"),
+        (("--sm", "20", "--lowering", "native"), "does not build for SM 20: choose of 75"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trt, "find_library", lambda folder=None: tmp_path / trt.LIBRARY)
+    status, out, err = run(capsys, model, "--target", "trt", "-o", tmp_path / "b", *arguments)
+    assert status == 1 and out == "" and err.startswith("dfcompile: error: ") and err.count("\n") == 1
+    assert words in err and not list(tmp_path.iterdir())
+
+
+def test_every_option_has_a_flag():
+    flags = {name for option in cli.command.params for name in option.opts}
+    assert {f"--{name.replace('_', '-')}" for name in trt.OPTIONS} <= flags
+    assert sorted(cli._OF_TARGET) == sorted(trt.OPTIONS)
+    assert Options().max_tokens == 512

@@ -1,0 +1,191 @@
+"""The plugin library in a real TensorRT: TensorRT-RTX, which builds engines without a GPU."""
+
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from plugins_trt import engines, lowered
+
+from dfssm.opset.cases import Case
+from dfssm.opset.schema import OPS
+
+OWN = {"SelectiveScanStep": {"int8_state"}, "Int8MatMul": {"w_words"}}
+"""Fields that only the plugins have: see plugins/trt/<op>/plugin.cpp."""
+
+STATEFUL = {"CausalConv1dStep", "SelectiveScanStep"}
+
+GOOD = {case.id: case for case in [case for case in lowered.CANONICAL if case.kind == "normal"][::2]}
+"""Every other case: half of them are enough for shapes and types, and an engine takes 0.1 s."""
+
+
+def one(op: str, **sizes) -> Case:
+    return next(c for c in lowered.CANONICAL if c.op == op and sizes.items() <= c.sizes.items())
+
+
+def changed(case: Case, name: str, shape=None, dtype=None) -> dict[str, np.ndarray]:
+    inputs = lowered.lowered_inputs(case)
+    value = inputs[name]
+    return inputs | {name: np.ones(value.shape if shape is None else shape, dtype or value.dtype)}
+
+
+def wrong() -> dict[str, tuple]:
+    """What is wrong -> (model, what our plugin says)."""
+    scaffold, head = one("BinaryScaffoldMatMul", T=2), one("Int8MatMul", T=2)
+    conv, scan = one("CausalConv1dStep", T=2, W=4), one("SelectiveScanStep", T=2)
+    model = lowered.node_model
+    return {
+        "bits as bytes": (
+            model(scaffold, scaffold.inputs()),
+            "BinaryScaffoldMatMul '/the/node': input 'bits' has shape [17, 20], expected [17, 5] from [M, K / 32]",
+        ),
+        "rank": (
+            model(scaffold, changed(scaffold, "scale", (1, 17))),
+            "BinaryScaffoldMatMul '/the/node': input 'scale' has shape [1, 17], expected [M], every dimension "
+            "at least 1",
+        ),
+        "columns": (
+            model(scaffold, changed(scaffold, "x", (1, 2, 144))),
+            "BinaryScaffoldMatMul '/the/node': input 'x' has K=144, expected a multiple of 32",
+        ),
+        "rows": (
+            model(head, changed(head, "w", (9, 64))),
+            "Int8MatMul '/the/node': input 'w' has shape [9, 64], expected [8, 64] from [M, K]",
+        ),
+        "weights of another type": (
+            model(head, changed(head, "w_scale", dtype=np.float16)),
+            "Int8MatMul '/the/node': input 'w_scale' has dtype float16, expected float32",
+        ),
+        "activations of another type": (
+            model(scan, changed(scan, "dt", dtype=np.float16)),
+            "SelectiveScanStep '/the/node': input 'dt' has dtype float16, expected that of 'x', float32",
+        ),
+        "state of another type": (
+            model(conv, changed(conv, "state", dtype=np.float16)),
+            "CausalConv1dStep '/the/node': input 'state' has dtype float16, expected float32",
+        ),
+        "attribute": (
+            model(conv, activation="gelu"),
+            "CausalConv1dStep '/the/node': attribute 'activation' is 'gelu', expected 'silu' or 'none'",
+        ),
+        "attribute of another type": (
+            model(conv, activation=1),
+            "CausalConv1dStep '/the/node': attribute 'activation' is not a string",
+        ),
+        "two where one is due": (
+            model(one("GatedRMSNorm"), groups=[1, 2]),
+            "GatedRMSNorm '/the/node': attribute 'groups' is not one int32",
+        ),
+        "int8 state not declared": (
+            model(one("SelectiveScanStep", T=2, state="int8"), int8_state=0),
+            "SelectiveScanStep '/the/node': 9 inputs and 2 outputs, expected 8 and 2",
+        ),
+        "columns of a wide tensor": (
+            model(conv, x_start=1),
+            "CausalConv1dStep '/the/node': input 'x' has shape [?, ?, 40], expected [?, ?, >= 1 + 40] "
+            "from [B, T, >= x_start + C]",
+        ),
+    }
+
+
+def variants() -> dict:
+    """Good models beside the case table: activations of 16 bits, defaults left out, a head of int32 words."""
+    models = {}
+    for op in OPS:
+        case = one(op, T=7 if "Norm" in op else 2)
+        inputs = lowered.lowered_inputs(case)
+        half = {k: v.astype(np.float16) if k in lowered.TOKENS else v for k, v in inputs.items()}
+        models[f"{op} half"] = lowered.node_model(case, half)
+        models[f"{op} bfloat16"] = lowered.node_model(case, half)
+        for tensor in models[f"{op} bfloat16"].graph.input:
+            if tensor.name in lowered.TOKENS:
+                tensor.type.tensor_type.elem_type = TensorProto.BFLOAT16
+        models[f"{op} defaults"] = lowered.node_model(case, **{name: None for name in OPS[op].defaults})
+    head = one("Int8MatMul", T=2)
+    inputs = lowered.lowered_inputs(head)
+    models["head of words"] = lowered.node_model(head, inputs | {"w": inputs["w"].view(np.int32)}, w_words=1)
+    return models
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    if reason := engines.missing():
+        pytest.skip(reason)
+    models = {name: lowered.node_model(case) for name, case in GOOD.items()}
+    models |= VARIANTS | {name: model for name, (model, _) in WRONG.items()}
+    mine = tmp_path_factory.getbasetemp()  # under xdist one folder a worker, side by side
+    return engines.build(models, (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "engines")
+
+
+def test_library_shows_two_symbols_and_needs_neither_tensorrt_nor_a_driver():
+    if not (library := engines.library()):
+        pytest.skip(engines.NO_LIBRARY)
+    symbols = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True).splitlines()
+    assert [line.split()[-1] for line in symbols] == ["getCreators", "setLoggerFinder"]
+    needed = re.findall(r"NEEDED.*\[(.*)\]", subprocess.check_output(["readelf", "-d", library], text=True))
+    assert needed and not [name for name in needed if re.search("nvinfer|tensorrt|cuda", name)]
+
+
+def test_registry(built):
+    creators = built[1]
+    assert set(creators) == set(OPS)
+    kinds = {int: "INT32", float: "FLOAT32", str: "CHAR"}
+    for op, fields in creators.items():
+        schema = {name: kinds[type(default)] for name, default in OPS[op].defaults.items()}
+        assert schema.items() <= fields.items()
+        assert set(fields) - set(schema) == OWN.get(op, set())
+
+
+VARIANTS = variants()
+WRONG = wrong()
+
+
+@pytest.mark.parametrize("name", [*GOOD, *VARIANTS])
+def test_engine(built, name):
+    """The engine is the plugin and nothing that computes or copies, whether activations or a state."""
+    engine = built[0][name]
+    assert not engine.errors
+    assert engine.size
+    op = GOOD[name].op if name in GOOD else VARIANTS[name].graph.node[0].op_type
+    if op in STATEFUL:
+        # A layer of its own; what shares no memory becomes part of a region that TensorRT compiles.
+        assert [layer for layer in engine.layers if layer[1] != "Constant"] == [["/the/node", "PluginV3", op]]
+    else:
+        assert [kind for _, kind, _ in engine.layers] == ["shape_call", "custom_layer"]  # the former is host code
+        assert engine.layers[1][0].startswith("/the/node")
+    # What the runtime makes the plugin from.
+    assert set(engine.embedded) >= set(built[1][op])
+
+
+KINDS = {"half": "HALF", "bfloat16": "BF16"}
+
+
+@pytest.mark.parametrize("name", [*GOOD, *VARIANTS])
+def test_output_types(built, name):
+    """Activations as they came in, logits fp32, states as they are stored."""
+    case = GOOD.get(name) or one(VARIANTS[name].graph.node[0].op_type)
+    state = {"float16": "HALF", "int8": "INT8"}.get(case.state_dtype, "FLOAT")
+    made = {"new_state": state, "new_state_scale": "FLOAT"}
+    activations = "FLOAT" if case.op == "Int8MatMul" else KINDS.get(name.split()[-1], "FLOAT")
+    for output, dtype in built[0][name].outputs:
+        assert dtype == made.get(output, activations)
+
+
+@pytest.mark.parametrize("name", [c.id for c in GOOD.values() if c.op in ("BinaryScaffoldMatMul", "Int8MatMul")])
+def test_workspace_is_for_the_largest_shapes(built, kernels, name):
+    case = GOOD[name]
+    n, sizes = engines.MAX_BATCH * engines.MAX_TOKENS, case.sizes
+    if case.op == "Int8MatMul":
+        wanted = kernels.sized("dfssm_trt_int8_workspace", n, sizes["K"])
+    else:
+        wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, sizes["K"], sizes["M"], sizes["R"])
+    assert wanted <= built[0][name].scratch < wanted + 1024  # the builder rounds up
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(built, name):
+    engine = built[0][name]
+    assert not engine.size
+    assert WRONG[name][1] in engine.errors

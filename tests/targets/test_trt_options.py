@@ -1,0 +1,202 @@
+"""Target trt before and after a build: which builder, for which GPUs; what a machine must have to run the result."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dfssm.opset import DfssmError
+from dfssm.targets import cuda, trt, trt_options
+from dfssm.targets.bundle import Manifest
+from dfssm.targets.trt_options import Options, resolve
+
+BOTH = {"tensorrt-rtx": "1.7.1", "tensorrt": "10.14.1"}
+NO_GPU = ([], "there is no CUDA driver (libcuda.so.1)")
+AMPERE, ADA = cuda.Device("A10", 86), cuda.Device("L4", 89)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what the machine has: builders and GPUs."""
+
+    def has(builders: dict, gpus: list[cuda.Device]) -> None:
+        monkeypatch.setattr(cuda, "devices", lambda: (gpus, "") if gpus else NO_GPU)
+        for module in (trt_options, trt):
+            monkeypatch.setattr(module, "installed", lambda: builders)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    "builders, gpus, builder, why",
+    [
+        (BOTH, [], "tensorrt-rtx", "there is no CUDA driver (libcuda.so.1), and it needs none"),
+        (BOTH, [ADA], "tensorrt", "it is installed, and there is a GPU to build on"),
+        ({"tensorrt-rtx": "1.7.1"}, [ADA], "tensorrt-rtx", "tensorrt is not installed"),
+    ],
+)
+def test_auto_picks_and_says_why(builders, gpus, builder, why, machine):
+    machine(builders, gpus)
+    plan = resolve(Options())
+    assert (plan.builder, plan.why) == (builder, why)
+    assert plan.sm == ((89,) if gpus else ())
+
+
+def test_profiles(machine):
+    machine(BOTH, [ADA])
+    sizes = {"max_batch": 4, "max_tokens": 256}
+    assert resolve(Options(builder="tensorrt", **sizes)).profiles == ((4, 1, 1), (4, 256, 256))
+    assert resolve(Options(builder="tensorrt-rtx", **sizes)).profiles == ((4, 1, 256),)
+    assert resolve(Options(builder="tensorrt", lowering="native", **sizes)).profiles == ((4, 1, 1),)
+
+
+def test_sm_is_a_list(machine):
+    machine(BOTH, [])
+    assert resolve(Options(sm="86, 89,86")).sm == (86, 89)
+
+
+@pytest.mark.parametrize(
+    "options, builders, gpus, words",
+    [
+        ({"builder": "onnx"}, BOTH, [], "unknown builder 'onnx': choose one of auto, tensorrt-rtx, tensorrt"),
+        ({"lowering": "both"}, BOTH, [], "unknown lowering 'both': choose one of plugin, native"),
+        ({"max_batch": 0}, BOTH, [], "--max-batch is 0: give 1 or more"),
+        ({"max_tokens": -3}, BOTH, [], "--max-tokens is -3"),
+        ({"sm": "8.6"}, BOTH, [], "--sm is '8.6': give compute capabilities as in 86,89"),
+        ({}, {}, [], "builder tensorrt-rtx is not installed (no module tensorrt_rtx): pip install tensorrt-rtx-cu13"),
+        ({}, {}, [ADA], "builder tensorrt is not installed"),
+        ({"builder": "tensorrt"}, BOTH, [], "builder tensorrt needs a GPU, and there is no CUDA driver"),
+        ({"builder": "tensorrt", "sm": "86"}, BOTH, [ADA], "tensorrt builds for the GPU here, SM 89"),
+        ({"sm": "86", "timing_cache": Path("t")}, BOTH, [], "--timing-cache: tensorrt-rtx times nothing"),
+        ({"sm": "86", "hardware_compatible": True}, BOTH, [], "--hardware-compatible is for builder tensorrt"),
+        ({"sm": "86", "strip_weights": True}, BOTH, [], "--strip-weights: tensorrt-rtx needs a GPU for that"),
+        ({"sm": "86", "embed_plugins": True}, BOTH, [], "add --version-compatible"),
+        (
+            {"sm": "86", "embed_plugins": True, "version_compatible": True, "lowering": "native"},
+            *(BOTH, [], "a native engine has no plugins"),
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(options, builders, gpus, words, machine):
+    machine(builders, gpus)
+    with pytest.raises(DfssmError) as caught:
+        resolve(Options(**options))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_probe_says_what_would_be_used(machine, monkeypatch, tmp_path):
+    library = tmp_path / trt.LIBRARY
+    library.touch()
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(library))
+    machine(BOTH, [ADA])
+    probe = trt.probe()
+    assert probe.usable and probe.uses["gpu"] == "L4 (SM 89)" and probe.uses["library"] == str(library)
+    assert probe.uses["tensorrt-rtx"] == "1.7.1"
+    assert trt.probe(builder="tensorrt").uses["builder"] == "tensorrt (--builder)"
+    machine(BOTH, [])
+    assert trt.probe().usable and trt.probe(max_batch=0).why_not == "--max-batch is 0: give 1 or more"
+    machine({}, [])
+    assert "builder tensorrt-rtx is not installed" in trt.probe().why_not
+
+
+def test_library(machine, monkeypatch, tmp_path):
+    machine(BOTH, [])
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, "/nowhere/lib.so")
+    with pytest.raises(DfssmError, match="DFSSM_TRT_LIBRARY is /nowhere/lib.so: there is no such file"):
+        trt.find_library()
+    assert not trt.probe(sm="86").usable and trt.probe(sm="86", lowering="native").usable
+    monkeypatch.delenv(trt.LIBRARY_VARIABLE)
+    monkeypatch.setattr(trt, "find_spec", lambda name: None)
+    with pytest.raises(DfssmError, match="libdfssm_trt.so is not installed: .* or compile with --lowering native"):
+        trt.find_library(tmp_path)
+    (tmp_path / trt.LIBRARY).touch()
+    assert trt.find_library(tmp_path) == tmp_path / trt.LIBRARY
+
+
+ENGINE = {
+    "builder": "tensorrt-rtx",
+    "version": "1.7.1",
+    "sm": [86, 89],
+    "lowering": "native",
+    "version_compatible": False,
+    "hardware_compatible": False,
+    "embed_plugins": False,
+    "strip_weights": False,
+}
+
+
+def bundle(**engine) -> Manifest:
+    return Manifest("trt", {}, "fp16", 0, {}, engine=ENGINE | engine)
+
+
+@pytest.mark.parametrize(
+    "engine, builders, gpus, words",
+    [
+        ({}, BOTH, [], "SM 86, 89, and there is no CUDA driver (libcuda.so.1) here: run it on such a GPU"),
+        ({}, {"tensorrt": "10.14.1"}, [ADA], "which is not installed: pip install tensorrt-rtx-cu13"),
+        ({}, {"tensorrt-rtx": "1.8.0"}, [ADA], "for tensorrt-rtx 1.7.1, SM 86, 89; installed is 1.8.0"),
+        ({"version_compatible": True}, {"tensorrt-rtx": "1.6.3"}, [ADA], "installed is 1.6.3"),
+        ({"version_compatible": True}, {"tensorrt-rtx": "2.0.0"}, [ADA], "installed is 2.0.0"),
+        ({"strip_weights": True}, BOTH, [ADA], "has no weights: refit it"),
+        ({"lowering": "plugin"}, BOTH, [ADA], "libdfssm_trt.so is not installed"),
+    ],
+)
+def test_check_names_what_is_missing(engine, builders, gpus, words, machine, monkeypatch, tmp_path):
+    machine(builders, gpus)
+    monkeypatch.delenv(trt.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(trt, "find_spec", lambda name: None)
+    with pytest.raises(DfssmError) as caught:
+        trt.check(tmp_path, bundle(**engine))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_check_passes(machine, tmp_path):
+    machine({"tensorrt-rtx": "1.8.0"}, [ADA])
+    trt.check(tmp_path, bundle(version_compatible=True))
+    trt.check(tmp_path, bundle(version_compatible=True, lowering="plugin", embed_plugins=True))
+    machine({"tensorrt-rtx": "1.7.1.post1"}, [AMPERE])
+    trt.check(tmp_path, bundle())
+
+
+def test_engine_for_another_gpu(tmp_path):
+    with pytest.raises(DfssmError, match="for tensorrt-rtx 1.7.1, SM 86, 89; the GPU here is SM 120: compile with"):
+        trt.open_engine(tmp_path, bundle(), 120)
+    with pytest.raises(DfssmError, match="the GPU here is SM 75"):
+        trt.open_engine(tmp_path, bundle(hardware_compatible=True, sm=[80]), 75)
+
+
+def test_no_session():
+    with pytest.raises(DfssmError, match="is a TensorRT engine, not a graph for ONNX Runtime"):
+        trt.open_session("bundle")
+
+
+def test_options_are_those_of_the_target():
+    assert trt.OPTIONS == tuple(field.name for field in dataclasses.fields(Options))
+
+
+def test_driver_is_asked(monkeypatch):
+    """Two GPUs, as the driver's own functions tell of them."""
+
+    class Driver:
+        def __init__(self, code=0, count=2):
+            self.code, self.count = code, count
+
+        def cuInit(self, flags):
+            return self.code
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = self.count
+            return 0
+
+        def cuDeviceGetName(self, name, size, index):
+            name.value = [b"first", b"second"][index]
+
+        def cuDeviceGetAttribute(self, number, attribute, index):
+            number._obj.value = {75: [8, 12], 76: [6, 0]}[attribute][index]
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver())
+    assert cuda.devices() == ([cuda.Device("first", 86), cuda.Device("second", 120)], "")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(code=100))
+    assert cuda.devices() == ([], "the CUDA driver finds no GPU (error 100)")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(count=0))
+    assert cuda.devices() == ([], "the CUDA driver finds no GPU")
