@@ -92,10 +92,7 @@ class Engine:
             self._read(np.stack(rows), state)
         else:
             for index, row in enumerate(rows):
-                part = state.row(index)
-                self._read(row[None], part)
-                part.pull()
-            state.push()
+                self._read(row[None], state.row(index))
         return state.logits.copy()
 
     def step(self, ids: Tokens | int, state: State) -> np.ndarray:
@@ -112,6 +109,7 @@ class Engine:
         binding.feed_token(ids)
         binding.run()
         state.tokens += 1
+        state.share()
 
     def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
         """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state`."""
@@ -161,12 +159,14 @@ class Engine:
                 out[:, start:stop] = binding.run_all_logits(part)
                 state.logits[:] = out[:, stop - 1]
             state.tokens += stop - start
+        state.share()
 
     def _binding(self, state: State) -> Binding:
         if state.engine is not self:
             require_model(state, self.model, self.backend.layout, self.vocab_size)
             state.pull()
             state.binding, state.engine = self.backend.bind(state), self
+        state.share()
         return state.binding
 
     def _rows(self, ids) -> list[np.ndarray]:

@@ -43,6 +43,7 @@ class State:
         # Of the engine that ran it last: itself, and these buffers bound to its backend.
         self.engine: Any = None
         self.binding: Any = None
+        self.whole: State | None = None  # of a row: the state whose memory it shares
 
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
@@ -59,13 +60,21 @@ class State:
 
     def pull(self) -> None:
         """Bring the arrays up to date with a device that runs them; nothing to do where they run in place."""
-        if self.binding is not None:
-            self.binding.pull()
+        for state in (self.whole, self):
+            if state is not None and state.binding is not None:
+                state.binding.pull()
 
     def push(self) -> None:
         """The arrays were written: the next run starts from them."""
-        if self.binding is not None:
-            self.binding.push()
+        for state in (self.whole, self):
+            if state is not None and state.binding is not None:
+                state.binding.push()
+
+    def share(self) -> None:
+        """A row and the whole state that it is of see each other's runs: called before and after a run of the row."""
+        if self.whole is not None:
+            self.pull()
+            self.push()
 
     @property
     def batch(self) -> int:
@@ -86,7 +95,9 @@ class State:
             raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
         rows = slice(index, index + 1)
         tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
-        return State(self.model, tensors, self.logits[rows], self.tokens[rows])
+        row = State(self.model, tensors, self.logits[rows], self.tokens[rows])
+        row.whole = self.whole or self
+        return row
 
     def clone(self) -> State:
         """An independent copy, to come back to with `copy_from`."""

@@ -71,6 +71,22 @@ def test_rows_of_unequal_lengths(engine, device, in_fives):
     same(ours, theirs)
 
 
+def test_a_row_and_its_batch_see_each_other(engine, device):
+    """What runs on a row, or is copied to it, changes the batch; what runs on the batch changes the row."""
+    ours, theirs = device.new_state(2), engine.new_state(2)
+    for run, state in ((device, ours), (engine, theirs)):
+        run.step([1, 2], state)
+        row, start = state.row(1), state.row(0).clone()
+        run.step([3], row)
+        run.step([4, 5], state)
+        run.step([6], row)
+        state.row(0).copy_from(start)
+        run.step([7, 8], state)
+        row.reset()
+    same(ours, theirs)
+    assert device.step([1, 2], ours).tolist() == engine.step([1, 2], theirs).tolist()
+
+
 def test_logits_of_all_tokens_are_those_of_steps(engine, device):
     theirs = engine.new_state()
     stepped = np.stack([engine.step([token], theirs)[0] for token in PROMPT])
