@@ -18,6 +18,7 @@ from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
 from dfssm.opset.schema import LAYOUT_ROW16
 
 from .bundle import DATA, MODEL
+from .library import locate
 from .session import Probe, create_session, one_line, session_options
 
 NAME = "ort-cpu"
@@ -65,21 +66,12 @@ def probe() -> Probe:
 
 
 def find_library(folder: Path | None = None) -> Path:
-    """The op library: $DFSSM_ORT_LIBRARY, else the copy in the bundle `folder`, else the installed one.
-
-    Raises DfssmError when there is none, or when the variable names no file.
-    """
-    if chosen := os.environ.get(LIBRARY_VARIABLE):
-        if not Path(chosen).is_file():
-            raise DfssmError(f"{LIBRARY_VARIABLE} is {chosen}: there is no such file; unset it or name {LIBRARY}")
-        return Path(chosen)
-    native = find_spec("dfssm._native")
-    installed = native and Path(native.origin).with_name(LIBRARY)
-    for candidate in (folder and folder / LIBRARY, installed):
-        if candidate and candidate.is_file():
-            return candidate
-    raise DfssmError(
-        f"{LIBRARY} is not installed: install dfssm with its native part, or set {LIBRARY_VARIABLE} to the file"
+    """The op library, by `locate`."""
+    return locate(
+        LIBRARY,
+        LIBRARY_VARIABLE,
+        folder,
+        f"install dfssm with its native part, or set {LIBRARY_VARIABLE} to the file",
     )
 
 

@@ -4,13 +4,11 @@ Built with TensorRT-RTX on any machine, or with TensorRT on one with a GPU; run 
 proves here is everything but the run: see `VERIFIED_BY` and docs/trt.md.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +17,7 @@ from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from . import cuda
 from .bundle import ENGINE, MODEL, Manifest
+from .library import locate
 from .session import Probe
 from .trt_build import MODULES, Request
 from .trt_options import PACKAGES, Options, Plan, installed, resolve
@@ -59,22 +58,12 @@ def probe(**options) -> Probe:
 
 
 def find_library(folder: Path | None = None) -> Path:
-    """The plugin library: $DFSSM_TRT_LIBRARY, else the copy in the bundle `folder`, else the installed one.
-
-    Raises DfssmError when there is none, or when the variable names no file.
-    """
-    if chosen := os.environ.get(LIBRARY_VARIABLE):
-        if not Path(chosen).is_file():
-            raise DfssmError(f"{LIBRARY_VARIABLE} is {chosen}: there is no such file; unset it or name {LIBRARY}")
-        return Path(chosen)
-    native = find_spec("dfssm._native")
-    installed_one = native and Path(native.origin).with_name(LIBRARY)
-    for candidate in (folder and folder / LIBRARY, installed_one):
-        if candidate and candidate.is_file():
-            return candidate
-    raise DfssmError(
-        f"{LIBRARY} is not installed: build dfssm where nvcc is, set {LIBRARY_VARIABLE} to the file, "
-        f"or compile with --lowering native"
+    """The plugin library, by `locate`."""
+    return locate(
+        LIBRARY,
+        LIBRARY_VARIABLE,
+        folder,
+        f"build dfssm where nvcc is, set {LIBRARY_VARIABLE} to the file, or compile with --lowering native",
     )
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import helper
 
 from dfssm.opset.cases import Case
@@ -70,3 +71,23 @@ def node_model(case: Case, constants=False, body=False, types=True, attributes=N
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=IR_VERSION,
     )
+
+
+def check_state_in_place(case: Case, session: onnxruntime.InferenceSession) -> None:
+    """Two calls on bound buffers, the state's input and output one and the same, each against the reference."""
+    inputs = case.inputs()
+    state = {name: inputs[name].copy() for name in ("state", "state_scale") if name in inputs}
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in state.items()}
+    binding = session.io_binding()
+    for name, value in feeds(inputs).items():
+        if name not in state:
+            binding.bind_cpu_input(name, value)
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(f"new_{name}", value)
+    binding.bind_output("y", "cpu")
+    for _ in range(2):
+        session.run_with_iobinding(binding)
+        outputs = [binding.get_outputs()[-1].numpy(), *(value.numpy() for value in values.values())]
+        check_outputs(case, outputs, inputs | state)
+        state = {name: value.numpy().copy() for name, value in values.items()}

@@ -104,23 +104,7 @@ def test_one_session_takes_any_batch_and_length(default_library, op):
 def test_state_in_place(library, base, tokens):
     """Two calls on bound buffers, the state's input and output one and the same."""
     case = Case(base.op, base.sizes | {"T": tokens}, base.attributes)
-    session = library.session(nodes.node_model(case, constants=True), threads=2)
-    inputs = case.inputs()
-    state = {k: inputs[k].copy() for k in ("state", "state_scale") if k in inputs}
-    values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(v.copy()) for k, v in state.items()}
-    binding = session.io_binding()
-    for name, value in nodes.feeds(inputs).items():
-        if name not in state:
-            binding.bind_cpu_input(name, value)
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(f"new_{name}", value)
-    binding.bind_output("y", "cpu")
-    for _ in range(2):
-        session.run_with_iobinding(binding)
-        outputs = [binding.get_outputs()[-1].numpy(), *(value.numpy() for value in values.values())]
-        nodes.check_outputs(case, outputs, inputs | state)
-        state = {name: value.numpy().copy() for name, value in values.items()}
+    nodes.check_state_in_place(case, library.session(nodes.node_model(case, constants=True), threads=2))
 
 
 ORT_VERSION = tuple(map(int, onnxruntime.__version__.split(".")[:2]))

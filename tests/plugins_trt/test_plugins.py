@@ -5,7 +5,6 @@ import sys
 
 import nodes
 import numpy as np
-import onnxruntime
 import pytest
 from plugins_trt import adapter, lowered
 
@@ -47,22 +46,7 @@ STATEFUL = [
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_state_in_place(case):
     """Two steps on bound buffers, the state's input and output one and the same."""
-    session, inputs = adapter.session(lowered.node_model(case)), case.inputs()
-    state = {name: inputs[name].copy() for name in ("state", "state_scale") if name in inputs}
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in state.items()}
-    binding = session.io_binding()
-    for name, value in nodes.feeds(inputs).items():
-        if name not in state:
-            binding.bind_cpu_input(name, value)
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(f"new_{name}", value)
-    binding.bind_output("y", "cpu")
-    for _ in range(2):
-        session.run_with_iobinding(binding)
-        outputs = [binding.get_outputs()[-1].numpy(), *(value.numpy() for value in values.values())]
-        nodes.check_outputs(case, outputs, inputs | state)
-        state = {name: value.numpy().copy() for name, value in values.items()}
+    nodes.check_state_in_place(case, adapter.session(lowered.node_model(case)))
 
 
 def test_head_of_words():

@@ -106,7 +106,7 @@ def test_library(machine, monkeypatch, tmp_path):
         trt.find_library()
     assert not trt.probe(sm="86").usable and trt.probe(sm="86", lowering="native").usable
     monkeypatch.delenv(trt.LIBRARY_VARIABLE)
-    monkeypatch.setattr(trt, "find_spec", lambda name: None)
+    monkeypatch.setattr("dfssm.targets.library.find_spec", lambda name: None)
     with pytest.raises(DfssmError, match="libdfssm_trt.so is not installed: .* or compile with --lowering native"):
         trt.find_library(tmp_path)
     (tmp_path / trt.LIBRARY).touch()
@@ -144,7 +144,7 @@ def bundle(**engine) -> Manifest:
 def test_check_names_what_is_missing(engine, builders, gpus, words, machine, monkeypatch, tmp_path):
     machine(builders, gpus)
     monkeypatch.delenv(trt.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(trt, "find_spec", lambda name: None)
+    monkeypatch.setattr("dfssm.targets.library.find_spec", lambda name: None)
     with pytest.raises(DfssmError) as caught:
         trt.check(tmp_path, bundle(**engine))
     assert words in str(caught.value) and "\n" not in str(caught.value)

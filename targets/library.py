@@ -1,0 +1,24 @@
+"""Where a target's native library lies: the one place that knows the order."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from dfssm.opset import DfssmError
+
+
+def locate(library: str, variable: str, folder: Path | None, remedy: str) -> Path:
+    """The file `library`: $`variable`, else the copy in the bundle `folder`, else the installed one.
+
+    Raises DfssmError when there is none (then `remedy` says what to do), or when the variable names no file.
+    """
+    if chosen := os.environ.get(variable):
+        if not Path(chosen).is_file():
+            raise DfssmError(f"{variable} is {chosen}: there is no such file; unset it or name {library}")
+        return Path(chosen)
+    native = find_spec("dfssm._native")
+    installed = native and Path(native.origin).with_name(library)
+    for candidate in (folder and folder / library, installed):
+        if candidate and candidate.is_file():
+            return candidate
+    raise DfssmError(f"{library} is not installed: {remedy}")
