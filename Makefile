@@ -1,9 +1,10 @@
 # make demo    compile the shipped small model, verify it, print text
 # make test    lint, then every test
 # make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
+# make test-gpu   the TensorRT engines on the GPU here; skipped, with the reason, where there is none
 # make bench   speed of this machine on the shipped model, beside its roofline
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs lint format bench build clean
+.PHONY: demo test test-cuda-archs test-gpu lint format bench build clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -34,6 +35,9 @@ test: lint
 
 test-cuda-archs: build
 	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py
+
+test-gpu: build
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 lint: build
 	$(BIN)/ruff check .

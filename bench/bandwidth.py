@@ -39,6 +39,9 @@ class Bandwidth:
         """GB/s of updating the memory in place."""
         return self._rate(lambda part: np.add(part, 1, out=part), 2 * self._memory.nbytes)
 
+    def close(self) -> None:
+        self._pool.shutdown()
+
     def _rate(self, work: Callable, moved: int) -> float:
         seconds = []
         for _ in range(REPEATS):

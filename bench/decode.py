@@ -16,6 +16,7 @@ from dfssm.targets import get_target
 
 from .bandwidth import Bandwidth
 from .child import follow_script, run_child
+from .device import CopyBandwidth, bench_batches, first_gpu
 from .ledger import weight_bytes_of_step
 from .machine import instruction_sets, machine, packages
 
@@ -48,8 +49,8 @@ def bench(
     """Measure `bundle`; the result is that of docs/json.md, docs/bench.md says how to read it.
 
     Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, and
-    lets each peer decode as many. Raises DfssmError when the outputs are not right: a wrong kernel's speed
-    means nothing.
+    lets each peer decode as many; on a GPU, larger batches follow. Raises DfssmError when the outputs are not
+    right: a wrong kernel's speed means nothing.
     """
     engine = Engine.load(bundle, threads=threads)
     check = check_outputs(bundle, engine)
@@ -60,6 +61,7 @@ def bench(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
             runners |= _open_peer(peer, engine, Path(folder))
         series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
+    on_gpu = engine.manifest.target == "trt"
 
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
@@ -84,6 +86,8 @@ def bench(
             }
             for name in runners
         },
+        "gpu": _gpu(engine) if on_gpu else None,
+        "batches": bench_batches(engine, tokens, rounds, progress) if on_gpu else [],
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,
@@ -129,7 +133,7 @@ def check_outputs(bundle: str, engine: Engine) -> dict:
 
 def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress) -> dict[str, np.ndarray]:
     """Name -> f64[rounds]: GB/s of the probes, tokens a second of everything else."""
-    bandwidth = Bandwidth(weight_bytes_of_step(engine.config, engine.manifest.layout), engine.threads)
+    bandwidth = _probe(engine)
     ids = np.random.default_rng(1).integers(0, engine.vocab_size, prompt)
     state = engine.new_state()
     series: dict[str, list[float]] = {}
@@ -153,7 +157,19 @@ def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress
             decode(2)
             record(name, tokens / decode(tokens))
         progress(index + 1, rounds)
+    bandwidth.close()
     return {name: np.array(values) for name, values in series.items()}
+
+
+def _probe(engine: Engine) -> Bandwidth | CopyBandwidth:
+    """Of the memory that the bundle runs from."""
+    size = weight_bytes_of_step(engine.config, engine.manifest.layout)
+    on_gpu = engine.manifest.target == "trt"
+    return CopyBandwidth(engine.backend.cuda, size) if on_gpu else Bandwidth(size, engine.threads)
+
+
+def _gpu(engine: Engine) -> dict:
+    return {"name": first_gpu()} | {key: engine.manifest.engine[key] for key in ("builder", "version", "lowering")}
 
 
 def _decode(engine: Engine, state, tokens: int) -> float:

@@ -62,15 +62,22 @@ INT8 = (Loop(8, 128, 73, 0, 8), Loop(16, 128, 113, 1, 16), Loop(32, 128, 297, 0,
 SCAN = {"fp32": (450, 512, 4), "fp16": (450, 512, 2), "int8": (1250, 256, 1)}
 
 
-def product(gpu: Gpu, n: int, K: int, M: int, bits: bool, rank: int = 16) -> float:
-    """Seconds of BinaryScaffoldMatMul (`bits`) or Int8MatMul for n tokens: two nodes."""
+# Sequences up to which the product of a 1.3B in_proj convolves its columns itself, and more of which take a node more.
+CONVOLVED = 64
+
+
+def product(gpu: Gpu, n: int, K: int, M: int, bits: bool, rank: int = 16, fused: float = 0) -> float:
+    """Seconds of BinaryScaffoldMatMul (`bits`) or Int8MatMul for n tokens, two nodes; of a product that other ops are
+    fused into, which move `fused` bytes besides.
+    """
     loop = next((loop for loop in (BITS if bits else INT8) if n <= loop.tokens), (BITS if bits else INT8)[-1])
     passes = K * M / (32 * loop.weights) * math.ceil(n / loop.tokens)
     issue = 4 * gpu.sms * gpu.clock
     compute = passes * max(
         loop.imma * 16 * 8 * 32 / (gpu.int8_macs * gpu.sms * gpu.clock), 2 * loop.half_rate / issue, loop.all / issue
     )
-    return 2 * NODE + max(product_bytes(n, K, M, bits, rank) / (BANDWIDTH_SHARE * gpu.bandwidth), compute)
+    moved = product_bytes(n, K, M, bits, rank) + fused
+    return 2 * NODE + max(moved / (BANDWIDTH_SHARE * gpu.bandwidth), compute)
 
 
 def product_bytes(n: int, K: int, M: int, bits: bool, rank: int = 16) -> float:
@@ -98,17 +105,17 @@ def scan_bytes(state: str, H: int = 64, P: int = 64, N: int = 128) -> float:
 
 
 def step(gpu: Gpu, batch: int, state: str) -> float:
-    """Seconds of one decode step of the 1.3B shape, one CUDA graph: nine nodes a layer, then norm and head."""
+    """Seconds of one decode step of the 1.3B shape, one CUDA graph: five nodes a layer, then norm and head."""
     D, inner, conv, heads, layers, vocabulary = 2048, 4096, 4352, 64, 48, 50288
+    # Fused into in_proj: weights of norm and convolution, the latter's state both ways. Into out_proj: weights of the
+    # norm, gate, residual.
     layer = (
-        streaming(gpu, 8 * batch * D)  # norm
-        + product(gpu, batch, D, inner + conv + heads, bits=True)
-        + streaming(gpu, 4 * (5 * conv + batch * (2 * 3 + 2) * conv))  # conv: weights, state both ways, x and y
+        product(gpu, batch, D, inner + conv + heads, bits=True, fused=4 * (D + 5 * conv + batch * 2 * 3 * conv))
         + scan(gpu, batch, state)
-        + streaming(gpu, 12 * batch * inner)  # gated norm
-        + product(gpu, batch, inner, D, bits=True)
-        + streaming(gpu, 12 * batch * D)  # residual
+        + product(gpu, batch, inner, D, bits=True, fused=4 * (inner + batch * (inner + D)))
     )
+    if batch > CONVOLVED:
+        layer += streaming(gpu, 8 * batch * conv)
     return layers * layer + streaming(gpu, 8 * batch * D) + product(gpu, batch, D, vocabulary, bits=False)
 
 

@@ -35,7 +35,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
 
 
 def _text(result: dict) -> str:
-    machine, moved = result["machine"], result["step_bytes"]
+    moved = result["step_bytes"]
     low, high = result["tok_s_quartiles"]
     rows = [
         [
@@ -54,6 +54,7 @@ def _text(result: dict) -> str:
     ]
     for name, peer in result["peers"].items():
         rows.append([name, f"{peer['tok_s']:.1f} tok/s", f"this bundle is {peer['ratio']:.2f} times as fast"])
+    rows += [[f"batch {batch['batch']}", f"{batch['tok_s']:,.0f} tok/s", _beside(batch)] for batch in result["batches"]]
     rows += [
         ["memory", megabytes(result["rss_bytes"]), _memory(result)],
         ["load", f"{result['load_seconds']:.2f} s", "with the hashes of all files"],
@@ -61,8 +62,7 @@ def _text(result: dict) -> str:
     check = result["check"]
     return "\n".join(
         [
-            f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores, kernels {_isa(result)}, "
-            f"ONNX Runtime {machine['packages']['onnxruntime']}, {result['state_dtype']} states",
+            f"{_what_ran(result)}, {result['state_dtype']} states",
             f"checked against {check['reference']}: logits off by {check['rms_rel']:.1e} (rms), "
             f"allowed {check['allowed']}",
             "",
@@ -73,8 +73,21 @@ def _text(result: dict) -> str:
     )
 
 
-def _isa(result: dict) -> str:
-    return result["isa"] or "of ONNX Runtime"
+def _what_ran(result: dict) -> str:
+    machine, gpu = result["machine"], result["gpu"]
+    if gpu:
+        return f"{gpu['name']}, {gpu['builder']} {gpu['version']}, lowering {gpu['lowering']}"
+    return (
+        f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores, kernels "
+        f"{result['isa'] or 'of ONNX Runtime'}, ONNX Runtime {machine['packages']['onnxruntime']}"
+    )
+
+
+def _beside(batch: dict) -> str:
+    """What one batch size is compared with."""
+    floor = f"the step alone; {100 * batch['floor_share']:.0f} % of its floor, {batch['floor_tok_s']:,.0f} tok/s"
+    predicted = f"; {batch['predicted_tok_s']:,.0f} tok/s were predicted" if batch["predicted_tok_s"] else ""
+    return floor + predicted + ("" if batch["recorded"] else "; not recorded as a CUDA graph")
 
 
 def _memory(result: dict) -> str:

@@ -29,7 +29,7 @@ def evaluate() -> None:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text, or a folder of *.txt; may be given again.",
+    help="Text, JSON lines, parquet, or a folder of them; may be given again.",
 )
 @click.option("--window", default=1024, show_default=True, metavar="N", help="Tokens the model reads at once.")
 @click.option("--stride", default=512, show_default=True, metavar="N", help="From one window to the next.")

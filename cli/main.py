@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": (".doctor", "doctor"),
     "init": (".student", "init"),
     "convert": (".student", "convert"),
+    "distill": (".distill", "distill"),
 }
 
 
@@ -69,3 +70,7 @@ def fail(message: str, code: int) -> int:
     sys.stdout.flush()
     click.echo(message, err=True)
     return code
+
+
+if __name__ == "__main__":
+    main()

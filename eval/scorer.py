@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from dfssm.model.text import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.bundle import MANIFEST, TOKENIZER
-
-END_OF_TEXT = "<|endoftext|>"
 
 BATCH = 8
 """Rows of one run, unless the caller says otherwise."""

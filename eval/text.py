@@ -1,19 +1,18 @@
-"""Text files -> one stream of tokens, its documents separated by the end-of-text token."""
+"""Files of text -> one stream of tokens, its documents separated by the end-of-text token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from dfssm.model.text import batches, documents, text_files
 from dfssm.opset.errors import DfssmError
 
-from .scorer import END_OF_TEXT, Scorer
-
-_DOCUMENTS = 256  # tokenised at a time
+from .scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,21 @@ class Text:
 
 
 def read_text(paths: Sequence[Path], scorer: Scorer, tokens: int | None = None) -> Text:
-    """Tokenise files (UTF-8), and every *.txt of folders; documents end at <|endoftext|> and at the end of a file.
+    """Tokenise the documents of files and folders as `documents` and `text_files` find them, those that train too.
 
-    White space around a document is dropped, and an empty document. Each is followed by `scorer.end`. `tokens`: only
-    so many tokens after the first. Raises DfssmError when a file cannot be read, the text has fewer than two tokens,
-    or the model lacks one of them.
+    Each document is followed by `scorer.end`. `tokens`: only so many tokens after the first. Raises DfssmError when a
+    file cannot be read, the text has fewer than two tokens, or the model lacks one of them.
     """
     ids, ends, size, missing = [], [], 0, np.inf if tokens is None else tokens + 1
-    documents = _documents(paths)
-    while missing > 0 and (batch := list(islice(documents, _DOCUMENTS))):
+    for batch in batches(chain.from_iterable(map(documents, text_files(paths)))):
         for document, found in zip(batch, scorer.tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
             lengths = _byte_lengths(document)
             ids += [np.array(found.ids, np.int64), [scorer.end]]
             ends += [size + lengths[[end for _, end in found.offsets]], [size + lengths[-1]]]
             size += lengths[-1]
             missing -= len(found.ids) + 1
+        if missing <= 0:
+            break
     length = sum(map(len, ids))
     if length < 2:
         raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to score; give --data more")
@@ -56,19 +55,6 @@ def read_text(paths: Sequence[Path], scorer: Scorer, tokens: int | None = None) 
             "give the model's own with --tokenizer"
         )
     return text
-
-
-def _documents(paths: Sequence[Path]) -> Iterator[str]:
-    for path in paths:
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files:
-            raise DfssmError(f"{path}: no *.txt file in this folder; name the files themselves")
-        for file in files:
-            try:
-                text = file.read_text(encoding="utf-8", errors="replace")
-            except OSError as error:
-                raise DfssmError(f"{file}: cannot be read ({error.strerror}); give --data text files") from None
-            yield from filter(None, (part.strip() for part in text.split(END_OF_TEXT)))
 
 
 def _byte_lengths(document: str) -> np.ndarray:

@@ -1,70 +1,219 @@
-"""Train a small Mamba-2 teacher on any text; writes a folder in the layout of Hugging Face.
+"""Train a small Mamba-2 teacher on any text until its held-out loss stops falling; writes the layout of Hugging Face.
 
-python examples/01_train_teacher.py --data stories.txt books/ -o teacher
+python examples/01_train_teacher.py --data stories.txt --data books/ -o teacher
 """
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
-from corpus import END_OF_TEXT, load_tokenizer, perplexity, read_corpus
-from options import Run, main, run_options
-from training import bf16_is_faster, train
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 
+from dfssm.distill.data import Windows, tokenize
+from dfssm.distill.distributed import Ranks
+from dfssm.distill.run import fast_bf16
+from dfssm.distill.trainer import Schedule, Trainer, held_out_loss
+from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
+from dfssm.model.text import END_OF_TEXT, documents, text_files
+from dfssm.opset.errors import DfssmError
+
+WEIGHT_DECAY = 0.1
+PATIENCE = 3  # measurements without a new best, and the loss has stopped falling
+LEAST = 1e-3  # nats a token: what is less below the best is no new best
+
+
+class Plateau:
+    """Learning rate `lr` until the held-out loss stops falling, then over a quarter of the steps so far down to zero.
+
+    It rises over the first `warmup` steps. At step `longest` the loss is taken to have stopped.
+    """
+
+    def __init__(self, lr: float, warmup: int, longest: int):
+        self.lr, self.warmup, self.turn = lr, warmup, longest
+        self.best, self.worse = math.inf, 0
+
+    def measured(self, step: int, loss: float) -> None:
+        """Take note of the held-out loss after `step` steps."""
+        if step >= self.turn:
+            return
+        if loss < self.best - LEAST:
+            self.best, self.worse = loss, 0
+        else:
+            self.worse += 1
+        if self.worse == PATIENCE:
+            self.turn = step
+
+    def steps(self) -> int:
+        """Of the whole run, as far as is known by now."""
+        return self.turn + max(1, self.turn // 4)
+
+    def rate(self, step: int) -> float:
+        if step < self.turn:
+            return self.lr * min(1.0, (step + 1) / self.warmup)
+        return self.lr * (self.steps() - step) / (self.steps() - self.turn)
+
+
+class NextToken(nn.Module):
+    """A language model as the trainer calls it: ids i64[B,T+1] -> the mean cross entropy of the next token."""
+
+    def __init__(self, model: Mamba2LM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        logits = self.model(ids[:, :-1])[0]
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())}
+
+
+def beginnings(paths: Sequence[Path], held_out: float) -> Iterator[str]:
+    """The documents of files but for about the last `held_out` share of each file's characters."""
+    for file in text_files(paths):
+        left = math.floor((1 - held_out) * sum(map(len, documents(file))))
+        for text in documents(file):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (any text can be encoded) whose token 0 is <|endoftext|>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no type of its own
+        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give another or none") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise DfssmError(f"{file}: has no token {END_OF_TEXT}; give another or none")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @click.command()
-@run_options(output="teacher", steps=3000, seed=0)
-@click.option("--vocab-size", default=4096, show_default=True, help="Of the tokenizer that is trained.")
+@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+              help="Text, JSON lines, parquet, or a folder of them; may be given again.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="teacher", show_default=True)
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="One that there is already.")
+@click.option("--vocab-size", default=4096, show_default=True, help="Of a tokenizer that is trained.")
 @click.option("--d-model", default=256, show_default=True)
 @click.option("--layers", default=6, show_default=True)
 @click.option("--d-state", default=64, show_default=True)
 @click.option("--headdim", default=64, show_default=True)
-def train_teacher(run: Run, vocab_size: int, d_model: int, layers: int, d_state: int, headdim: int):
-    run.begin()
-    file = run.output / "tokenizer.json"
-    tokenizer = load_tokenizer(file) if run.resume else None
-    corpus, tokenizer = read_corpus(list(run.data), run.held_out, tokenizer, vocab_size)
-    if not run.resume:
-        tokenizer.save(str(file))
+@click.option("--longest", type=click.IntRange(1), default=6000, show_default=True, help="Steps at the full rate.")
+@click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a step.")
+@click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option("--lr", default=2e-3, show_default=True)
+@click.option("--held-out", type=click.FloatRange(0, 0.5), default=0.02, show_default=True, help="Of each file's end.")
+@click.option("--every", type=click.IntRange(1), default=200, show_default=True, help="Steps: measure, and save.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True, help="Of a CPU.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT.")
+def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled, resume, **options):
+    torch.set_num_threads(threads)
+    torch.manual_seed(options["seed"])
+    ranks, tokens, held_out = Ranks(0, 1, torch.device(device)), options["tokens"], options["held_out"]
+    checkpoints = output / "checkpoints"
+    if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise DfssmError(f"{output}: holds a run already; go on with --resume, or choose another folder")
+    kept = output / "tokenizer.json"
+    given = kept if resume and kept.is_file() else tokenizer
+    tokenizer = read_tokenizer(given) if given else train_tokenizer(beginnings(data, held_out), vocab_size)
+    atomic_write(kept, lambda path: path.write_text(tokenizer.to_str()))
     end = tokenizer.token_to_id(END_OF_TEXT)
-    # The table is a whole number of 32 rows, as the published checkpoints pad theirs.
-    model = Mamba2LM(
-        Mamba2Config(
-            vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,
-            d_model=d_model,
-            n_layer=layers,
-            d_state=d_state,
-            headdim=headdim,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+    config = Mamba2Config(
+        vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,  # padded as that of the published checkpoints
+        d_model=options["d_model"],
+        n_layer=options["layers"],
+        d_state=options["d_state"],
+        headdim=options["headdim"],
+        bos_token_id=end,
+        eos_token_id=end,
     )
-    bf16 = bf16_is_faster()
-    click.echo(
-        f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out tokens, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {run.threads} threads, "
-        f"{'bf16' if bf16 else 'fp32'} products"
-    )
-    if run.compiled:
-        for layer in model.layers:
+    text = tokenize(data, tokenizer, end, config.vocab_size, held_out, output / "tokens")
+    if len(text.held_out) <= tokens:
+        raise DfssmError(f"{len(text.held_out)} tokens are held out, a window has {tokens}; give more --held-out")
+    model = NextToken(Mamba2LM(config)).to(ranks.device)
+    if compiled:
+        for layer in model.model.layers:
             layer.compile()
+    plateau = Plateau(options["lr"], options["warmup"], options["longest"])
 
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(ids[:, :-1])[0]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    def measure() -> float:
+        loss = held_out_loss(model.model, text.held_out, tokens, ranks)
+        plateau.measured(trainer.step, loss)
+        return loss
 
-    report = train(model, loss, corpus, run.schedule(), run.checkpoint, run.resume)
-    save_teacher(model, run.output)
-    saved = load_teacher(run.output).eval()
-    held = perplexity(lambda ids: saved(ids)[0], corpus.held_out, run.tokens)
+    trainer = Trainer(
+        model,
+        {"all": list(model.parameters())},
+        lambda progress: {"all": plateau.rate(trainer.step)},
+        Windows(text.train, tokens, options["seed"]),
+        Schedule(
+            steps=plateau.steps(),
+            batch=options["batch"],
+            micro_batch=options["batch"],
+            tokens=tokens,
+            save_every=options["every"],
+            evaluate_every=options["every"],
+        ),
+        ranks,
+        output,
+        held_out=measure,
+        ends=plateau.steps,
+        weight_decay=WEIGHT_DECAY,
+        bf16=fast_bf16(ranks.device),
+        identity=options | {"data": list(map(str, data))},
+    )
+    if resume and not trainer.resume():
+        raise DfssmError(f"{checkpoints}: nothing to resume from; leave out --resume to begin")
+    if resume:
+        for line in map(json.loads, trainer.log.path.read_text().splitlines()):
+            if "held_out" in line:
+                plateau.measured(line["step"], line["held_out"])
     click.echo(
-        f"{report['tokens']:,} tokens in {report['seconds']:.0f} s; held-out perplexity {held:.2f}; wrote {run.output}"
+        f"{len(text.train):,} training and {len(text.held_out):,} held-out tokens, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {'bf16' if trainer.bf16 else 'fp32'} products"
+    )
+    trainer.train()
+    save_teacher(model.model, output)
+    loss = held_out_loss(load_teacher(output).to(ranks.device), text.held_out, tokens, ranks)
+    click.echo(
+        f"{trainer.step:,} steps, {trainer.step * options['batch'] * tokens:,} tokens in {trainer.seconds:.0f} s; "
+        f"held-out perplexity {math.exp(loss):.2f}; wrote {output}"
     )
 
 
 if __name__ == "__main__":
-    main(train_teacher)
+    try:
+        train_teacher()
+    except DfssmError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -101,7 +101,12 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config.to_dict())}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
     else:
-        atomic_write(path, lambda temporary: torch.save(header | {"tensors": tensors}, temporary))
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # given a path, torch would write the temporary name into the file
+                torch.save(header | {"tensors": tensors}, file)
+
+        atomic_write(path, write)
 
 
 def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tensor]]:

@@ -28,14 +28,19 @@ def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(latents), torch.stack(scales), residual
 
 
-def low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(residual: Tensor, rank: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best rank-R approximation up[M,R] @ down[R,K] of residual[M,K] (Eckart-Young); repeatable.
 
-    The singular values go to `down`, whose int8 rows have a scale each; a row of `up` shares one scale over
-    all ranks.
+    With `sizes` [K], the root mean square of each input, it is the best for the product with such inputs rather
+    than for the matrix. The singular values go to `down`, whose int8 rows have a scale each; a row of `up` shares one
+    scale over all ranks.
     """
     if not rank:
         return residual.new_zeros(len(residual), 0), residual.new_zeros(0, residual.shape[1])
+    if sizes is not None:
+        sizes = sizes.clamp_min(1e-6 * sizes.max())  # an input that never fires must not be divided by
+        up, down = low_rank(residual * sizes, rank)
+        return up, down / sizes
     if rank * 8 < min(residual.shape):  # a few leading directions of a large matrix: randomised
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -48,27 +53,33 @@ def low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank].contiguous(), (s[:rank, None] * v[:, :rank].T).contiguous()
 
 
-def binary_linear_from(weight: Tensor, rank: int, planes: int) -> BinaryLinear:
-    """A trainable projection that starts at the data-free approximation of weight[M,K]."""
+def binary_linear_from(weight: Tensor, rank: int, planes: int, sizes: Tensor | None = None) -> BinaryLinear:
+    """A trainable projection that starts at the approximation of weight[M,K] without data but `sizes`, see low_rank."""
     with torch.device("meta"):
         linear = BinaryLinear(weight.shape[1], weight.shape[0], rank, planes)
     latent, scale, residual = binarize(weight.detach(), planes)
-    up, down = low_rank(residual, rank)
+    up, down = low_rank(residual, rank, sizes)
     if planes == 1:
         latent, scale = latent[0], scale[0]
     linear.load_state_dict({"latent": latent, "scale": scale, "down": down, "up": up}, assign=True)
     return linear.requires_grad_(True)
 
 
-def student_from_teacher(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> DFSSMLM:
-    """A trainable student that starts at the data-free conversion of `teacher`; float parts are copies."""
+def student_from_teacher(
+    teacher: Mamba2LM, rank: int = 16, planes: int = 1, sizes: dict[str, Tensor] | None = None
+) -> DFSSMLM:
+    """A trainable student that starts at the data-free conversion of `teacher`; float parts are copies.
+
+    `sizes`: of the inputs of each projection, by its name (layers.0.in_proj), see low_rank.
+    """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
     student = DFSSMLM(config).to(teacher.norm_f.weight.device)
     shared = dict(teacher.state_dict())
     for i in range(config.n_layer):
         for name in ("in_proj", "out_proj"):
-            weight = shared.pop(f"layers.{i}.{name}.weight")
-            setattr(student.layers[i], name, binary_linear_from(weight, rank, planes))
+            path = f"layers.{i}.{name}"
+            linear = binary_linear_from(shared.pop(f"{path}.weight"), rank, planes, sizes and sizes[path])
+            setattr(student.layers[i], name, linear)
     student.load_state_dict(student.state_dict() | shared)
     return student
 

@@ -8,6 +8,7 @@ SSMs", arXiv 2405.21060.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,12 @@ def ssd_chunked(
     ngroups: int = 1,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 64,
+    round_state: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """selective_scan_step for a sequence, as matrix products over chunks of `chunk_size` tokens (any T >= 1).
 
-    Same arguments, results and mathematics; only the order of the sums differs.
+    Same arguments, results and mathematics; only the order of the sums differs. `round_state` changes the state
+    [...,P] that one chunk leaves to the next.
     """
     (batch, heads, N, P), tokens = state.shape, x.shape[1]
     L, R, padding = min(chunk_size, tokens), heads // ngroups, -tokens % min(chunk_size, tokens)
@@ -131,6 +134,7 @@ def ssd_chunked(
     for new, kept in zip(added.unbind(1), from_start[:, :, -1, :, None].unbind(1), strict=True):
         entering.append(carry)
         carry = torch.addcmul(new, kept, carry)
+        carry = carry if round_state is None else round_state(carry)
     before = (Cc @ torch.stack(entering, dim=1).flatten(4)).transpose(2, 3)  # b c l g (r p)
     before = before.unflatten(-1, (R, P))
 

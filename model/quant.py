@@ -8,6 +8,9 @@ planes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -48,36 +51,44 @@ class _Sign(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None
 
 
-class _IntegerMatmul(torch.autograd.Function):
-    """q[n,K] @ w[M,K].T, exact; both gradients of a plain product, in `gradient_dtype`."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, w: Tensor, columns: int, gradient_dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(q, w)
-        ctx.gradient_dtype = gradient_dtype
-        with torch.autocast(q.device.type, enabled=False):
-            parts = [a @ b.to(q.dtype).T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)]
-        # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
-        return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        q, w = (t.to(ctx.gradient_dtype) for t in ctx.saved_tensors)
-        gradient = gradient.to(ctx.gradient_dtype)
-        to_q = (gradient @ w).float() if ctx.needs_input_grad[0] else None
-        to_w = (gradient.T @ q).float() if ctx.needs_input_grad[1] else None
-        return to_q, to_w, None, None
-
-
 def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
-    """Exact q[...,K] . w[M,K] -> fp32 [...,M] of int8 codes, held as fp32 or int8.
+    """Exact q[...,K] . w[M,K] -> fp32 [...,M] of int8 codes, held as fp32 or int8; no gradient.
 
-    `largest` bounds |w|: 1 for signs. Under autocast only the gradients take the cast type.
+    `largest` bounds |w|: 1 for signs.
     """
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     columns = _EXACT // (LARGEST * largest)
-    return _IntegerMatmul.apply(q.flatten(0, -2), w, columns, dtype).unflatten(0, q.shape[:-1])
+    # bf16 holds every int8 code and TF32 too, and their products are summed in fp32: rounding to them is exact.
+    with torch.no_grad(), fast_products(q.device, torch.bfloat16), torch.autocast(q.device.type, enabled=False):
+        parts = [a.float() @ b.float().T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)]
+    # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
+    return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
+
+
+@contextlib.contextmanager
+def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let fp32 products round their inputs to `dtype` (bf16; TF32 on CUDA) where that is faster; sums stay fp32."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    if dtype != torch.bfloat16 or not hasattr(backend, "fp32_precision"):  # torch < 2.9
+        yield
+        return
+    before, backend.fp32_precision = backend.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def gradient_dtype(device: torch.device) -> torch.dtype:
+    """The type that autocast gives to products, fp32 without it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in fp32 from inputs of `dtype`: the products of a backward pass."""
+    if dtype != torch.float32 and a.device.type != "cpu":
+        return (a.to(dtype) @ b.to(dtype)).float()
+    with fast_products(a.device, dtype):  # on CPU the copies would cost more than the product
+        return a @ b
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +104,20 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.full_like(m, LARGEST)
     inverse = (largest / m).masked_fill(zero, 0.0)
     return _Round.apply(x * inverse), (m / largest).masked_fill(zero, 0.0)
+
+
+def dequantized(x: Tensor) -> Tensor:
+    """The values that the int8 codes of x[...,K] stand for; the gradient passes unchanged."""
+    q, s = quantize(x)
+    return q * s
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [M,K] -> int8 codes [M,K] (integer-valued fp32) and their scales [M]; K may be 0, with scales of 0."""
+    if not weight.shape[1]:
+        return weight.float(), weight.new_zeros(len(weight), dtype=torch.float32)
+    q, s = quantize(weight)
+    return q, s[:, 0]
 
 
 def sign(latent: Tensor, window: float = 1.5) -> Tensor:
@@ -111,25 +136,94 @@ def unpack_bits(bits: Tensor) -> Tensor:
     return _SIGNS_OF_BYTE.to(bits.device)[bits.int()].flatten(-2)
 
 
+@torch.no_grad()
 def binary_scaffold_matmul(
     x: Tensor, signs: Tensor, scale: Tensor, down: Tensor, down_scale: Tensor, up: Tensor, up_scale: Tensor
 ) -> Tensor:
     """y = (scale s)(signs . q), summed over planes, + up_scale (up . h), h = (down_scale s)(down . q).
 
     x[...,K]; signs [M,K] with scale [M], or [P,M,K] with [P,M]; int8 codes (any dtype) down [R,K] with
-    down_scale [R] and up [M,R] with up_scale [M], R >= 0. Returns fp32 [...,M].
+    down_scale [R] and up [M,R] with up_scale [M], R >= 0. Returns fp32 [...,M], without a gradient.
     """
-    q, s = quantize(x)
+    return _scaffold_product(*quantize(x), signs, scale, down, down_scale, up, up_scale)[0]
+
+
+def _scaffold_product(q, s, signs, scale, down, down_scale, up, up_scale) -> tuple[Tensor, Tensor]:
+    """`binary_scaffold_matmul` of the codes q, s of x; returns y[...,M] and h[...,R]."""
     planes = (signs, scale) if signs.ndim == 3 else (signs[None], scale[None])
     y = sum((b * s) * integer_matmul(q, a, largest=1) for a, b in zip(*planes, strict=True))
+    h = (down_scale * s) * integer_matmul(q, down)
     if down.shape[0]:
-        h = (down_scale * s) * integer_matmul(q, down)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
             y = y + up_scale * (h @ up.to(h.dtype).T)
-    return y
+    return y, h
 
 
+@torch.no_grad()
 def int8_matmul(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """y = (w_scale s)(w . q): x[...,K], int8 codes w [M,K], w_scale [M] -> fp32 [...,M]."""
+    """y = (w_scale s)(w . q): x[...,K], int8 codes w [M,K], w_scale [M] -> fp32 [...,M], without a gradient."""
     q, s = quantize(x)
     return (w_scale * s) * integer_matmul(q, w)
+
+
+class _TrainedScaffold(torch.autograd.Function):
+    """binary_scaffold_matmul of latents. What is kept of x for the backward pass is its int8 codes.
+
+    The gradients are those of the product of the dequantised operands, with every quantiser the identity and sign
+    passing |latent| < window.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, latent: Tensor, scale: Tensor, down: Tensor, up: Tensor, window: float) -> Tensor:
+        q, s = quantize(x)
+        (dq, ds), (uq, us) = (quantize_rows(t) for t in (down, up))
+        y, h = _scaffold_product(q, s, sign(latent), scale, dq, ds, uq, us)
+        ctx.save_for_backward(q.to(torch.int8), s, latent, scale, h, dq * ds[:, None], uq * us[:, None])
+        ctx.window, ctx.dtype, ctx.x_dtype = window, gradient_dtype(x.device), x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, s, latent, scale, h, down, up = ctx.saved_tensors
+        signs, dtype = sign(latent), ctx.dtype
+        rows = g.flatten(0, -2).float()
+        x = (q.float() * s).flatten(0, -2)
+        planes = list(zip(signs, scale, strict=True)) if signs.ndim == 3 else [(signs, scale)]
+        through_h = product(rows, up, dtype)
+        to_x = sum(product(rows * b, a, dtype) for a, b in planes) + product(through_h, down, dtype)
+        to_weight = product(rows.T, x, dtype)  # of the sum of scale * signs, every plane's
+        to_scale = (signs * to_weight).sum(-1)
+        to_latent = torch.where(latent.abs() < ctx.window, to_weight * scale[..., None], 0.0)
+        to_down = product(through_h.T, x, dtype)
+        to_up = product(rows.T, h.flatten(0, -2), dtype)
+        return to_x.view(q.shape).to(ctx.x_dtype), to_latent, to_scale, to_down, to_up, None
+
+
+def trained_scaffold_matmul(
+    x: Tensor, latent: Tensor, scale: Tensor, down: Tensor, up: Tensor, window: float = 1.5
+) -> Tensor:
+    """binary_scaffold_matmul with the signs of `latent` and the int8 rows of the latents down[R,K] and up[M,R]."""
+    return _TrainedScaffold.apply(x, latent, scale, down, up, window)
+
+
+class _TrainedInt8(torch.autograd.Function):
+    """int8_matmul of latents, with gradients as _TrainedScaffold."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        (q, s), (w, w_scale) = quantize(x), quantize_rows(weight)
+        ctx.save_for_backward(q.to(torch.int8), s, w * w_scale[:, None])
+        ctx.dtype, ctx.x_dtype = gradient_dtype(x.device), x.dtype
+        return (w_scale * s) * integer_matmul(q, w)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        q, s, weight = ctx.saved_tensors
+        rows = g.flatten(0, -2).float()
+        to_x = product(rows, weight, ctx.dtype).view(q.shape).to(ctx.x_dtype)
+        return to_x, product(rows.T, (q.float() * s).flatten(0, -2), ctx.dtype)
+
+
+def trained_int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """int8_matmul with the int8 rows of the latents weight[M,K]."""
+    return _TrainedInt8.apply(x, weight)

@@ -18,8 +18,18 @@ from dfssm.opset.schema import STATE_DTYPES
 
 from .checkpoint import load_student_tensors
 from .config import DFSSMConfig
-from .quant import binary_scaffold_matmul, int8_matmul, pack_bits, quantize, sign, unpack_bits
-from .teacher import Mamba2LM, Mamba2State
+from .quant import (
+    binary_scaffold_matmul,
+    dequantized,
+    int8_matmul,
+    pack_bits,
+    quantize,
+    quantize_rows,
+    trained_int8_matmul,
+    trained_scaffold_matmul,
+    unpack_bits,
+)
+from .teacher import FixedHead, Mamba2LM, Mamba2State
 
 
 class BinaryLinear(nn.Module):
@@ -29,6 +39,8 @@ class BinaryLinear(nn.Module):
     are in units of their row's scale: every weight is then as far from flipping, for one learning rate,
     whatever its row's size.
     """
+
+    window = 1.5  # of the straight-through sign
 
     def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
         super().__init__()
@@ -40,10 +52,7 @@ class BinaryLinear(nn.Module):
         self.up = nn.Parameter(torch.randn(out_features, rank) * in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        down, down_scale = quantize(self.down)
-        # A rank of 0 leaves rows without a maximum.
-        up, up_scale = quantize(self.up) if len(self.down) else (self.up, self.up.new_zeros(len(self.up), 1))
-        return binary_scaffold_matmul(x, sign(self.latent), self.scale, down, down_scale[:, 0], up, up_scale[:, 0])
+        return trained_scaffold_matmul(x, self.latent, self.scale, self.down, self.up, self.window)
 
     @torch.no_grad()
     def export_tensors(self) -> dict[str, Tensor]:
@@ -83,12 +92,14 @@ class Int8Embedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(vocab_size, d_model) * 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        q, scale = quantize(self.weight[ids])
-        return q * scale
+        return dequantized(self.weight[ids])
 
     def project(self, hidden: Tensor) -> Tensor:
-        q, scale = quantize(self.weight)
-        return int8_matmul(hidden, q, scale[:, 0])
+        return trained_int8_matmul(hidden, self.weight)
+
+    def fixed(self) -> FixedHead:
+        q, scale = quantize_rows(self.weight)
+        return FixedHead(lambda hidden: int8_matmul(hidden, q, scale), dequantized, q * scale[:, None])
 
     @torch.no_grad()
     def export_tensors(self) -> dict[str, Tensor]:
@@ -201,8 +212,6 @@ def load_student(path: str | Path, state_dtype: str = "fp32") -> DFSSMLM:
 
 
 def _export_rows(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """int8 codes and row scales of a latent; the rows of a low rank of 0 are empty, their scales 0."""
-    if not weight.numel():
-        return {name: weight.to(torch.int8), f"{name}_scale": weight.new_zeros(len(weight))}
-    q, scale = quantize(weight)
-    return {name: q.to(torch.int8), f"{name}_scale": scale[:, 0].clone()}
+    """int8 codes and row scales of a latent."""
+    q, scale = quantize_rows(weight)
+    return {name: q.to(torch.int8), f"{name}_scale": scale.clone()}

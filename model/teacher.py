@@ -94,6 +94,8 @@ class SelectiveScan(nn.Module):
     Initial values as mamba_ssm: A uniform in [1, 16], step size log-uniform in [0.001, 0.1], D = 1.
     """
 
+    round_state: Callable[[Tensor], Tensor] | None = None  # of ssd_chunked, for training
+
     def __init__(self, config: Mamba2Config):
         super().__init__()
         heads = config.nheads
@@ -110,7 +112,18 @@ class SelectiveScan(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if x.shape[1] == 1:
                 return selective_scan_step(*inputs, **options)
-            return ssd_chunked(*inputs, **options, chunk_size=self.chunk_size)
+            return ssd_chunked(*inputs, **options, chunk_size=self.chunk_size, round_state=self.round_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedHead:
+    """A head with its weight rounded once. inputs(hidden)[...,D] times weight[V,D] transposed is project(hidden)[...,V]
+    but for the order of rounding, and has its gradients.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    inputs: Callable[[Tensor], Tensor]
+    weight: Tensor
 
 
 class Embedding(nn.Embedding):
@@ -119,6 +132,10 @@ class Embedding(nn.Embedding):
     def project(self, hidden: Tensor) -> Tensor:
         """hidden[..., D] -> logits[..., V]."""
         return F.linear(hidden, self.weight)
+
+    def fixed(self) -> FixedHead:
+        """This table as a head for many products in a row."""
+        return FixedHead(self.project, lambda hidden: hidden, self.weight)
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:

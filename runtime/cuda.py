@@ -8,7 +8,8 @@ from dfssm.opset.errors import DfssmError
 
 
 class Cuda:
-    """One stream of the current device. All work is queued; `synchronize` waits for it. Addresses are ints.
+    """One stream of the device that `targets/cuda.py` lists first. All work is queued; `synchronize` waits for it.
+    Addresses are ints.
 
     Raises DfssmError when `cuda-bindings` is missing, there is no driver or no device, or a call fails.
     """
@@ -22,12 +23,6 @@ class Cuda:
         if not self._call("cudaGetDeviceCount"):
             raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")
         self.stream = int(self._call("cudaStreamCreate"))
-
-    def capability(self) -> int:
-        """The device's compute capability as SM number: 86 for 8.6."""
-        attributes = self._runtime.cudaDeviceAttr
-        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
-        return 10 * major + self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
 
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""
@@ -45,6 +40,10 @@ class Cuda:
     def to_host(self, array: np.ndarray, address: int) -> None:
         """Queue a copy into a contiguous array."""
         self._copy(array.ctypes.data, address, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Queue a copy from device memory to device memory."""
+        self._copy(to, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)

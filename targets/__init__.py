@@ -13,7 +13,7 @@ A target module has
 - `open_session(folder, threads=0, model="model.onnx") -> onnxruntime.InferenceSession`: opens a built folder for
   running; `model` names another graph in it over the same weights.
 
-One that builds an engine has `check(folder, manifest)` and `open_engine(folder, manifest, capability)` for the runtime.
+One that builds an engine has `check(folder, manifest)` and `open_engine(folder, manifest)` for the runtime.
 
 Importing a target needs neither torch nor onnx: the runtime opens bundles through these modules.
 """

@@ -133,10 +133,12 @@ def _plan(options: dict) -> Plan:
 
 
 def check(folder: Path, manifest: Manifest) -> None:
-    """Raises DfssmError naming what this machine lacks to run the bundle: a GPU, its TensorRT, the plugin library."""
+    """Raises DfssmError naming what this machine lacks to run the bundle: a GPU, its TensorRT, the plugin library, or a
+    GPU that the engine is for.
+    """
     engine = manifest.engine
     made_for = _made_for(folder, engine)
-    _, no_gpu = cuda.devices()
+    gpus, no_gpu = cuda.devices()
     if no_gpu:
         raise DfssmError(f"{made_for}, and {no_gpu} here: run it on such a GPU, or compile with --target ort-cpu")
     version = installed().get(engine["builder"])
@@ -150,19 +152,18 @@ def check(folder: Path, manifest: Manifest) -> None:
         )
     if _has_library(engine):
         find_library(folder)
+    # What is built to be hardware-compatible runs on Ampere and on whatever came later.
+    sm = gpus[0].sm
+    if not (sm >= 80 if engine["hardware_compatible"] else sm in engine["sm"]):
+        raise DfssmError(f"{made_for}; the GPU here is SM {sm}: compile with --sm {sm}")
 
 
-def open_engine(folder: Path, manifest: Manifest, capability: int):
-    """The bundle's engine as TensorRT's ICudaEngine, for a GPU of SM `capability`, after `check`.
+def open_engine(folder: Path, manifest: Manifest):
+    """The bundle's engine as TensorRT's ICudaEngine, after `check`.
 
-    Raises DfssmError when the engine is for other GPUs, or when TensorRT refuses it or the plugin library.
+    Raises DfssmError when TensorRT refuses it or the plugin library.
     """
     engine = manifest.engine
-    # What is built to be hardware-compatible runs on Ampere and on whatever came later.
-    if not (capability >= 80 if engine["hardware_compatible"] else capability in engine["sm"]):
-        raise DfssmError(
-            f"{_made_for(folder, engine)}; the GPU here is SM {capability}: compile with --sm {capability}"
-        )
     trt = import_module(MODULES[engine["builder"]])
     logger = trt.Logger(trt.Logger.ERROR)
     if _has_library(engine):

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from dfssm.opset.schema import OPS
+from .trt_plugins import PLUGINS
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Name of a builder -> the Python module it is."""
@@ -189,7 +189,7 @@ def _add_profile(builder, config, network, rows: int, best: int, tokens: int) ->
 
 
 def _parser_error(parser, log) -> str:
-    if log.last.startswith(tuple(OPS)) or not parser.num_errors:
+    if log.last.startswith(tuple(PLUGINS)) or not parser.num_errors:
         return log.last
     error = parser.get_error(0)
     return f"{error.desc()} (node {error.node_name()})"
@@ -208,7 +208,7 @@ def _logger(trt: ModuleType):
             self.last = ""
 
         def log(self, severity, text: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR and not self.last.startswith(tuple(OPS)):
+            if severity <= trt.ILogger.Severity.ERROR and not self.last.startswith(tuple(PLUGINS)):
                 self.last = " ".join(text.split())
             if severity <= trt.ILogger.Severity.WARNING and _EXPECTED_WARNING not in text:
                 _say(log=[severity.name.lower(), " ".join(text.split())])

@@ -1,7 +1,10 @@
 """Fixtures that more than one folder of tests uses. (That it is here also puts this folder on the path.)"""
 
+import json
+
 import pytest
 import tiny
+from tokenizers import Tokenizer
 
 from dfssm.targets import get_target
 
@@ -16,3 +19,30 @@ def cpu_target() -> str:
 def tiny_bundle(cpu_target, tmp_path_factory):
     """A bundle of the tiny student with fp16 states and a tokenizer. Not to be written to."""
     return tiny.write_bundle(tmp_path_factory.mktemp("tiny") / "bundle", target=cpu_target, state_dtype="fp16")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tiny.write_tokenizer(path)
+    return Tokenizer.from_file(str(path))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(content, name="a.txt") -> path: text, bytes, rows as JSON lines, or columns as parquet, by the suffix."""
+
+    def write(content, name="a.txt", **options):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.table(content), path, **options)
+        else:
+            content = "".join(json.dumps(row) + "\n" for row in content) if isinstance(content, list) else content
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write

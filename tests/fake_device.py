@@ -1,8 +1,11 @@
 """A CUDA device and a TensorRT engine made of NumPy and ONNX Runtime: what `runtime/tensorrt.py` does with real ones
-is then seen without a GPU. The device refuses what a real one would: an unknown address, a copy past the end of an
-allocation, work queued on a stream that is being recorded but cannot be.
+is then seen without a GPU. They refuse what real ones would: an unknown address, a copy past the end of an allocation,
+work queued on a stream that is being recorded but cannot be, a recording whose context has gone on to other shapes or
+other kernels.
 """
 
+from enum import Enum
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +14,19 @@ _TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int8)": "
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT64": np.int64}
 
 
+class Strategy(Enum):
+    LAZY, EAGER = range(2)
+
+
 class FakeCuda:
     stream = 7
 
     def __init__(self):
         self.memory, self.recording, self.launches = {}, None, 0
+        self.addresses = count(1 << 20, 1 << 32)
 
     def allocate(self, size):
-        address = 0x1000 * (len(self.memory) + 1) + 0x100000 * sum(len(m) for m in self.memory.values())
+        address = next(self.addresses)
         self.memory[address] = np.zeros(size, np.uint8)
         return address
 
@@ -34,6 +42,10 @@ class FakeCuda:
         self._immediate()
         assert array.flags.c_contiguous and array.nbytes <= len(self.memory[address])
         array.reshape(-1).view(np.uint8)[:] = self.memory[address][: array.nbytes]
+
+    def copy(self, to, source, size):
+        self._immediate()
+        self.memory[to][:size] = self.memory[source][:size]
 
     def synchronize(self):
         self._immediate()
@@ -58,18 +70,25 @@ class FakeCuda:
 
 
 class FakeEngine:
-    """An engine of two profiles over an ONNX Runtime session of the step graph; with `aliased`, new states must be
-    bound where the old ones lie.
+    """An engine over an ONNX Runtime session, of two profiles: of a step graph T = 1 and T up to `max_tokens`. With
+    `aliased`, new states must be bound where the old ones lie; with `rtx`, it has what only TensorRT-RTX has.
     """
 
     num_optimization_profiles = 2
 
-    def __init__(self, cuda, session, max_batch, max_tokens, aliased):
-        self.cuda, self.session, self.limits, self.aliased = cuda, session, (max_batch, max_tokens), aliased
+    def __init__(self, cuda, session, max_batch=1, max_tokens=1, aliased=False, rtx=False):
+        self.cuda, self.session, self.limits = cuda, session, (max_batch, max_tokens)
         self.inputs = {t.name: t for t in session.get_inputs() if t.name != "logits_to_keep"}
         self.outputs = {t.name: t for t in session.get_outputs()}
         self.tensors = self.inputs | self.outputs
         self.num_io_tensors = len(self.tensors)
+        self.capturable = True
+        if rtx:
+            self.create_runtime_config = lambda: SimpleNamespace(
+                dynamic_shapes_kernel_specialization_strategy=Strategy.LAZY
+            )
+        states = {name: name.replace("_out.", ".").replace("new_", "") for name in self.outputs}
+        self.aliases = {name: state for name, state in states.items() if aliased and state in self.inputs}
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
@@ -81,44 +100,54 @@ class FakeEngine:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
 
     def get_aliased_input_tensor(self, name):
-        return name.replace("_out.", ".") if self.aliased and "_out." in name else ""
+        return self.aliases.get(name)
 
     def get_tensor_profile_shape(self, name, profile):
         assert name == "input_ids"
         batch, tokens = self.limits[0], self.limits[1] if profile else 1
         return (1, 1), (1, 1), (batch, tokens)
 
-    def create_execution_context(self):
-        return FakeContext(self)
+    def create_execution_context(self, runtime_config=None):
+        return FakeContext(self, runtime_config)
 
 
 class FakeContext:
-    def __init__(self, engine):
+    def __init__(self, engine, config):
         self.engine, self.shapes, self.addresses, self.profile = engine, {}, {}, 0
+        if hasattr(engine, "create_runtime_config"):
+            config = config or engine.create_runtime_config()
+            self.final_kernels = config.dynamic_shapes_kernel_specialization_strategy is Strategy.EAGER
+            self.is_stream_capturable = lambda stream: stream == engine.cuda.stream and engine.capturable
+        else:
+            assert config is None
+            self.final_kernels = True
 
     def set_optimization_profile_async(self, profile, stream):
         assert stream == self.engine.cuda.stream
         self.profile = profile
+        return True
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = tuple(shape)
+        return True
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream):
         engine, memory = self.engine, self.engine.cuda.memory
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        batch, tokens = shapes["input_ids"]
-        _, _, (most_rows, most_tokens) = engine.get_tensor_profile_shape("input_ids", self.profile)
-        assert batch <= most_rows and tokens <= most_tokens
+        if "input_ids" in shapes:
+            batch, tokens = shapes["input_ids"]
+            _, _, (most_rows, most_tokens) = engine.get_tensor_profile_shape("input_ids", self.profile)
+            assert batch <= most_rows and tokens <= most_tokens
         for name in engine.outputs:
-            assert (addresses[name] == addresses.get(engine.get_aliased_input_tensor(name))) == (
-                engine.aliased and name != "logits"
-            )
+            same = [other for other in engine.inputs if addresses[other] == addresses[name]]
+            assert same == [engine.aliases[name]] if name in engine.aliases else not same
 
         def work():
-            feeds = {"logits_to_keep": np.array(1)}
+            feeds = {"logits_to_keep": np.array(1)} if "input_ids" in shapes else {}
             for name in engine.inputs:
                 dtype = np.dtype(_NUMPY[engine.get_tensor_dtype(name).name])
                 size = int(np.prod(shapes[name])) * dtype.itemsize
@@ -126,5 +155,13 @@ class FakeContext:
             for name, array in zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True):
                 memory[addresses[name]][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
 
-        work() if engine.cuda.recording is None else engine.cuda.recording.append(work)
+        def recorded_work():
+            assert self.shapes == shapes, "the context of a recording has other shapes now"
+            work()
+
+        if engine.cuda.recording is None:
+            work()
+        else:
+            assert self.final_kernels and engine.capturable
+            engine.cuda.recording.append(recorded_work)
         return True

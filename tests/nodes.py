@@ -21,6 +21,11 @@ def expected_outputs(case: Case, inputs: dict | None = None) -> list[np.ndarray]
     return list(expected) if isinstance(expected, tuple) else [expected]
 
 
+def output_names(case: Case) -> list[str]:
+    """The outputs that the case's node has: the scale of a state only where the state is int8."""
+    return [t.name for t in OPS[case.op].outputs if not t.optional or case.state_dtype == "int8"]
+
+
 def feeds(inputs: dict) -> dict:
     """The inputs that `node_model(constants=True)` leaves to the caller."""
     return {name: value for name, value in inputs.items() if name in ACTIVATIONS}
@@ -44,9 +49,7 @@ def node_model(case: Case, constants=False, body=False, types=True, attributes=N
     body is there too. `types`: outputs are declared, else the runtime must infer them. `attributes`
     replace the case's, unchecked.
     """
-    inputs = case.inputs()
-    quantized = case.state_dtype == "int8"
-    names = [t.name for t in OPS[case.op].outputs if not t.optional or quantized]
+    inputs, names = case.inputs(), output_names(case)
     if attributes is None:
         node = make_node(case.op, list(inputs), names, "/the/node", **case.attributes)
     else:

@@ -13,7 +13,7 @@ import pytest
 import dfssm
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "cli"]
+PARTS = ["opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "distill", "cli"]
 
 # import-linter in a process that knows only the tree it stands in: an editable install would answer first.
 LINT = """

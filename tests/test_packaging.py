@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "cli"}
+PARTS = {"opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "distill", "cli"}
 
 pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
 

@@ -2,7 +2,6 @@
 // `load_library` of a registry (trtexec --dynamicPlugins, plugins embedded in an engine) asks for the
 // creators with the functions exported here; `polygraphy --plugins` does a plain dlopen and expects to find
 // them registered.
-#include <array>
 #include <vector>
 
 #include "common/creators.h"
@@ -14,13 +13,6 @@ namespace {
 
 using nvinfer1::IPluginCreatorInterface;
 using nvinfer1::IPluginRegistry;
-
-const std::array<IPluginCreatorInterface*, 6>& creators() {
-  static const std::array<IPluginCreatorInterface*, 6> all = {
-      binary_scaffold_matmul_creator(), int8_matmul_creator(),    causal_conv1d_step_creator(),
-      selective_scan_step_creator(),    gated_rms_norm_creator(), rms_norm_creator()};
-  return all;
-}
 
 // The registration that a plain dlopen makes and dlclose ends.
 class Registration {

@@ -15,10 +15,10 @@ from .check import check_lowered
 from .graph import load, save
 
 LOWERINGS = {
-    "plugin": ("functions", "last_token", "embedding", "words", "plugin_attributes", "dtypes"),
+    "plugin": ("functions", "last_token", "embedding", "words", "fuse", "plugin_attributes", "dtypes"),
     "native": ("functions", "last_token", "one_token", "native", "embedding", "dtypes"),
 }
-"""Name of a lowering -> its passes. `plugin` keeps our ops, for libdfssm_trt.so; `native` has standard ops only."""
+"""Name of a lowering -> its passes. `plugin` has our ops, some fused, for libdfssm_trt.so; `native` none of them."""
 
 
 def passes(lowering: str) -> dict[str, Callable[[gs.Graph], list[str]]]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from dfssm.opset.schema import OPS
+from dfssm.targets.trt_plugins import PLUGINS
 
 from .graph import ours
 
@@ -26,7 +26,7 @@ def run(graph: gs.Graph) -> list[str]:
             tensor.dtype, tensor.shape = known.dtype, known.shape
             changed.append(name)
     for node in ours(graph):
-        for spec, tensor in zip(OPS[node.op].outputs, node.outputs, strict=False):
+        for spec, tensor in zip(PLUGINS[node.op].outputs, node.outputs, strict=False):
             if np.dtype(tensor.dtype).name not in spec.dtypes:
                 raise ValueError(f"{node.name}: output '{spec.name}' is {tensor.dtype}, expected {spec.dtypes}")
     return changed

@@ -7,7 +7,7 @@ takes before it shows those of the node; so the two ops that leave a choice ther
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from dfssm.opset import OPS
+from dfssm.targets.trt_plugins import PLUGINS
 
 from .graph import ours
 
@@ -18,7 +18,7 @@ def run(graph: gs.Graph) -> list[str]:
     """Returns the names of the nodes that got attributes; written out are all, defaults too."""
     changed = []
     for node in ours(graph):
-        wanted = OPS[node.op].defaults | node.attrs | PLUGIN
+        wanted = PLUGINS[node.op].defaults | node.attrs | PLUGIN
         if node.op == "SelectiveScanStep":
             wanted["int8_state"] = int(len(node.outputs) == 3)
         if node.op == "Int8MatMul":

@@ -31,6 +31,14 @@ def test_no_step_is_faster_than_its_bytes(device):
             assert time > moved / device.bandwidth
 
 
+@pytest.mark.parametrize(("batch", "nodes"), [(1, 5), (64, 5), (65, 6), (512, 6)])
+def test_nodes_of_a_layer(batch, nodes):
+    """On a GPU whose memory and cores take no time: what is left are the nodes, three of them after the layers."""
+    instant = gpu.Gpu("bound by launches", 1e30, 1, 1e30, 1e30)
+    for state in gpu.SCAN:
+        assert gpu.step(instant, batch, state) == pytest.approx((48 * nodes + 3) * gpu.NODE)
+
+
 def test_more_tokens_than_a_pass_takes_cost_another_pass():
     slow = gpu.Gpu("bound by issue", 1e18, 1, 1e9, 1e9)
     one, two = (gpu.product(slow, n, 2048, 8512, bits=True) - 2 * gpu.NODE for n in (32, 33))

@@ -70,8 +70,8 @@ def test_plugin_bundle(model, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_size_and_memory(tmp_path):
-    """Of the 130m shape: what TensorRT adds is one small kernel a layer, kept as source. At this rate the 1.3B, 278 MB
-    and 48 layers, stays below 1.05 of its model.pt.
+    """Of the 130m shape: TensorRT adds the plugins' attributes and some constants, no kernel of its own in a layer. At
+    this rate the 1.3B, 281 MB and 48 layers, stays below 1.02 of its model.pt.
     """
     try:
         trt.find_library()
@@ -82,7 +82,7 @@ def test_size_and_memory(tmp_path):
     options = {"builder": "tensorrt-rtx"}
     report = compile_model(Request(tmp_path / "model.pt", "trt", tmp_path / "b", verify=False, options=options))
     added = report.manifest.files["model.engine"]["bytes"] - (tmp_path / "model.pt").stat().st_size
-    assert added < 2e6 + 200e3 * config.n_layer
+    assert added < 2e6 + 50e3 * config.n_layer
     build = next(record for record in report.passes if record.name == "build")
     assert build.peak_rss_bytes < 2e9
 

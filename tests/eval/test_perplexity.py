@@ -1,4 +1,4 @@
-"""The text, the windows, and that teacher, student and bundle are measured alike."""
+"""The windows, and that teacher, student and bundle are measured alike."""
 
 import json
 
@@ -7,23 +7,12 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer
 
 from dfssm.eval.perplexity import measure, windows
-from dfssm.eval.scorer import END_OF_TEXT
-from dfssm.eval.text import Text, read_text
+from dfssm.eval.text import Text
 from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text, name="a.txt"):
-        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
-        return tmp_path / name
-
-    return write
 
 
 @pytest.fixture
@@ -50,63 +39,6 @@ class TestWindows:
             assert first == 1 or first - start >= window - stride
             scored += range(first, stop)
         assert scored == list(range(1, tokens))
-
-
-class TestText:
-    def test_documents_end_at_the_mark_and_at_the_end_of_a_file(self, scorers, write, tmp_path):
-        scorer = scorers["student"]
-        write(f"hello\n{END_OF_TEXT}\n  world é {END_OF_TEXT}\n\n")
-        write("hello", "b.txt")
-        text = read_text([tmp_path], scorer)
-        encode = scorer.tokenizer.encode
-        assert text.ids.tolist() == [
-            *(*encode("hello").ids, END),
-            *(*encode("world é").ids, END),
-            *(*encode("hello").ids, END),
-        ]
-        assert text.ends[-1] == len("hello" + "world é" + "hello") + 1  # é has two bytes
-        assert text.scored_bytes == text.ends[-1] - len("hello")  # which is the first token
-
-    def test_bytes_are_those_of_the_tokens(self, scorers, write):
-        scorer = scorers["student"]
-        document = "aé€😀 hello world"
-        text = read_text([write(document)], scorer)
-        raw = document.encode()
-        for index in range(len(text.ids) - 1):
-            decoded = scorer.tokenizer.decode(text.ids[: index + 1].tolist())
-            if "\ufffd" not in decoded:
-                assert raw[: text.ends[index]].decode() == decoded
-
-    def test_only_so_many_tokens(self, scorers, write):
-        path = write(f"hello world hello world{END_OF_TEXT}" * 300)
-        whole = read_text([path], scorers["student"])
-        part = read_text([path], scorers["student"], tokens=9)
-        assert len(part.ids) == 10 and part.ids.tolist() == whole.ids[:10].tolist()
-        assert part.ends.tolist() == whole.ends[:10].tolist()
-
-    @pytest.mark.parametrize("text", ["", " \n ", END_OF_TEXT])
-    def test_no_text(self, scorers, write, text):
-        with pytest.raises(DfssmError, match="there is no text to score"):
-            read_text([write(text)], scorers["student"])
-
-    def test_no_files(self, scorers, tmp_path):
-        with pytest.raises(DfssmError, match=r"no \*.txt file in this folder"):
-            read_text([tmp_path], scorers["student"])
-        with pytest.raises(DfssmError, match="cannot be read"):
-            read_text([tmp_path / "nothing"], scorers["student"])
-
-    def test_a_tokenizer_that_does_not_fit(self, scorers, write, monkeypatch):
-        monkeypatch.setattr(scorers["student"], "vocab_size", 5)
-        with pytest.raises(DfssmError, match="the model has 5: give the model's own with --tokenizer"):
-            read_text([write("hello")], scorers["student"])
-
-    def test_a_tokenizer_that_would_cut_is_told_not_to(self, student, write, tmp_path):
-        from dfssm.eval.scorer import open_scorer
-
-        tokenizer = Tokenizer.from_file(str(student.with_name("tokenizer.json")))
-        tokenizer.enable_truncation(4)
-        tokenizer.save(str(tmp_path / "cut.json"))
-        assert len(read_text([write("hello world" * 9)], open_scorer(student, tmp_path / "cut.json")).ids) > 5
 
 
 class TestMeasure:
@@ -158,6 +90,10 @@ class TestCommand:
         assert found["tokens"] == 5 and (found["window"], found["stride"]) == (1024, 512)
         assert found["perplexity"] == pytest.approx(np.exp(found["nats"] / 5))
         assert found["model"] == str(teacher) and found["kind"] == "teacher"
+
+    def test_json_lines(self, perplexity, student, write):
+        plain, lines = write("hello world"), write([{"text": "hello world"}], "a.jsonl")
+        assert perplexity(student, "--data", lines) == perplexity(student, "--data", plain)
 
     def test_a_line_for_people(self, student, write):
         from dfssm.cli.main import dfssm

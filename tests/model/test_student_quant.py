@@ -94,26 +94,64 @@ def test_sign_passes_the_gradient_inside_its_window_only():
     assert latent.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
 
 
-def test_matmul_gradients_are_those_of_the_dequantised_product():
+def rounded(t):
+    """The codes of t in its forward, t itself in its backward pass."""
+    q, s = quant.quantize(t.detach())
+    return t + (q * s - t).detach()
+
+
+def gradients(y, gradient, leaves):
+    return torch.autograd.grad(y, leaves, gradient)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_scaffold_gradients_are_those_of_the_dequantised_product(planes, rank):
     """y = x_hat W_hat with every quantiser the identity: autograd on floats gives the same gradients."""
-    x = torch.randn(2, 3, 64, requires_grad=True)
-    signs = torch.where(torch.randn(10, 64) > 0, 1.0, -1.0).requires_grad_()
-    scale = torch.rand(10, requires_grad=True)
-    down, up = torch.randn(2, 64, requires_grad=True), torch.randn(10, 2, requires_grad=True)
-    leaves = [x, signs, scale, down, up]
+    lead = (planes,) if planes > 1 else ()
+    x, latent = torch.randn(2, 3, 64), 2 * torch.randn(*lead, 10, 64)
+    leaves = [x, latent, torch.rand(*lead, 10), torch.randn(rank, 64), torch.randn(10, rank)]
+    x, latent, scale, down, up = leaves = [leaf.requires_grad_() for leaf in leaves]
     gradient = torch.randn(2, 3, 10)
+    actual = gradients(quant.trained_scaffold_matmul(*leaves), gradient, leaves)
 
-    (dq, ds), (uq, us) = quant.quantize(down), quant.quantize(up)
-    quant.binary_scaffold_matmul(x, signs, scale, dq, ds[:, 0], uq, us[:, 0]).backward(gradient)
-    actual = [leaf.grad.clone() for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
+    clipped = latent * (latent.abs() < 1.5)  # the gradient of a sign is that of this
+    signs = clipped + (torch.where(latent > 0, 1.0, -1.0) - clipped).detach()
+    weight = scale[..., None] * signs
+    weight = (weight.sum(0) if planes > 1 else weight) + (rounded(up) @ rounded(down) if rank else 0.0)
+    expected = torch.autograd.grad(rounded(x) @ weight.T, leaves, gradient, allow_unused=rank == 0)
+    for got, want, leaf in zip(actual, expected, leaves, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(leaf) if want is None else want, rtol=1e-4, atol=1e-4)
 
-    def rounded(t):
-        q, s = quant.quantize(t.detach())
-        return t + (q * s - t).detach()
 
-    weight = scale[:, None] * signs + rounded(up) @ rounded(down)
-    (rounded(x) @ weight.T).backward(gradient)
-    for got, leaf in zip(actual, leaves, strict=True):
-        torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-4)
+def test_int8_gradients_are_those_of_the_dequantised_product():
+    x, w = torch.randn(2, 3, 64, requires_grad=True), torch.randn(33, 64, requires_grad=True)
+    gradient = torch.randn(2, 3, 33)
+    actual = gradients(quant.trained_int8_matmul(x, w), gradient, [x, w])
+    expected = gradients(rounded(x) @ rounded(w).T, gradient, [x, w])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_latents_are_multiplied_as_their_export(planes):
+    lead = (planes,) if planes > 1 else ()
+    x, latent, scale = torch.randn(5, 64), torch.randn(*lead, 10, 64), torch.rand(*lead, 10)
+    down, up = torch.randn(3, 64), torch.randn(10, 3)
+    (dq, ds), (uq, us) = quant.quantize_rows(down), quant.quantize_rows(up)
+    exported = quant.binary_scaffold_matmul(x, quant.sign(latent), scale, dq, ds, uq, us)
+    assert torch.equal(quant.trained_scaffold_matmul(x, latent, scale, down, up), exported)
+    assert torch.equal(quant.trained_int8_matmul(x, down), quant.int8_matmul(x, dq, ds))
+
+
+def test_under_autocast_only_the_gradients_are_rounded():
+    """To bf16, whose 8 bits make each product of two operands wrong by up to 2^-8 of its size."""
+    x, w = torch.randn(64, 64, requires_grad=True), torch.randn(33, 64, requires_grad=True)
+    gradient = torch.randn(64, 33)
+    exact = quant.trained_int8_matmul(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = quant.trained_int8_matmul(x, w)
+    assert torch.equal(exact, cast)
+    sizes = gradient.abs() @ rounded(w).abs(), gradient.abs().T @ rounded(x).abs()
+    exact, cast = (gradients(y, gradient, [x, w]) for y in (exact, cast))
+    for got, want, size in zip(cast, exact, sizes, strict=True):
+        assert ((got - want).abs() <= 2**-7 * size + 1e-6).all()

@@ -72,7 +72,7 @@ def _library(name: str, sources: list[Path], *link: str) -> Path:
         flags = [*"-std=c++17 -O1 -fPIC -Wall -Wextra -fvisibility=hidden -DDFSSM_EMULATION".split()]
         flags += [f"-I{emulated.PLUGINS}", f"-I{GENERATED}", f"-isystem{emulated.EMULATION}"]
         flags += [f"-isystem{folder}" for folder in headers().values()]
-        read = {*OPS, *ADAPTER, *REGISTERED, *emulated.PLUGINS.glob("common/*.h"), *emulated.EMULATION.glob("*.h")}
+        read = {*OPS, *ADAPTER, *REGISTERED, *emulated.PLUGINS.glob("*/*.h")}
         contents = b"".join(path.read_bytes() for path in sorted({*read, *GENERATED.iterdir()}))
         key = hashlib.sha256(repr(flags).encode() + contents).hexdigest()[:16]
         library = emulated.BUILD / f"lib{name}-{key}-{kernels.stem[-16:]}.so"

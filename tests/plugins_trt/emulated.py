@@ -35,7 +35,7 @@ def compiler() -> str | None:
 def _compile(source: Path) -> Path:
     """The object of one source, kept until the source, a header it may include or a flag changes."""
     flags = [*COMMON, *(DEVICE if source.suffix == ".cu" else HOST)]
-    headers = {h for folder in (source.parent, PLUGINS / "common", EMULATION) for h in folder.glob("*.*h")}
+    headers = {h for folder in PLUGINS.iterdir() for h in folder.glob("*.*h")}
     key = hashlib.sha256(repr(flags).encode())
     for path in [source, *sorted(headers)]:
         key.update(path.read_bytes())
@@ -227,16 +227,51 @@ class Kernels(Emulation):
         return size(*arguments)
 
 
-def _scaffold(k: Kernels, x, bits, scale, down, down_scale, up, up_scale, planes=1, layout=0):
-    assert layout == 0, "the kernels read the canonical layout"
-    n, K, M, R = x.size // x.shape[-1], x.shape[-1], up_scale.size, down.shape[0]
-    y = k.output("y", (*x.shape[:-1], M))
-    tensors = [k.activation("x", x), k.put("bits", bits.view(np.uint32))]
+def _weights(k: Kernels, bits, scale, down, down_scale, up, up_scale) -> list[np.ndarray]:
+    """Those of a scaffold, in the order in which every function takes them."""
     weights = dict(scale=scale, down=down, down_scale=down_scale, up=up, up_scale=up_scale)
-    tensors += [k.put(name, value) for name, value in weights.items()]
+    return [k.put("bits", bits.view(np.uint32)), *(k.put(name, value) for name, value in weights.items())]
+
+
+def _scaffold(k: Kernels, x, planes=1, layout=0, **weights):
+    assert layout == 0, "the kernels read the canonical layout"
+    n, K, M, R = x.size // x.shape[-1], x.shape[-1], weights["up_scale"].size, weights["down"].shape[0]
+    y = k.output("y", (*x.shape[:-1], M))
+    tensors = [k.activation("x", x), *_weights(k, **weights)]
     workspace = k.workspace(k.sized("dfssm_trt_scaffold_workspace", n, K, M, R))
     k.call("dfssm_trt_binary_scaffold_matmul", *tensors, y, n, K, M, R, planes, TYPES[k.type], workspace)
     return (widen(y),)
+
+
+def _norm_scaffold_conv(
+    k: Kernels, x, norm_weight, state, conv_weight, conv_bias,
+    eps=1e-5, planes=1, layout=0, activation="silu", x_start=0, **weights,
+):  # fmt: skip
+    (B, T, K), (C, W) = x.shape, conv_weight.shape
+    M, R = weights["up_scale"].size, weights["down"].shape[0]
+    y = k.output("y", (B, T, M))
+    old, new = k.state("state", state)
+    tensors = [k.activation("x", x), k.put("norm_weight", norm_weight), *_weights(k, **weights), old]
+    tensors += [k.put("conv_weight", conv_weight), k.put("conv_bias", conv_bias), y, new]
+    sizes = [B, T, K, M, R, planes, C, W]
+    workspace = k.workspace(k.sized("dfssm_trt_norm_scaffold_conv_workspace", B * T, K, M, R, C, TYPES[k.type]))
+    attributes = [ctypes.c_float(eps), int(activation == "silu"), x_start]
+    k.call("dfssm_trt_norm_scaffold_conv", *tensors, *sizes, *attributes, TYPES[k.type], workspace)
+    return widen(y), new
+
+
+def _gated_norm_scaffold_add(
+    k: Kernels, y, z, norm_weight, residual, eps=1e-5, groups=1, planes=1, layout=0, z_start=-1, **weights
+):
+    n, K, M, R = y.size // y.shape[-1], y.shape[-1], weights["up_scale"].size, weights["down"].shape[0]
+    out = k.output("out", (*y.shape[:-1], M))
+    gate, stride = k.columns("z", z, z_start, K)
+    tensors = [k.activation("y", y), gate, k.put("norm_weight", norm_weight), *_weights(k, **weights)]
+    tensors += [k.activation("residual", residual), out]
+    workspace = k.workspace(k.sized("dfssm_trt_scaffold_workspace", n, K, M, R))
+    sizes = [n, K, M, R, planes, groups, stride, ctypes.c_float(eps)]
+    k.call("dfssm_trt_gated_norm_scaffold_add", *tensors, *sizes, TYPES[k.type], workspace)
+    return (widen(out),)
 
 
 def _int8(k: Kernels, x, w, w_scale, y_type="float32"):
@@ -306,6 +341,8 @@ _RUN = {
     "SelectiveScanStep": _scan,
     "GatedRMSNorm": _gated_norm,
     "RMSNorm": _norm,
+    "NormScaffoldConv": _norm_scaffold_conv,
+    "GatedNormScaffoldAdd": _gated_norm_scaffold_add,
 }
 
 

@@ -5,20 +5,26 @@ import re
 import subprocess
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto
-from plugins_trt import engines, lowered
+from plugins_trt import engines, fused, lowered
+from trt_graphs import write_step
 
 from dfssm.opset.cases import Case
-from dfssm.opset.schema import OPS
+from dfssm.targets.trt_lowering import lower
+from dfssm.targets.trt_plugins import FUSED, PLUGINS
 
 OWN = {"SelectiveScanStep": {"int8_state"}, "Int8MatMul": {"w_words"}}
 """Fields that only the plugins have: see plugins/trt/<op>/plugin.cpp."""
 
-STATEFUL = {"CausalConv1dStep", "SelectiveScanStep"}
+STATEFUL = {"CausalConv1dStep", "SelectiveScanStep", "NormScaffoldConv"}
 
 GOOD = {case.id: case for case in [case for case in lowered.CANONICAL if case.kind == "normal"][::2]}
 """Every other case: half of them are enough for shapes and types, and an engine takes 0.1 s."""
+
+
+FUSED_GOOD = {case.id: case for case in fused.CASES}
 
 
 def one(op: str, **sizes) -> Case:
@@ -93,20 +99,30 @@ def wrong() -> dict[str, tuple]:
 def variants() -> dict:
     """Good models beside the case table: activations of 16 bits, defaults left out, a head of int32 words."""
     models = {}
-    for op in OPS:
-        case = one(op, T=7 if "Norm" in op else 2)
-        inputs = lowered.lowered_inputs(case)
+    for op in PLUGINS:
+        if op in FUSED:
+            case, source = next(c for c in fused.CASES if c.op == op), fused
+        else:
+            case, source = one(op, T=7 if "Norm" in op else 2), lowered
+        inputs = source.lowered_inputs(case)
         half = {k: v.astype(np.float16) if k in lowered.TOKENS else v for k, v in inputs.items()}
-        models[f"{op} half"] = lowered.node_model(case, half)
-        models[f"{op} bfloat16"] = lowered.node_model(case, half)
+        models[f"{op} half"] = source.node_model(case, half)
+        models[f"{op} bfloat16"] = source.node_model(case, half)
         for tensor in models[f"{op} bfloat16"].graph.input:
             if tensor.name in lowered.TOKENS:
                 tensor.type.tensor_type.elem_type = TensorProto.BFLOAT16
-        models[f"{op} defaults"] = lowered.node_model(case, **{name: None for name in OPS[op].defaults})
+        models[f"{op} defaults"] = source.node_model(case, **{name: None for name in PLUGINS[op].defaults})
     head = one("Int8MatMul", T=2)
     inputs = lowered.lowered_inputs(head)
     models["head of words"] = lowered.node_model(head, inputs | {"w": inputs["w"].view(np.int32)}, w_words=1)
     return models
+
+
+def student(folder) -> onnx.ModelProto:
+    """A whole model of two layers, lowered."""
+    write_step(folder, "plain")
+    lower(folder / "model.onnx", folder / "lowered.onnx")
+    return onnx.load(folder / "lowered.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +130,8 @@ def built(tmp_path_factory):
     if reason := engines.missing():
         pytest.skip(reason)
     models = {name: lowered.node_model(case) for name, case in GOOD.items()}
+    models |= {name: fused.node_model(case) for name, case in FUSED_GOOD.items()}
+    models["student"] = student(tmp_path_factory.mktemp("student"))
     models |= VARIANTS | {name: model for name, (model, _) in WRONG.items()}
     mine = tmp_path_factory.getbasetemp()  # under xdist one folder a worker, side by side
     return engines.build(models, (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "engines")
@@ -130,10 +148,10 @@ def test_library_shows_two_symbols_and_needs_neither_tensorrt_nor_a_driver():
 
 def test_registry(built):
     creators = built[1]
-    assert set(creators) == set(OPS)
+    assert set(creators) == set(PLUGINS)
     kinds = {int: "INT32", float: "FLOAT32", str: "CHAR"}
     for op, fields in creators.items():
-        schema = {name: kinds[type(default)] for name, default in OPS[op].defaults.items()}
+        schema = {name: kinds[type(default)] for name, default in PLUGINS[op].defaults.items()}
         assert schema.items() <= fields.items()
         assert set(fields) - set(schema) == OWN.get(op, set())
 
@@ -142,13 +160,14 @@ VARIANTS = variants()
 WRONG = wrong()
 
 
-@pytest.mark.parametrize("name", [*GOOD, *VARIANTS])
+@pytest.mark.parametrize("name", [*GOOD, *FUSED_GOOD, *VARIANTS])
 def test_engine(built, name):
     """The engine is the plugin and nothing that computes or copies, whether activations or a state."""
     engine = built[0][name]
     assert not engine.errors
     assert engine.size
-    op = GOOD[name].op if name in GOOD else VARIANTS[name].graph.node[0].op_type
+    case = GOOD.get(name) or FUSED_GOOD.get(name)
+    op = case.op if case else VARIANTS[name].graph.node[0].op_type
     if op in STATEFUL:
         # A layer of its own; what shares no memory becomes part of a region that TensorRT compiles.
         assert [layer for layer in engine.layers if layer[1] != "Constant"] == [["/the/node", "PluginV3", op]]
@@ -159,10 +178,25 @@ def test_engine(built, name):
     assert set(engine.embedded) >= set(built[1][op])
 
 
+def test_layers_of_a_student(built):
+    """Three plugins a layer and nothing between them; before them the embedding, after them norm and head."""
+    engine = built[0]["student"]
+    assert not engine.errors
+    computing = [(name, kind) for name, kind, _ in engine.layers if kind not in ("Constant", "shape_call")]
+    names = [re.sub(r"_myl\d+_\d+$", "", name) for name, _ in computing]
+    first = names.index("/layers.0/in_proj")
+    wanted = [f"/layers.{layer}/{part}" for layer in range(2) for part in ("in_proj", "scan", "out_proj")]
+    assert names[first : first + len(wanted)] == wanted
+    assert {kind for _, kind in computing[:first]} == {"kgen"}
+    *between, norm, head = computing[first + len(wanted) :]
+    assert [kind for _, kind in between] == ["kgen"]  # the last token
+    assert norm[0].startswith("/norm_f") and head[0].startswith("/lm_head")
+
+
 KINDS = {"half": "HALF", "bfloat16": "BF16"}
 
 
-@pytest.mark.parametrize("name", [*GOOD, *VARIANTS])
+@pytest.mark.parametrize("name", [*GOOD, *(name for name in VARIANTS if name.split()[0] not in FUSED)])
 def test_output_types(built, name):
     """Activations as they came in, logits fp32, states as they are stored."""
     case = GOOD.get(name) or one(VARIANTS[name].graph.node[0].op_type)
@@ -181,6 +215,26 @@ def test_workspace_is_for_the_largest_shapes(built, kernels, name):
         wanted = kernels.sized("dfssm_trt_int8_workspace", n, sizes["K"])
     else:
         wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, sizes["K"], sizes["M"], sizes["R"])
+    assert wanted <= built[0][name].scratch < wanted + 1024  # the builder rounds up
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.split()[0] in FUSED])
+def test_output_types_of_the_fused(built, name):
+    """Activations as they came in; the state of the convolution is fp32."""
+    activations = KINDS.get(name.split()[-1], "FLOAT")
+    for output, dtype in built[0][name].outputs:
+        assert dtype == ("FLOAT" if output == "new_state" else activations)
+
+
+@pytest.mark.parametrize("name", FUSED_GOOD)
+def test_workspace_of_the_fused(built, kernels, name):
+    """For the largest shapes, and with room for the channels of a prefill."""
+    case, n = FUSED_GOOD[name], engines.MAX_BATCH * engines.MAX_TOKENS
+    K, M, R = (case.sizes[key] for key in "KMR")
+    if case.op == "NormScaffoldConv":
+        wanted = kernels.sized("dfssm_trt_norm_scaffold_conv_workspace", n, K, M, R, case.sizes["C"], 0)
+    else:
+        wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, K, M, R)
     assert wanted <= built[0][name].scratch < wanted + 1024  # the builder rounds up
 
 

@@ -179,6 +179,20 @@ def test_int8_matmul_is_exact_in_integers(kernels):
         np.testing.assert_array_equal(y[0], x.astype(np.int64) @ w.T.astype(np.int64), err_msg=f"K={K} M={M} n={n}")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("BinaryScaffoldMatMul", dict(B=1, T=65, K=128, M=12673, R=1)),
+        Case("Int8MatMul", dict(B=1, T=65, K=144, M=12673)),
+    ],
+    ids=lambda case: case.id,
+)
+def test_large_products(kernels, case):
+    """One row and one token more than 99 tiles of 128 rows and one of 64 tokens: the large tiles, at their edges."""
+    inputs = case.inputs()
+    check(case, kernels.run(case.op, inputs), reference(case, inputs))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.parametrize("op", ["BinaryScaffoldMatMul", "Int8MatMul"])

@@ -10,6 +10,7 @@ from plugins_trt import adapter, lowered
 
 from dfssm.opset.cases import Case
 from dfssm.opset.schema import OPS
+from dfssm.targets.trt_plugins import PLUGINS
 
 IDS = dict(ids=lambda case: case.id)
 
@@ -235,9 +236,9 @@ def python(code: str, *libraries) -> str:
 def test_registration(tmp_path):
     """A plain dlopen registers the plugins; load_library takes them over; errors go to TensorRT's logger."""
     assert python(REGISTRATION, adapter.fake_tensorrt(tmp_path), adapter.plugin_library()).splitlines() == [
-        f"{len(OPS)} RMSNorm 'a node': attribute 'eps' is -1, expected a number >= 0",
-        f"1 {len(OPS)}",
-        f"0 {len(OPS)}",
+        f"{len(PLUGINS)} RMSNorm 'a node': attribute 'eps' is -1, expected a number >= 0",
+        f"1 {len(PLUGINS)}",
+        f"0 {len(PLUGINS)}",
     ]
 
 

@@ -1,8 +1,10 @@
 """The engine over a device, its states there and its decoding from a recorded graph, against the engine on the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from fake_device import FakeCuda, FakeEngine
+from fake_device import FakeCuda, FakeEngine, Strategy
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -11,11 +13,15 @@ from dfssm.runtime.tensorrt import TensorRTBackend
 PROMPT = np.random.default_rng(2).integers(0, 256, 11)
 
 
-@pytest.fixture(params=[False, True], ids=["two_buffers", "aliased"])
+@pytest.fixture(params=[{}, {"aliased": True}, {"rtx": True}], ids=["two_buffers", "aliased", "rtx"])
 def device(request, engine):
+    return over_fake(engine, **request.param)
+
+
+def over_fake(engine, **kind):
     """`engine` over the fake device, for up to 3 rows and 5 tokens a run."""
     cuda = FakeCuda()
-    fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, aliased=request.param)
+    fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, **kind)
     return Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
 
 
@@ -44,6 +50,32 @@ def test_decoding_replays_a_graph(device):
         device.step([token], state)
     # One first run for each side of the states is not from a graph; an engine that works in place has one side twice.
     assert device.backend.cuda.launches == len(PROMPT) - 2
+
+
+def test_an_engine_that_cannot_be_recorded(engine):
+    device = over_fake(engine, rtx=True)
+    device.backend.engine.capturable = False
+    ours, theirs = device.new_state(), engine.new_state()
+    for token in PROMPT[:4]:
+        assert device.step([token], ours).tolist() == engine.step([token], theirs).tolist()
+    assert device.backend.cuda.launches == 0
+
+
+def test_states_of_other_sizes_take_turns(engine, device):
+    """Each size of batch has a context of its own: a recorded step does not see what another was set to."""
+    states = [(device.new_state(batch), engine.new_state(batch)) for batch in (1, 3)]
+    for token in PROMPT[:4]:
+        for ours, theirs in states:
+            ids = [token] * ours.batch
+            assert device.step(ids, ours).tolist() == engine.step(ids, theirs).tolist()
+
+
+def test_threads_share_the_device(device):
+    alone, states = device.new_state(), [device.new_state() for _ in range(4)]
+    expected = [device.step([token], alone) for token in PROMPT]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda state: [device.step([token], state) for token in PROMPT], states))
+    assert np.array_equal(found, [expected] * 4)
 
 
 def test_a_prompt_and_steps(engine, device, in_fives):
@@ -128,6 +160,17 @@ def test_memory_is_given_back(device):
     assert device.backend.cuda.memory
     state.binding = None
     assert not device.backend.cuda.memory
+
+
+def test_the_stand_in_has_the_names_of_tensorrt_rtx(engine):
+    trt = pytest.importorskip("tensorrt_rtx")
+    fake = over_fake(engine, rtx=True).backend
+    for ours, real in ((fake.engine, trt.ICudaEngine), (fake.prompt_context, trt.IExecutionContext)):
+        names = [name for name in dir(ours) if callable(getattr(ours, name)) and not name.startswith("_")]
+        assert len(names) > 3 and [name for name in names if not hasattr(real, name)] == []
+    assert hasattr(trt.IRuntimeConfig, *vars(fake.engine.create_runtime_config()))
+    assert set(Strategy.__members__) <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
+    assert "runtime_config:" in trt.ICudaEngine.create_execution_context.__doc__
 
 
 def test_without_a_device_the_error_is_one_line():

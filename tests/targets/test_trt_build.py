@@ -131,7 +131,7 @@ def test_error_of_a_plugin_is_shown(tmp_path):
     norm.inputs[1] = gs.Constant("wrong", np.ones(33, np.float32))
     save(graph, tmp_path / "lowered.onnx")
     engine, library = tmp_path / "model.engine", trt.find_library()
-    words = r"the graph does not parse: RMSNorm '/layers.0/norm': input 'weight' has shape \[33\]"
+    words = r"the graph does not parse: RMSNorm '/norm_f': input 'weight' has shape \[33\]"
     with pytest.raises(DfssmError, match=words) as caught:
         build_engine(Request("tensorrt-rtx", str(tmp_path / "lowered.onnx"), str(engine), str(library), (86,), ()))
     assert "\n" not in str(caught.value)

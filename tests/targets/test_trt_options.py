@@ -158,11 +158,14 @@ def test_check_passes(machine, tmp_path):
     trt.check(tmp_path, bundle())
 
 
-def test_engine_for_another_gpu(tmp_path):
+def test_engine_for_another_gpu(machine, tmp_path):
+    machine({"tensorrt-rtx": "1.7.1"}, [cuda.Device("RTX 5090", 120), ADA])
     with pytest.raises(DfssmError, match="for tensorrt-rtx 1.7.1, SM 86, 89; the GPU here is SM 120: compile with"):
-        trt.open_engine(tmp_path, bundle(), 120)
+        trt.check(tmp_path, bundle())
+    trt.check(tmp_path, bundle(hardware_compatible=True, sm=[80]))
+    machine({"tensorrt-rtx": "1.7.1"}, [cuda.Device("T4", 75)])
     with pytest.raises(DfssmError, match="the GPU here is SM 75"):
-        trt.open_engine(tmp_path, bundle(hardware_compatible=True, sm=[80]), 75)
+        trt.check(tmp_path, bundle(hardware_compatible=True, sm=[80]))
 
 
 def test_no_session():

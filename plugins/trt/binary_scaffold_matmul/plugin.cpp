@@ -2,6 +2,7 @@
 // tensor to four.
 #include "common/plugin.h"
 
+#include "binary_scaffold_matmul/part.h"
 #include "common/creators.h"
 
 namespace dfssm::trt {
@@ -20,43 +21,10 @@ struct BinaryScaffoldMatMul : PluginOf<BinaryScaffoldMatMul> {
   static constexpr Type kOutputTypes[] = {Type::activation};
   static constexpr int32_t kAliases[] = {kNoAlias};
 
-  void attributes(FieldVisitor& visit) override {
-    visit("planes", planes);
-    visit("layout", layout);
-  }
+  void attributes(FieldVisitor& visit) override { scaffold.attributes(visit); }
+  void check_attributes() const override { scaffold.check_attributes(); }
 
-  void check_attributes() const override {
-    check_positive("planes", planes);
-    if (layout != 0)
-      fail("attribute 'layout' is %d, expected 0: these kernels read the canonical bits", layout);
-  }
-
-  ScaffoldArgs args(const Inputs& in) const {
-    const Tensor& x = in.ranked(Schema::k_x, 3);
-    const int64_t K = x[2];
-    if (K != kOpen && K % 32) {
-      fail("input 'x' has K=%lld, expected a multiple of 32", static_cast<long long>(K));
-    }
-    check_columns(K);
-    const Tensor& scale = in.ranked(Schema::k_scale, planes > 1 ? 2 : 1);
-    const int64_t M = scale[scale.rank - 1], words = K == kOpen ? kOpen : K / 32;
-    const int64_t R = in[Schema::k_down].rank == 2 ? in[Schema::k_down][0] : 0;
-    if (planes > 1) in.expect(Schema::k_scale, {planes, M});
-    ScaffoldArgs args{};
-    args.x = x.data;
-    args.bits =
-        (planes > 1 ? in.expect(Schema::k_bits, {planes, M, words}) : in.expect(Schema::k_bits, {M, words}))
-            .as<uint32_t>();
-    args.scale = scale.as<float>();
-    args.down = in.expect(Schema::k_down, {R, K}).as<int8_t>();
-    args.down_scale = in.expect(Schema::k_down_scale, {R}).as<float>();
-    args.up = in.expect(Schema::k_up, {M, R}).as<int8_t>();
-    args.up_scale = in.expect(Schema::k_up_scale, {M}).as<float>();
-    args.n = size(times(x[0], x[1])), args.K = size(K), args.M = size(M), args.R = size(R),
-    args.planes = planes;
-    args.type = float_type(x.type);
-    return args;
-  }
+  ScaffoldArgs args(const Inputs& in) const { return scaffold.args(in, Schema::k_x, Schema::k_bits); }
 
   size_t workspace_of(const ScaffoldArgs& args) const {
     return scaffold_workspace(args.n, args.K, args.M, args.R);
@@ -72,7 +40,7 @@ struct BinaryScaffoldMatMul : PluginOf<BinaryScaffoldMatMul> {
         0, {inference.dim(Schema::k_x, 0), inference.dim(Schema::k_x, 1), inference.last(Schema::k_scale)});
   }
 
-  int32_t planes = Schema::kDefault_planes, layout = Schema::kDefault_layout;
+  ScaffoldPart scaffold;
 };
 
 }  // namespace

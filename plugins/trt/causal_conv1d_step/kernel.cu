@@ -4,6 +4,7 @@
 //
 // More than kRun tokens are split among blocks, each reading again the W-1 tokens before its own. The block
 // of the first run alone reads the state and writes the new one, so that both may be the same memory.
+#include "causal_conv1d_step/token.cuh"
 #include "common/device.h"
 #include "common/kernels.h"
 #include "common/launch.h"
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) convolve(ConvArgs args) {
   const int64_t batch = blockIdx.z;
   if (channel >= args.C) return;
   const T* const x = static_cast<const T*>(args.x) + batch * args.T * args.x_stride + channel;
-  T* const y = static_cast<T*>(args.y) + batch * args.T * args.C + channel;
+  T* const y = static_cast<T*>(args.y) + batch * args.T * args.y_stride + channel;
   const int64_t state = (batch * args.C + channel) * kPast;
 
   // [channel][position] as stored, kWide values at a time.
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) convolve(ConvArgs args) {
   if (begin > 0) recall(begin);
 
   const T* next = x + begin * args.x_stride;
-  T* out = y + static_cast<int64_t>(begin) * args.C;
+  T* out = y + begin * args.y_stride;
 #pragma unroll(kWide == 1 ? 2 : 4)  // more would spill a register of the narrow kernels on sm_80 and sm_90
   for (int t = begin; t < end; ++t) {
     const auto token = load_vector<kWide>(next);
@@ -63,17 +64,15 @@ __global__ void __launch_bounds__(kThreads) convolve(ConvArgs args) {
 #pragma unroll
     for (int c = 0; c < kWide; ++c) {
       const float now = to_float(token.at[c]);
-      float sum = bias.at[c];
-#pragma unroll
-      for (int i = 0; i < kPast; ++i) sum = fmaf(past[c * kPast + i], weight[c * kWidth + i], sum);
-      sum = fmaf(now, weight[c * kWidth + kPast], sum);
-      result.at[c] = from_float<T>(args.silu ? silu(sum) : sum);
+      const float sum = convolve_token<kPast>(past + c * kPast, weight + c * kWidth, kPast, now,
+                                              weight[c * kWidth + kPast], bias.at[c], args.silu);
+      result.at[c] = from_float<T>(sum);
 #pragma unroll
       for (int i = 0; i + 1 < kPast; ++i) past[c * kPast + i] = past[c * kPast + i + 1];
       past[c * kPast + kPast - 1] = now;
     }
     store_vector(out, result);
-    out += args.C;
+    out += args.y_stride;
   }
 
   if (begin > 0) return;
@@ -90,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) convolve(ConvArgs args) {
 template <class T, int kWidth>
 cudaError_t run(const ConvArgs& args, cudaStream_t stream) {
   constexpr size_t kBytes = 4 * sizeof(T);
-  const bool wide =
-      args.C % 4 == 0 && args.x_stride % 4 == 0 && is_aligned(args.x, kBytes) && is_aligned(args.y, kBytes);
+  const bool wide = args.C % 4 == 0 && args.x_stride % 4 == 0 && args.y_stride % 4 == 0 &&
+                    is_aligned(args.x, kBytes) && is_aligned(args.y, kBytes);
   const int threads = wide ? args.C / 4 : args.C;
   const dim3 grid((threads + kThreads - 1) / kThreads, (args.T + kRun - 1) / kRun, args.B);
   return launch(wide ? convolve<T, kWidth, 4> : convolve<T, kWidth, 1>, grid, kThreads, 0, stream, args);

@@ -1,6 +1,7 @@
 // CausalConv1dStep.
 #include "common/plugin.h"
 
+#include "causal_conv1d_step/part.h"
 #include "common/creators.h"
 
 namespace dfssm::trt {
@@ -12,30 +13,16 @@ struct CausalConv1dStep : PluginOf<CausalConv1dStep> {
   static constexpr Type kOutputTypes[] = {Type::activation, Type::f32};
   static constexpr int32_t kAliases[] = {kNoAlias, Schema::k_state};
 
-  void attributes(FieldVisitor& visit) override { visit("activation", activation); }
-
-  void check_attributes() const override {
-    if (activation != "silu" && activation != "none") {
-      fail("attribute 'activation' is '%s', expected 'silu' or 'none'", activation.c_str());
-    }
-  }
+  void attributes(FieldVisitor& visit) override { conv.attributes(visit); }
+  void check_attributes() const override { conv.check_attributes(); }
 
   ConvArgs args(const Inputs& in) const {
     const Tensor& x = in.ranked(Schema::k_x, 3);
-    const Tensor& weight = in.ranked(Schema::k_weight, 2);
-    const int64_t B = x[0], T = x[1], C = weight[0], W = weight[1];
-    if (W != kOpen && (W < 2 || W > 4)) {
-      fail("input 'weight' has width W=%lld, expected 2, 3 or 4", static_cast<long long>(W));
-    }
-    const Inputs::Columns columns = in.columns(Schema::k_x, B, T, C);
-    ConvArgs args{};
+    ConvArgs args = conv.args(in, Schema::k_state, Schema::k_weight, Schema::k_bias, x[0], x[1]);
+    const Inputs::Columns columns = in.columns(Schema::k_x, x[0], x[1], in[Schema::k_weight][0]);
     args.x = columns.data;
     args.x_stride = columns.stride;
-    args.state = in.expect(Schema::k_state, {B, C, plus(W, -1)}).as<float>();
-    args.weight = weight.as<float>();
-    args.bias = in.expect(Schema::k_bias, {C}).as<float>();
-    args.B = size(B), args.T = size(T), args.C = size(C), args.W = size(W);
-    args.silu = activation == "silu";
+    args.y_stride = args.C;
     args.type = float_type(x.type);
     return args;
   }
@@ -54,7 +41,7 @@ struct CausalConv1dStep : PluginOf<CausalConv1dStep> {
     inference.like(1, Schema::k_state);
   }
 
-  std::string activation = Schema::kDefault_activation;
+  ConvPart conv;
 };
 
 }  // namespace

@@ -51,10 +51,10 @@ struct ConvArgs {
   const float* state;   // [B, C, W-1], oldest first
   const float* weight;  // [C, W]
   const float* bias;    // [C]
-  void* y;              // [B, T, C]
+  void* y;              // [B, T, C], y_stride from token to token
   float* new_state;     // [B, C, W-1], may be `state`
   int32_t B, T, C, W;
-  int64_t x_stride;
+  int64_t x_stride, y_stride;
   bool silu;
   Float type;
 };
@@ -90,5 +90,20 @@ struct NormArgs {
   Float type;
 };
 cudaError_t rms_norm(const NormArgs& args, cudaStream_t stream);
+
+// Ops fused, in the arithmetic of the ops one after another but for what lies between them, which stays fp32
+// whatever the activations are (not on its way to a third launch): bit for bit the same where these are f32.
+
+// The product of normed activations, y, with the columns [x_start, x_start + conv.C) convolved. One token a
+// sequence takes two launches instead of four, up to 64 sequences; more of either a third one. Not used:
+// norm.out, scaffold.x; conv's x, y, strides and type.
+size_t norm_scaffold_conv_workspace(const ScaffoldArgs& scaffold, int32_t channels);
+cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& scaffold, ConvArgs conv,
+                               int32_t x_start, void* workspace, cudaStream_t stream);
+
+// The product of normed activations, added to `residual` [n, M], which is not `scaffold.y`: two launches
+// instead of three and the addition. norm.out and scaffold.x are not used.
+cudaError_t gated_norm_scaffold_add(const NormArgs& norm, const ScaffoldArgs& scaffold, const void* residual,
+                                    void* workspace, cudaStream_t stream);
 
 }  // namespace dfssm::trt

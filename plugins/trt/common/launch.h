@@ -12,18 +12,19 @@
 
 namespace dfssm::trt {
 
-// Shared memory a block gets without asking for more.
-constexpr size_t kDefaultSharedBytes = 48 * 1024;
+// Shared memory a block gets without asking for more; of it, what a kernel with dynamic shared memory may
+// have in static arrays.
+constexpr size_t kDefaultSharedBytes = 48 * 1024, kStaticSharedBytes = 8 * 1024;
 
 // kernel<<<grid, block, dynamic_shared_bytes, stream>>>(arguments...), and its error. Asks for more than 48
-// KB of shared memory where that is needed.
+// KB of shared memory where that may be needed.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                    cudaStream_t stream, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
                 "one argument for each parameter of the kernel");
   const void* const function = reinterpret_cast<const void*>(kernel);
-  if (dynamic_shared_bytes > kDefaultSharedBytes) {
+  if (dynamic_shared_bytes + kStaticSharedBytes > kDefaultSharedBytes) {
     const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(dynamic_shared_bytes));
     if (error != cudaSuccess) {

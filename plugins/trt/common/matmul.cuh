@@ -30,16 +30,31 @@ struct Product {
   Float y_type;
 };
 
-__device__ __forceinline__ void store(const Product& p, int token, int row, float value) {
-  const size_t at = static_cast<size_t>(token) * p.M + row;
-  if (p.y_type == Float::f32) {
-    static_cast<float*>(p.y)[at] = value;
-  } else if (p.y_type == Float::f16) {
-    static_cast<__half*>(p.y)[at] = __float2half_rn(value);
+__device__ __forceinline__ float load_float(Float type, const void* from, size_t at) {
+  if (type == Float::f32) return static_cast<const float*>(from)[at];
+  if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[at]);
+}
+__device__ __forceinline__ void store_float(Float type, void* to, size_t at, float value) {
+  if (type == Float::f32) {
+    static_cast<float*>(to)[at] = value;
+  } else if (type == Float::f16) {
+    static_cast<__half*>(to)[at] = __float2half_rn(value);
   } else {
-    static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16_rn(value);
+    static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value);
   }
 }
+
+// What becomes of an output, an Epilogue: the one thread that has it calls finish, which returns what is to
+// be stored, and then store. expect asks for what finish will read, long before. This one: it is stored.
+struct Store {
+  static constexpr int kAtOnce = 16;  // of many tokens, what registers allow: outputs finished, then stored
+  __device__ __forceinline__ void expect(const Product&, int /*token*/, int /*row*/) const {}
+  __device__ __forceinline__ float finish(const Product&, int, int, float y) const { return y; }
+  __device__ __forceinline__ void store(const Product& p, int token, int row, float y) const {
+    store_float(p.y_type, p.y, static_cast<size_t>(token) * p.M + row, y);
+  }
+};
 
 // Few tokens use weights once: they pass by L1, which keeps the activations that every block reads.
 __device__ __forceinline__ uint4 load_once(const uint8_t* from) {
@@ -147,8 +162,9 @@ __device__ __forceinline__ void multiply(const uint32_t (&low)[4], const uint32_
 // rows still gives 128 blocks of eight warps, and add up in shared memory. Every warp asks for its bytes
 // before it does anything else. The activations come straight from L1 and L2: a block reads each of their
 // bytes once, so a stage in shared memory would only add a barrier to wait at.
-template <class Weights, int kTiles, int kGroups, int kBatch>
-__global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1) few_tokens_kernel(Product p) {
+template <class Weights, class Epilogue, int kTiles, int kGroups, int kBatch>
+__global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
+    few_tokens_kernel(Product p, Epilogue epilogue) {
   constexpr int kRows = kTiles * 16, kTokens = kGroups * kGroup;
   constexpr int kStride = kRows + 4;  // of a token in shared memory: lanes of a fragment hit 32 banks
   constexpr int kOutputs = kTokens * kStride;
@@ -162,10 +178,13 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1) few_tokens_
   const bool whole = p.row_bytes % 16 == 0;  // then 16 bytes of a row are aligned, and all there or none
   float* totals = reinterpret_cast<float*>(shared + warps * kOutputs);
 
-  if (warp == 0) {  // what is wanted after the sums is not in any cache yet
+  if (lane < kRows) {  // what is wanted after the sums is not in any cache yet
     const int row = min(row0 + lane, p.M - 1);
-    prefetch(p.scale + row);
-    if (p.R > 0) prefetch(p.up_scale + row), prefetch(p.up + static_cast<size_t>(row) * p.R);
+    if (warp == 0) {
+      prefetch(p.scale + row);
+      if (p.R > 0) prefetch(p.up_scale + row), prefetch(p.up + static_cast<size_t>(row) * p.R);
+    }
+    for (int t = warp; t < min(kTokens, p.n - token0); t += warps) epilogue.expect(p, token0 + t, row);
   }
   const auto load_whole = [&](auto* row, int at) { return load_once(row + min(at, p.row_bytes - 16)); };
   const auto load_part = [&](auto* row, int at) {
@@ -236,7 +255,8 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1) few_tokens_
       if (plane + 1 < p.planes) {
         totals[at] = y;
       } else {
-        store(p, token, row, correct(p, row, y, low_rank(p, token, row)));
+        y = epilogue.finish(p, token, row, correct(p, row, y, low_rank(p, token, row)));
+        epilogue.store(p, token, row, y);
       }
     }
     if (plane + 1 < p.planes) __syncthreads();
@@ -257,8 +277,9 @@ constexpr int kLargeBlocks = 2;
 // outputs use 16 bytes of activations from shared memory for four mma, half of what the tensor cores take
 // time for, and bits expanded once for four. Two steps of activations are copied, and a unit of weights
 // loaded, while those before are used.
-template <class Weights, int kWarps>
-__global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3) many_tokens_kernel(Product p) {
+template <class Weights, class Epilogue, int kWarps>
+__global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
+    many_tokens_kernel(Product p, Epilogue epilogue) {
   constexpr int kTokens = 64, kThreads = kWarps * 64;
   constexpr int kStageSteps = 2, kStage = kTokens / kGroup * kStageSteps * kStepPieces;
   DFSSM_SHARED(uint4, stages, 2 * kStage);
@@ -348,15 +369,19 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3) m
       for (int i = 0; i < 16; ++i) low[i / 4][i % 4] = fmaf(up[i / 4], h[i % 4], low[i / 4][i % 4]);
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {  // all before the first store, which might change what they load
-      const int m = i / 4, t = i % 4, sum = sums[m / 2][half * 2 + t / 2][m % 2 * 2 + t % 2];
-      const int at = min(row[m], p.M - 1);
-      low[m][t] = correct(p, at, dequantize<Weights>(p, 0, min(token[t], p.n - 1), at, sum), low[m][t]);
-    }
+    for (int first = 0; first < 16; first += Epilogue::kAtOnce) {
+#pragma unroll  // loads before a store, which might change what they load
+      for (int i = first; i < first + Epilogue::kAtOnce; ++i) {
+        const int m = i / 4, t = i % 4, sum = sums[m / 2][half * 2 + t / 2][m % 2 * 2 + t % 2];
+        const int at = min(row[m], p.M - 1), of = min(token[t], p.n - 1);
+        const float y = correct(p, at, dequantize<Weights>(p, 0, of, at, sum), low[m][t]);
+        low[m][t] = epilogue.finish(p, of, at, y);
+      }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int m = i / 4, t = i % 4;
-      if (row[m] < p.M && token[t] < p.n) store(p, token[t], row[m], low[m][t]);
+      for (int i = first; i < first + Epilogue::kAtOnce; ++i) {
+        const int m = i / 4, t = i % 4;
+        if (row[m] < p.M && token[t] < p.n) epilogue.store(p, token[t], row[m], low[m][t]);
+      }
     }
   }
 }
@@ -366,33 +391,44 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3) m
 
 inline int32_t tiles(int32_t size, int32_t tile) { return (size + tile - 1) / tile; }
 
-template <class Weights, int kTiles, int kGroups, int kBatch>
-cudaError_t few_tokens(const Product& p, cudaStream_t stream) {
+template <class Weights, int kTiles, int kGroups, int kBatch, class Epilogue>
+cudaError_t few_tokens(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
   constexpr int kOutputs = kGroups * kGroup * (kTiles * 16 + 4);
   const int warps = min(8, tiles(p.x.steps / Weights::kSteps, kBatch));
   const size_t shared = (warps + (p.planes > 1)) * kOutputs * sizeof(int32_t);
-  return launch(few_tokens_kernel<Weights, kTiles, kGroups, kBatch>,
-                dim3(tiles(p.n, kGroups * kGroup), tiles(p.M, kTiles * 16)), 32 * warps, shared, stream, p);
+  return launch(few_tokens_kernel<Weights, Epilogue, kTiles, kGroups, kBatch>,
+                dim3(tiles(p.n, kGroups * kGroup), tiles(p.M, kTiles * 16)), 32 * warps, shared, stream, p,
+                epilogue);
 }
 
-template <class Weights, int kWarps>
-cudaError_t many_tokens(const Product& p, cudaStream_t stream) {
-  return launch(many_tokens_kernel<Weights, kWarps>, dim3(tiles(p.n, 64), tiles(p.M, 32 * kWarps)),
-                64 * kWarps, 0, stream, p);
+template <class Weights, int kWarps, class Epilogue>
+cudaError_t many_tokens(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
+  return launch(many_tokens_kernel<Weights, Epilogue, kWarps>, dim3(tiles(p.n, 64), tiles(p.M, 32 * kWarps)),
+                64 * kWarps, 0, stream, p, epilogue);
 }
 
 // From 17 to 64 tokens a small matrix has too few tiles of 64 tokens for a GPU, and its columns are shared
 // out instead; a large one would pass through L2 once for every 32 tokens. 200: two blocks on each of 100
 // SMs. Several planes and rows that are no multiple of 16 bytes do without the fast kernel: they are rare,
 // and would cost it registers.
-template <class Weights>
-cudaError_t matmul(const Product& p, cudaStream_t stream) {
-  if (p.n <= 8) return few_tokens<Weights, 1, 1, Weights::kBatch>(p, stream);
-  if (p.n <= kFewTokens) return few_tokens<Weights, 1, 2, Weights::kBatch>(p, stream);
-  if (p.planes > 1 || p.row_bytes % 16 != 0) return few_tokens<Weights, 2, 4, 1>(p, stream);
-  if (tiles(p.M, 128) * tiles(p.n, 64) >= 200) return many_tokens<Weights, 4>(p, stream);
-  if (p.n > 64) return many_tokens<Weights, 2>(p, stream);
-  return few_tokens<Weights, 2, 4, 1>(p, stream);
+inline bool is_large(const Product& p) { return tiles(p.M, 128) * tiles(p.n, 64) >= 200; }
+inline bool has_few_tokens(const Product& p) {
+  return p.n <= kFewTokens || p.planes > 1 || p.row_bytes % 16 != 0 || (p.n <= 64 && !is_large(p));
+}
+
+// Where has_few_tokens.
+template <class Weights, class Epilogue>
+cudaError_t matmul_few(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
+  if (p.n <= kGroup) return few_tokens<Weights, 1, 1, Weights::kBatch>(p, epilogue, stream);
+  if (p.n <= kFewTokens) return few_tokens<Weights, 1, 2, Weights::kBatch>(p, epilogue, stream);
+  return few_tokens<Weights, 2, 4, 1>(p, epilogue, stream);
+}
+
+template <class Weights, class Epilogue>
+cudaError_t matmul(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
+  if (has_few_tokens(p)) return matmul_few<Weights>(p, epilogue, stream);
+  return is_large(p) ? many_tokens<Weights, 4>(p, epilogue, stream)
+                     : many_tokens<Weights, 2>(p, epilogue, stream);
 }
 
 }  // namespace dfssm::trt

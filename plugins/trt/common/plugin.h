@@ -84,7 +84,7 @@ inline constexpr Signature kSignature{S::kName,        S::kInputs,          S::k
                                       S::kInputShapes, S::kInputStarts,     S::kOutputNames,
                                       Op::kInputTypes, Op::kOutputTypes,    Op::kAliases};
 
-inline constexpr size_t kMaxInputs = 9, kMaxOutputs = 3, kMaxRank = 4;
+inline constexpr size_t kMaxInputs = 11, kMaxOutputs = 3, kMaxRank = 4;
 
 // The first column that an op reads of each input; -1: the tensor is as wide as what it reads.
 using Starts = std::array<int32_t, kMaxInputs>;
@@ -140,6 +140,7 @@ class Inputs {
   void set(size_t input, nvinfer1::DataType type, const nvinfer1::Dims& dims, const void* data = nullptr);
 
   const Tensor& operator[](size_t input) const { return inputs_[input]; }
+  const char* name(size_t input) const { return signature_.input_names[input]; }
   // The input, which must have this rank and no empty dimension.
   const Tensor& ranked(size_t input, size_t rank) const;
   // The input, which must have exactly this shape, where it is known.
@@ -274,10 +275,10 @@ class Plugin : public nvinfer1::IPluginV3,
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-// What an op is derived from. It has: `using Schema` (from dfssm_opset.h), `kInputTypes`, `kOutputTypes`,
-// `kAliases`, attributes(), check_attributes(), infer(), and for its kernel's `Args`: Args args(const
-// Inputs&) const, which checks the shapes; size_t workspace_of(Args) const, for the largest shapes of a
-// profile; cudaError_t run(Args, const Launch&).
+// What an op is derived from. It has: `using Schema` (from dfssm_opset.h, or like it), `kInputTypes`,
+// `kOutputTypes`, `kAliases`, attributes(), check_attributes(), infer(), and for its kernel's `Args`: Args
+// args(const Inputs&) const, which checks the shapes; size_t workspace_of(Args) const, for the largest shapes
+// of a profile; cudaError_t run(Args, const Launch&).
 template <class Op>
 class PluginOf : public Plugin {
  public:

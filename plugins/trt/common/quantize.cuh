@@ -13,6 +13,7 @@
 #include "common/device.h"
 #include "common/kernels.h"
 #include "common/launch.h"
+#include "common/norm.cuh"
 
 namespace dfssm::trt {
 
@@ -88,8 +89,27 @@ Quantized quantized_at(void* workspace, int32_t n, int32_t K, int32_t R, size_t*
   return out;
 }
 
-constexpr int kQuantizeThreads = 256;
+constexpr int kQuantizeThreads = kNormThreads;
 constexpr int kQuantizeWarps = kQuantizeThreads / 32;
+
+// Where the activations of a token come from, a Row: prepare(token) returns the largest magnitude among some
+// columns, all of them over the block's threads; after the next barrier row[k] is column k. This one: memory.
+// NormRow norms them first.
+template <class T>
+struct PlainRow {
+  const T* __restrict__ x;
+  int32_t K;
+
+  static constexpr bool kKept = false;  // whether K floats of shared memory are wanted
+  __device__ __forceinline__ uint32_t prepare(int token) {
+    x += static_cast<size_t>(token) * K;
+    uint32_t top = 0;
+#pragma unroll 8
+    for (int k = threadIdx.x; k < K; k += kQuantizeThreads) top = max(top, magnitude(to_float(x[k])));
+    return top;
+  }
+  __device__ __forceinline__ float operator[](int k) const { return to_float(x[k]); }
+};
 
 // Block (token, part): every part quantises the token for itself, part 0 writes it, and each warp takes one
 // row of `down`, eight a part. At n = 1 and R = 16 that is two blocks that read 8 KB of x (K = 2048, fp32)
@@ -98,11 +118,10 @@ constexpr int kQuantizeWarps = kQuantizeThreads / 32;
 //
 // Memory would idle meanwhile: blocks past the tokens ask L2 for the weights of the product that follows, one
 // line a thread.
-template <class T, class Order>
+template <class Row, class Order>
 __global__ void __launch_bounds__(kQuantizeThreads, 2)
-    quantize_kernel(const T* __restrict__ x, int32_t n, int32_t K, const int8_t* down,
-                    const float* down_scale, int32_t R, const uint8_t* ahead, size_t ahead_bytes,
-                    Quantized out) {
+    quantize_kernel(Row x, int32_t n, int32_t K, const int8_t* down, const float* down_scale, int32_t R,
+                    const uint8_t* ahead, size_t ahead_bytes, Quantized out) {
   constexpr int kChunk = 4096;  // columns in shared memory at once
   DFSSM_SHARED(uint4, chunk, kChunk / 16);
   DFSSM_SHARED(uint32_t, of_warp, kQuantizeWarps);
@@ -113,16 +132,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
     if (blockIdx.y == 0 && first * kLine < ahead_bytes) prefetch(ahead + first * kLine);
     return;
   }
-  x += static_cast<size_t>(token) * K;
   if (row < R) {
     for (int k = lane * kLine; k < K; k += 32 * kLine) prefetch(down + static_cast<size_t>(row) * K + k);
   }
 
-  // As unsigned integers magnitudes order like floats, and infinity and NaN come last.
-  uint32_t top = 0;
-#pragma unroll 8
-  for (int k = tid; k < K; k += kQuantizeThreads)
-    top = max(top, __float_as_uint(to_float(x[k])) & 0x7fffffffu);
+  uint32_t top = x.prepare(token);
 #pragma unroll
   for (int i = kWarpSize / 2; i; i /= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, i));
   if (lane == 0) of_warp[warp] = top;
@@ -145,7 +159,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
 #pragma unroll 4
     for (int k = tid; k < width; k += kQuantizeThreads) {
       int q = 0;
-      if (base + k < K && inv != 0) q = __float2int_rn(__fmul_rn(to_float(x[base + k]), inv));
+      if (base + k < K && inv != 0) q = __float2int_rn(__fmul_rn(x[base + k], inv));
       reinterpret_cast<int8_t*>(chunk)[k] = static_cast<int8_t>(q);
       sum += q;
     }
@@ -199,18 +213,24 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
 // that of T4 and Orin.
 constexpr size_t kAheadBytes = 3 << 20;
 
-template <class Order>
-cudaError_t quantize(const void* x, Float type, int32_t n, int32_t K, const int8_t* down,
-                     const float* down_scale, int32_t R, const void* ahead, size_t ahead_bytes,
-                     const Quantized& out, cudaStream_t stream) {
+template <class Order, class Row>
+cudaError_t quantize(const Row& x, int32_t n, int32_t K, const int8_t* down, const float* down_scale,
+                     int32_t R, const void* ahead, size_t ahead_bytes, const Quantized& out,
+                     cudaStream_t stream) {
   ahead_bytes = std::min(ahead_bytes, kAheadBytes);
   const int blocks =
       static_cast<int>((ahead_bytes + kQuantizeThreads * kLine - 1) / (kQuantizeThreads * kLine));
   const dim3 grid(n + blocks, std::max(1, (R + kQuantizeWarps - 1) / kQuantizeWarps));
+  return launch(quantize_kernel<Row, Order>, grid, kQuantizeThreads, Row::kKept ? K * sizeof(float) : 0,
+                stream, x, n, K, down, down_scale, R, static_cast<const uint8_t*>(ahead), ahead_bytes, out);
+}
+
+// f(a PlainRow of x)
+template <class F>
+cudaError_t with_plain_row(const void* x, Float type, int32_t K, F&& f) {
   return dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    return launch(quantize_kernel<T, Order>, grid, kQuantizeThreads, 0, stream, static_cast<const T*>(x), n,
-                  K, down, down_scale, R, static_cast<const uint8_t*>(ahead), ahead_bytes, out);
+    return f(PlainRow<T>{static_cast<const T*>(x), K});
   });
 }
 

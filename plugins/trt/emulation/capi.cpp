@@ -30,9 +30,9 @@ int dfssm_trt_int8_matmul(const void* x, const int8_t* w, const float* w_scale, 
 int dfssm_trt_causal_conv1d_step(const void* x, const float* state, const float* weight, const float* bias,
                                  void* y, float* new_state, int32_t B, int32_t T, int32_t C, int32_t W,
                                  int64_t x_stride, int32_t silu, int32_t type) {
-  return trt::causal_conv1d_step(
-      {x, state, weight, bias, y, new_state, B, T, C, W, x_stride, silu != 0, static_cast<trt::Float>(type)},
-      nullptr);
+  return trt::causal_conv1d_step({x, state, weight, bias, y, new_state, B, T, C, W, x_stride, C, silu != 0,
+                                  static_cast<trt::Float>(type)},
+                                 nullptr);
 }
 
 // `workspace` null: nothing runs, `workspace_bytes` is set.
@@ -61,6 +61,43 @@ int dfssm_trt_rms_norm(const void* y, const void* z, const float* weight, void* 
                        int32_t groups, int64_t z_stride, float eps, int32_t type) {
   return trt::rms_norm({y, z, weight, out, n, C, groups, z_stride, eps, static_cast<trt::Float>(type)},
                        nullptr);
+}
+
+// The fused ops. `z` null: no gate.
+size_t dfssm_trt_norm_scaffold_conv_workspace(int32_t n, int32_t K, int32_t M, int32_t R, int32_t C,
+                                              int32_t type) {
+  trt::ScaffoldArgs args{};
+  args.n = n, args.K = K, args.M = M, args.R = R, args.type = static_cast<trt::Float>(type);
+  return trt::norm_scaffold_conv_workspace(args, C);
+}
+int dfssm_trt_norm_scaffold_conv(const void* x, const float* norm_weight, const uint32_t* bits,
+                                 const float* scale, const int8_t* down, const float* down_scale,
+                                 const int8_t* up, const float* up_scale, const float* state,
+                                 const float* conv_weight, const float* conv_bias, void* y, float* new_state,
+                                 int32_t B, int32_t T, int32_t K, int32_t M, int32_t R, int32_t planes,
+                                 int32_t C, int32_t W, float eps, int32_t silu, int32_t x_start, int32_t type,
+                                 void* workspace) {
+  const auto kind = static_cast<trt::Float>(type);
+  trt::ConvArgs conv{};
+  conv.state = state, conv.weight = conv_weight, conv.bias = conv_bias, conv.new_state = new_state;
+  conv.B = B, conv.T = T, conv.C = C, conv.W = W, conv.silu = silu != 0;
+  return trt::norm_scaffold_conv(
+      {x, nullptr, norm_weight, nullptr, B * T, K, 1, 0, eps, kind},
+      {nullptr, bits, scale, down, down_scale, up, up_scale, y, B * T, K, M, R, planes, kind}, conv, x_start,
+      workspace, nullptr);
+}
+
+int dfssm_trt_gated_norm_scaffold_add(const void* y, const void* z, const float* norm_weight,
+                                      const uint32_t* bits, const float* scale, const int8_t* down,
+                                      const float* down_scale, const int8_t* up, const float* up_scale,
+                                      const void* residual, void* out, int32_t n, int32_t K, int32_t M,
+                                      int32_t R, int32_t planes, int32_t groups, int64_t z_stride, float eps,
+                                      int32_t type, void* workspace) {
+  const auto kind = static_cast<trt::Float>(type);
+  return trt::gated_norm_scaffold_add(
+      {y, z, norm_weight, nullptr, n, K, groups, z_stride, eps, kind},
+      {nullptr, bits, scale, down, down_scale, up, up_scale, out, n, K, M, R, planes, kind}, residual,
+      workspace, nullptr);
 }
 
 }  // extern "C"

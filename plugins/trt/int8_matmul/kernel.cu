@@ -32,8 +32,9 @@ size_t int8_workspace(int32_t n, int32_t K) {
 cudaError_t int8_matmul(const Int8Args& args, void* workspace, cudaStream_t stream) {
   const Quantized x = quantized_at<NaturalOrder>(workspace, args.n, args.K, 0);
   const size_t ahead = args.n <= kFewTokens ? static_cast<size_t>(args.M) * args.K : 0;
-  const cudaError_t error = quantize<NaturalOrder>(args.x, args.type, args.n, args.K, nullptr, nullptr, 0,
-                                                   args.w, ahead, x, stream);
+  const cudaError_t error = with_plain_row(args.x, args.type, args.K, [&](const auto& row) {
+    return quantize<NaturalOrder>(row, args.n, args.K, nullptr, nullptr, 0, args.w, ahead, x, stream);
+  });
   if (error != cudaSuccess) return error;
   const Product product = {reinterpret_cast<const uint8_t*>(args.w),
                            args.w_scale,
@@ -47,7 +48,7 @@ cudaError_t int8_matmul(const Int8Args& args, void* workspace, cudaStream_t stre
                            1,
                            args.K,
                            args.y_type};
-  return matmul<Bytes>(product, stream);
+  return matmul<Bytes>(product, Store{}, stream);
 }
 
 }  // namespace dfssm::trt

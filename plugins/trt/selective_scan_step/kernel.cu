@@ -16,31 +16,29 @@ using namespace selective_scan;
 
 constexpr int kChunkTokens = 8;  // more cost shared memory, fewer cost barriers
 
-// Tiles of one token have 16-byte accesses. Those of many tokens have 4 columns and more rows a thread: the
-// state is read once for all of them, but the sums of y are a thread's columns at every token. For fp32 the
-// two are one shape, so that T tokens and T steps add in one order.
+// Tiles of one token (Step) have 16-byte accesses. Those of many tokens have 4 columns and more rows a
+// thread: the state is read once for all of them, but the sums of y are a thread's columns at every token.
+// For fp32 the two are one shape, so that T tokens and T steps add in one order. Of several the first that
+// fits is taken.
+template <class... Tile>
+struct Tiles {};
 template <class State>
-struct Tiles;
+struct TilesOf;
 template <>
-struct Tiles<float> {
-  using Step = Tile<float, 4, 8, 8, 1, 256, 3>;
-  using Many = Tile<float, 4, 8, 8, kChunkTokens, 512, 1>;
-  using WideStep = Step;
-  using WideMany = Many;
+struct TilesOf<float> {
+  using Step = Tiles<Tile<float, 4, 8, 8, 1, 256, 3>>;
+  using Many = Tiles<Tile<float, 4, 8, 8, kChunkTokens, 512, 1>>;
 };
 template <>
-struct Tiles<__half> {
-  using Step = Tile<__half, 8, 4, 4, 1, 256, 3>;
-  using Many = Tile<__half, 4, 8, 8, kChunkTokens, 512, 1>;
-  using WideStep = Step;
-  using WideMany = Many;
+struct TilesOf<__half> {
+  using Step = Tiles<Tile<__half, 8, 4, 4, 1, 256, 3>>;
+  using Many = Tiles<Tile<__half, 4, 8, 8, kChunkTokens, 512, 1>>;
 };
 template <>
-struct Tiles<int8_t> {  // whole rows: up to 64 columns, up to 128
-  using Step = Tile<int8_t, 16, 4, 4, 1, 256, 2>;
-  using Many = Tile<int8_t, 4, 16, 8, kChunkTokens, 512, 1>;
-  using WideStep = Tile<int8_t, 16, 8, 4, 1, 512, 1>;
-  using WideMany = Tile<int8_t, 4, 32, 16, 2, 512, 1>;  // more tokens under way would spill
+struct TilesOf<int8_t> {  // whole rows: up to 64 columns, up to 128
+  using Step = Tiles<Tile<int8_t, 16, 4, 4, 1, 256, 2>, Tile<int8_t, 16, 8, 4, 1, 512, 1>>;
+  using Many = Tiles<Tile<int8_t, 4, 16, 8, kChunkTokens, 512, 1>,
+                     Tile<int8_t, 4, 32, 16, 2, 512, 1>>;  // more tokens under way would spill
 };
 
 template <class Tile>
@@ -67,18 +65,23 @@ cudaError_t launch_resident(const ScanArgs& a, cudaStream_t stream) {
   });
 }
 
-template <class State>
-bool resident(const ScanArgs& a) {
-  return fits<typename Tiles<State>::Many>(a) || fits<typename Tiles<State>::WideMany>(a);
+template <class... Tile>
+bool any_fits(Tiles<Tile...>, const ScanArgs& a) {
+  return (fits<Tile>(a) || ...);
+}
+
+// Whether a tile fits; its launch left `error`.
+template <class... Tile>
+bool launch_first(Tiles<Tile...>, const ScanArgs& a, cudaStream_t stream, cudaError_t& error) {
+  return ((fits<Tile>(a) && (error = launch_resident<Tile>(a, stream), true)) || ...);
 }
 
 template <class State>
 cudaError_t scan(const ScanArgs& a, void* workspace, cudaStream_t stream) {
-  using T = Tiles<State>;
-  if (a.T == 1 && fits<typename T::Step>(a)) return launch_resident<typename T::Step>(a, stream);
-  if (a.T == 1 && fits<typename T::WideStep>(a)) return launch_resident<typename T::WideStep>(a, stream);
-  if (fits<typename T::Many>(a)) return launch_resident<typename T::Many>(a, stream);
-  if (fits<typename T::WideMany>(a)) return launch_resident<typename T::WideMany>(a, stream);
+  using T = TilesOf<State>;
+  cudaError_t error = cudaSuccess;
+  if (a.T == 1 && launch_first(typename T::Step(), a, stream, error)) return error;
+  if (launch_first(typename T::Many(), a, stream, error)) return error;
   float* carried = static_cast<float*>(sizeof(State) == sizeof(float) ? a.new_state : workspace);
   const dim3 grid(1, a.H, a.B);
   return dispatch(a.type, [&](auto type) {
@@ -91,8 +94,9 @@ cudaError_t scan(const ScanArgs& a, void* workspace, cudaStream_t stream) {
 
 // The same for every T: a plugin asks once, for the largest shapes, and then runs steps as well.
 size_t scan_workspace(const ScanArgs& a) {
-  const bool none = a.state_type == State::f32 || (a.state_type == State::f16 && resident<__half>(a)) ||
-                    (a.state_type == State::i8 && resident<int8_t>(a));
+  const bool none = a.state_type == State::f32 ||
+                    (a.state_type == State::f16 && any_fits(TilesOf<__half>::Many(), a)) ||
+                    (a.state_type == State::i8 && any_fits(TilesOf<int8_t>::Many(), a));
   return none ? 0 : sizeof(float) * a.B * a.H * a.N * a.P;
 }
 

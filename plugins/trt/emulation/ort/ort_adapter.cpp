@@ -405,11 +405,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     static const std::deque<Op>* const ops = [] {
       auto* made = new std::deque<Op>;  // sessions may outlive every static object
       for (auto activation : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
-        for (auto* creator :
-             {binary_scaffold_matmul_creator(), int8_matmul_creator(), causal_conv1d_step_creator(),
-              selective_scan_step_creator(), gated_rms_norm_creator(), rms_norm_creator()}) {
-          made->emplace_back(creator, activation);
-        }
+        for (auto* creator : creators()) made->emplace_back(creator, activation);
       }
       return made;
     }();

@@ -1,0 +1,150 @@
+"""`dfssm distill`: train a 1-bit student from a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import click
+
+from dfssm.opset.errors import DfssmError
+
+from .options import json_option, print_result
+
+
+def recipe_options(command):
+    """An option for each ingredient of a recipe: its default is that of the recipe named with --recipe."""
+    from dfssm.distill.recipe import CHOICES, Recipe
+
+    for field in reversed(dataclasses.fields(Recipe)):
+        name, kind = field.name.replace("_", "-"), {"int": int, "float": float, "str": str}.get(field.type)
+        if field.type == "bool":
+            command = click.option(f"--{name}/--no-{name}", default=None, help=field.metadata["help"])(command)
+        else:
+            kind = click.Choice(CHOICES[field.name]) if field.name in CHOICES else kind
+            metavar = None if field.name in CHOICES else "X"
+            command = click.option(f"--{name}", type=kind, metavar=metavar, help=field.metadata["help"])(command)
+    return command
+
+
+@click.command()
+@click.argument("teacher", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="PATH",
+    help="Text, JSON lines, parquet, a folder of them, or hf:NAME[:CONFIG][@SPLIT]; may be given again.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--recipe", "recipe_name", type=click.Choice(["binary", "paper"]), default="binary", show_default=True)
+@click.option("--total-tokens", type=click.IntRange(1), default=32_000_000, show_default=True, metavar="N")
+@click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, metavar="N", help="Of a window.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Windows a step.")
+@click.option("--micro-batch", type=click.IntRange(1), metavar="N", help="Windows at once on a device; all of its own.")
+@recipe_options
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 0.5),
+    default=0.02,
+    show_default=True,
+    metavar="SHARE",
+    help="Of each file, from its end.",
+)
+@click.option(
+    "--held-out-documents", type=click.IntRange(0), default=1000, show_default=True, metavar="N", help="Of a stream."
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="Other than the teacher's own.")
+@click.option("--device", metavar="NAME", help="cpu or cuda; a GPU where there is one.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Run the teacher before, once, and keep its K likeliest tokens on disk; 0: beside the student.",
+)
+@click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
+@click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, metavar="STEPS")
+@click.option("--save-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
+@click.option("--evaluate-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
+@click.option("--tensorboard", is_flag=True, help="Log to DIR/tensorboard too.")
+@click.option("--wandb", metavar="PROJECT", help="Log to a project of Weights & Biases too.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the memory and time it takes, and stop.")
+@click.option("--devices", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="For --plan.")
+@json_option
+def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -> None:
+    """Distil TEACHER, a Mamba-2 checkpoint folder, into a 1-bit student: DIR/model.pt.
+
+    Under torchrun all its ranks share the work.
+    """
+    import torch
+
+    from dfssm.distill.recipe import RECIPES, Recipe
+
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    given = {name: options.pop(name) for name in names}
+    recipe = dataclasses.replace(RECIPES[recipe_name], **{k: v for k, v in given.items() if v is not None})
+    if only_plan:
+        print_result(_plan(teacher, recipe, options), as_json, lambda found: "\n".join(found["lines"]))
+        return
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+
+    from dfssm.distill.distributed import ranks
+    from dfssm.distill.run import Job
+    from dfssm.distill.run import distill as run
+    from dfssm.distill.trainer import Schedule
+
+    with ranks(options["device"]) as those:
+        step = options["batch"] * options["tokens"]
+        if options["batch"] % those.world:
+            raise DfssmError(f"batch is {options['batch']} windows; give a multiple of the {those.world} ranks")
+        schedule = Schedule(
+            steps=-(-options["total_tokens"] // step),
+            micro_batch=options["micro_batch"] or options["batch"] // those.world,
+            **{key: options[key] for key in ("batch", "tokens", "seed", "log_every", "save_every", "evaluate_every")},
+        )
+        shared = options.keys() & {field.name for field in dataclasses.fields(Job)}
+        job = Job(teacher, data, output, recipe, schedule, **{name: options[name] for name in shared})
+        result = run(job, those, options["resume"], lambda line: click.echo(line, err=True))
+        if those.first:
+            print_result(result | {"output": str(output)}, as_json, _text)
+
+
+def _plan(teacher: Path, recipe, options: dict) -> dict:
+    from dfssm.distill.plan import Options, plan
+    from dfssm.model.hf_config import read_config
+
+    world = int(os.environ.get("WORLD_SIZE", options["devices"]))
+    found = plan(
+        read_config(teacher / "config.json")[0],
+        Options(
+            rank=recipe.rank,
+            planes=recipe.planes,
+            windows=options["micro_batch"] or max(1, options["batch"] // world),
+            tokens=options["tokens"],
+            batch=options["batch"],
+            total=options["total_tokens"],
+            checkpointing=options["recompute"],
+            hidden=recipe.hidden > 0,
+            teacher=not options["top_k"],
+            soft=recipe.anneal != "none" or recipe.hard == "levels",
+            world=world,
+        ),
+    )
+    return {"memory": found.memory, "total": found.total, "lines": found.lines()}
+
+
+def _text(result: dict) -> str:
+    found = result["perplexity"]
+    if not found:
+        return f"{result['output']}: {result['tokens']:,} tokens in {result['seconds']:.0f} s, no held-out text"
+    lines = [f"{name:<16} {value:9.3f}  {value / found['teacher']:6.3f}" for name, value in found.items()]
+    head = f"{result['output']}: {result['tokens']:,} tokens in {result['seconds']:.0f} s\n"
+    return head + "\n".join([f"{'perplexity':<16} {'':9}  / teacher's", *lines])

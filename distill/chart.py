@@ -1,0 +1,225 @@
+"""Line charts as inline SVG: no script, no font, nothing to load. Colours and strokes are the page's CSS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Point = tuple[float, float | None]  # None: no value there; a line has a gap
+
+WIDTH, HEIGHT = 400, 230  # of the drawing, in its own units; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 48, 388, 14, 196  # of the frame in it
+_LOG_FROM = 30  # largest / smallest value from which a logarithmic axis shows more
+
+
+def label(value: float) -> str:
+    """A number for an axis or a table, to three digits: 0.25, 3e-4, 12.5k, 32M."""
+    value = float(f"{value:.3g}")
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    if 0 < abs(value) < 1e-2:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart), the first <= low, the last >= high."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, but for its last digits
+        padding = abs(low) / 10 or 1.0
+        low, high = low - padding, high + padding
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    digits = 1 - math.floor(math.log10(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, digits) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """At most about `count` powers of ten, evenly apart, the first <= low, the last >= high; both > 0."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    step = max(1, math.ceil((last - first) / count))
+    return [10.0**i for i in range(first, max(last, first + 1) + step, step)]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From `low` to `high`: `position` is 0 at one and 1 at the other."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    log: bool = False
+
+    @classmethod
+    def over(cls, values: Sequence[float], log: bool = False) -> Axis:
+        """From tick to tick around all `values`; logarithmic if asked for and worth it. No values: 0 to 1."""
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        log = log and low > 0 and high / low >= _LOG_FROM
+        marks = log_ticks(low, high) if log else ticks(low, high)
+        return cls(marks[0], marks[-1], marks, log)
+
+    @classmethod
+    def until(cls, high: float) -> Axis:
+        """From 0 to `high` > 0 itself, with the ticks between."""
+        return cls(0.0, high, [tick for tick in ticks(0.0, high) if tick <= high])
+
+    def position(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return (value - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `dots` marks each point; `noisy` draws the points faintly below their smooth course."""
+
+    name: str
+    points: Sequence[Point]
+    dots: bool = False
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart over tokens. `reference` is a horizontal line: name, value. The y axis reaches to all of `shows`."""
+
+    title: str
+    unit: str
+    series: Sequence[Series]
+    reference: tuple[str, float] | None = None
+    shows: Sequence[float] = ()
+    log: bool = False
+
+
+def finite(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y is not None]
+
+
+def smooth(points: Sequence[Point], span: float) -> list[Point]:
+    """Each value as the mean of all, weighted by exp(-(distance in x) / span), span > 0; gaps stay."""
+    back = _decaying(points[::-1], span)[::-1]
+    result = []
+    for (x, y), (total, weight), (later, later_weight) in zip(points, _decaying(points, span), back, strict=True):
+        # Both passes count the point itself.
+        result.append((x, None if y is None else (total + later - y) / (weight + later_weight - 1)))
+    return result
+
+
+def _decaying(points: Sequence[Point], span: float) -> list[tuple[float, float]]:
+    """At each point the weighted sum of the values up to it, and of the weights."""
+    result, total, weight, last = [], 0.0, 0.0, 0.0
+    for x, y in points:
+        if y is not None:
+            keep = math.exp(-abs(x - last) / span)
+            total, weight, last = keep * total + y, keep * weight + 1, x
+        result.append((total, weight))
+    return result
+
+
+def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
+    """At most about `limit` points that look the same: the extremes of each of limit / 2 runs, gaps kept."""
+    if len(points) <= limit:
+        return list(points)
+    size, result = math.ceil(2 * len(points) / limit), []
+    for begin in range(0, len(points), size):
+        run = range(begin, min(begin + size, len(points)))
+        there = [i for i in run if points[i][1] is not None]
+        kept = {min(there, key=lambda i: points[i][1]), max(there, key=lambda i: points[i][1])} if there else set()
+        if len(there) < len(run):
+            kept.add(next(i for i in run if points[i][1] is None))
+        result += [points[i] for i in sorted(kept)]
+    return result
+
+
+def path(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    """The `d` of an SVG path; a new piece begins after each gap. A piece of one point is a dot (round caps)."""
+    pieces, pen = [], False
+    for a, b in points:
+        if b is None:
+            pen = False
+            continue
+        at = f"{_across(x, a):.1f} {_up(y, b):.1f}"
+        pieces.append(f"L{at}" if pen else f"M{at}h0")
+        pen = True
+    return "".join(pieces)
+
+
+def svg(chart: Chart, key: str, tokens: float) -> str:
+    """`chart` as an <svg>; `key` makes its ids unique in the page, `tokens` is where the x axis must reach to."""
+    drawn = [finite(series.points) for series in chart.series]
+    values = [*chart.shows, *(b for points in drawn for _, b in points)]
+    if chart.reference:
+        values.append(chart.reference[1])
+    x, y = Axis.until(max(tokens, 1.0)), Axis.over(values, chart.log)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">',
+        f'<title id="{key}-title">{escape(chart.title)}</title>',
+        f'<desc id="{key}-desc">{escape(describe(chart))}</desc>',
+        *_frame(x, y),
+    ]
+    if chart.reference:
+        name, value = chart.reference
+        height = _up(y, value)
+        parts.append(f'<path class="reference" d="M{LEFT} {height:.1f}H{RIGHT}"/>')
+        parts.append(f'<text class="note" x="{LEFT + 4}" y="{height - 4:.1f}">{escape(name)} {label(value)}</text>')
+    for number, series in enumerate(chart.series, 1):
+        parts += _line(series, number, x, y)
+    if not any(drawn):
+        parts.append(
+            f'<text class="note middle" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values yet</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def describe(chart: Chart) -> str:
+    """The chart in words: where each line begins and ends."""
+    sentences = []
+    for series in chart.series:
+        points = finite(series.points)
+        if points:
+            (x0, y0), (x1, y1) = points[0], points[-1]
+            sentences.append(f"{series.name}: {label(y0)} at {label(x0)} tokens, {label(y1)} at {label(x1)} tokens.")
+    if chart.reference:
+        sentences.append(f"{chart.reference[0]}: {label(chart.reference[1])}.")
+    return " ".join(sentences) or "No values yet."
+
+
+def _across(x: Axis, value: float) -> float:
+    return LEFT + x.position(value) * (RIGHT - LEFT)
+
+
+def _up(y: Axis, value: float) -> float:
+    return BOTTOM - y.position(value) * (BOTTOM - TOP)
+
+
+def _frame(x: Axis, y: Axis) -> list[str]:
+    parts = []
+    for value in y.ticks:
+        height = _up(y, value)
+        parts.append(f'<path class="grid" d="M{LEFT} {height:.1f}H{RIGHT}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{height + 4:.1f}">{label(value)}</text>')
+    for value in x.ticks:
+        parts.append(f'<text class="middle" x="{_across(x, value):.1f}" y="{BOTTOM + 16}">{label(value)}</text>')
+    parts.append(f'<text class="middle" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 3}">tokens</text>')
+    return parts
+
+
+def _line(series: Series, number: int, x: Axis, y: Axis) -> list[str]:
+    points, parts = thin(series.points), []
+    if series.noisy:
+        parts.append(f'<path class="line s{number} faint" d="{path(points, x, y)}"/>')
+        points = thin(smooth(series.points, (x.high - x.low) / 100))
+    parts.append(f'<path class="line s{number}" d="{path(points, x, y)}"/>')
+    if series.dots:
+        parts += [
+            f'<circle class="dot s{number}" cx="{_across(x, a):.1f}" cy="{_up(y, b):.1f}" r="3">'
+            f"<title>{label(b)} at {label(a)} tokens</title></circle>"
+            for a, b in finite(points)
+        ]
+    return parts

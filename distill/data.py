@@ -1,0 +1,169 @@
+"""Text -> a token file -> training windows, the same ones in the same order for any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dfssm.model.checkpoint import atomic_write
+from dfssm.model.text import batches, documents, text_files
+from dfssm.opset.errors import DfssmError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKEN = np.dtype("<u4")
+_TOKENS, _RECORD = "tokens.u32", "tokens.json"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Two token streams u32[n], mapped from a file: `train`, and `held_out`, the last share of each text file."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+class Windows:
+    """An endless sequence of training windows over a token stream; window k is a function of `seed` and k alone.
+
+    Epoch by epoch the stream ids u32[n] is cut, from a random offset on, into windows of tokens + 1 ids that overlap
+    in one: every token is predicted once, but for fewer than 2 * tokens at the ends. Their order is random. Of each
+    batch of the `world` ranks, rank r takes the r-th part: at one global batch, any number of ranks sees the same
+    windows in every step. Raises DfssmError if the stream is shorter than two windows.
+    """
+
+    def __init__(self, ids: np.ndarray, tokens: int, seed: int, rank: int = 0, world: int = 1):
+        self.ids, self.tokens, self.seed, self.rank, self.world = ids, tokens, seed, rank, world
+        self.per_epoch = (len(ids) - tokens) // tokens
+        if self.per_epoch < 1:
+            raise DfssmError(
+                f"the text has {len(ids)} tokens, two windows {2 * tokens}; give more --data or fewer --tokens"
+            )
+        self._position = 0  # windows taken by all ranks together
+        self._epoch, self._starts = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        """Window k, i64[tokens + 1]."""
+        epoch, i = divmod(k, self.per_epoch)
+        if epoch != self._epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            offset = random.integers(self.tokens)
+            self._epoch, self._starts = epoch, offset + random.permutation(self.per_epoch) * self.tokens
+        start = self._starts[i]
+        return self.ids[start : start + self.tokens + 1].astype(np.int64)
+
+    def take(self, count: int) -> np.ndarray:
+        """This rank's next `count` windows, i64[count, tokens + 1]."""
+        first = self._position + self.rank * count
+        self._position += self.world * count
+        return np.stack([self[k] for k in range(first, first + count)])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; the same on every rank."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+
+def tokenize(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    end: int,
+    vocab_size: int,
+    held_out: float,
+    folder: Path,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Tokens:
+    """Tokenise files into a token file in `folder`, unless the one there is of the same text; map it.
+
+    Every document is followed by the token `end`; the last `held_out` share of each file's tokens is kept apart. In
+    memory is one batch of documents. `progress` gets the bytes of text done since its last call. Of several ranks
+    that share `folder` one calls this, and the others `open_tokens` once it has returned. Raises DfssmError, and leaves
+    what was in `folder`, if there is no text, if a token does not fit `vocab_size`, if `folder` cannot be written, or
+    as `text_files` and `documents`.
+    """
+    files = text_files(paths)
+    source = {
+        "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "end": end,
+        "vocab_size": vocab_size,
+        "held_out": held_out,
+    }
+    if (_read_record(folder) or {}).get("source") != source:
+        counts, record = {}, folder / _RECORD
+
+        def encoded(file: Path) -> Iterator[np.ndarray]:
+            for batch in batches(documents(file)):
+                yield encode(batch, tokenizer, end, vocab_size)
+                progress(sum(len(text.encode()) for text in batch))
+
+        def write(path: Path) -> None:
+            counts["train"], counts["held_out"] = _write(path, map(encoded, files), held_out)
+            if not counts["train"]:
+                raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to train on; give --data more")
+            record.unlink(missing_ok=True)  # it is of the file that this one replaces
+
+        atomic_write(folder / _TOKENS, write)
+        atomic_write(record, lambda path: path.write_text(json.dumps({"source": source} | counts)))
+    return open_tokens(folder)
+
+
+def open_tokens(folder: Path) -> Tokens:
+    """Map the token file that `tokenize` left in `folder`. Raises DfssmError if there is none, or not all of it."""
+    record = _read_record(folder)
+    if record is None:
+        raise DfssmError(f"{folder}: holds no whole {_TOKENS}; all ranks need the same folder, or tokenise again")
+    ids = np.memmap(folder / _TOKENS, TOKEN, mode="r")
+    return Tokens(ids[: record["train"]], ids[record["train"] :])
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, end: int, vocab_size: int) -> np.ndarray:
+    """The tokens of texts, u32[n], those of each followed by `end`. Raises DfssmError if one is >= vocab_size."""
+    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = np.concatenate([np.array([*text.ids, end], TOKEN) for text in found])
+    if ids.max() >= vocab_size:
+        raise DfssmError(
+            f"the tokenizer makes token {ids.max()}, the teacher has {vocab_size}: "
+            "give the teacher's own with --tokenizer"
+        )
+    return ids
+
+
+def _write(path: Path, files: Iterable[Iterable[np.ndarray]], held_out: float) -> tuple[int, int]:
+    """Tokens of files, given in parts -> one file, first those to train on and then those held out; their counts."""
+    with path.open("w+b") as train, TemporaryFile(dir=path.parent) as held:
+        for parts in files:
+            start = train.tell()
+            for ids in parts:
+                train.write(ids.tobytes())
+            count = (train.tell() - start) // TOKEN.itemsize
+            cut = start + (count - round(held_out * count)) * TOKEN.itemsize
+            train.seek(cut)
+            shutil.copyfileobj(train, held)
+            train.seek(cut)
+            train.truncate()
+        counts = train.tell() // TOKEN.itemsize, held.tell() // TOKEN.itemsize
+        held.seek(0)
+        shutil.copyfileobj(held, train)
+    return counts
+
+
+def _read_record(folder: Path) -> dict | None:
+    """What `tokenize` wrote down of the token file in `folder`; None where that is missing or not whole."""
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+        size = (folder / _TOKENS).stat().st_size
+    except OSError:
+        return None
+    return record if size == (record["train"] + record["held_out"]) * TOKEN.itemsize else None

@@ -1,0 +1,145 @@
+"""Projections on their way to one bit: density-field weights, annealed from continuous to levels or signs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfssm.model.quant import dequantized, sign
+from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding
+
+LEVELS = 17  # of the published density field: -8/8 .. 8/8
+
+
+class _Levels(torch.autograd.Function):
+    """The nearest of the levels; the gradient passes where |w| < 1 (linear clamp)."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        half = (LEVELS - 1) / 2
+        return (w.clamp(-1.0, 1.0) * half).round() / half
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return g * (w.abs() < 1.0)
+
+
+def levels(w: Tensor) -> Tensor:
+    """Density-field weights: latents -> LEVELS levels of [-1, 1], straight-through (paper, stage 1)."""
+    return _Levels.apply(w)
+
+
+class DensityLinear(BinaryLinear):
+    """A BinaryLinear that can be softer than what ships.
+
+    The scaffold is scale * ((1 - blend) * soft(latent) + blend * hard(latent)): `hard` is the sign, or the 17 levels of
+    the paper; `soft` the clamped latent, or the levels on the way to the sign. With hard = sign, blend = 1 and int8
+    operands it is BinaryLinear, the arithmetic that ships.
+    """
+
+    hard, soft = "sign", "continuous"  # "sign" or "levels"; "continuous" or "levels"
+    blend = 1.0
+    float_activations = False
+    low_rank = "int8"  # or "float", or "none" while the scaffold is trained without it
+
+    @property
+    def ships(self) -> bool:
+        return (self.hard, self.blend, self.float_activations, self.low_rank) == ("sign", 1.0, False, "int8")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ships:
+            return super().forward(x)
+        weight = (self.scale[..., None] * self._scaffold()).reshape(-1, *self.latent.shape[-2:]).sum(0)
+        if self.low_rank != "none" and len(self.down):
+            form = dequantized if self.low_rank == "int8" else torch.Tensor.float
+            weight = weight + form(self.up) @ form(self.down)
+        return F.linear(x if self.float_activations else dequantized(x), weight)
+
+    def _scaffold(self) -> Tensor:
+        hard = sign(self.latent, self.window) if self.hard == "sign" else levels(self.latent)
+        if self.blend == 1.0:
+            return hard
+        soft = self.latent.clamp(-1.0, 1.0) if self.soft == "continuous" else levels(self.latent)
+        return (1.0 - self.blend) * soft + self.blend * hard
+
+
+def densify(student: DFSSMLM, **attributes) -> list[DensityLinear]:
+    """Turn the projections of a student in training into DensityLinear with these attributes; returns them."""
+    found = [module for module in student.modules() if isinstance(module, BinaryLinear)]
+    for module in found:
+        module.__class__ = DensityLinear  # same parameters, other arithmetic
+        set_attributes([module], **attributes)
+    return found
+
+
+def set_attributes(modules: list[DensityLinear], **attributes) -> None:
+    for module in modules:
+        for name, value in attributes.items():
+            if not hasattr(DensityLinear, name):
+                raise AttributeError(name)
+            setattr(module, name, value)
+
+
+@torch.no_grad()
+def sign_export(student: DFSSMLM) -> dict[str, Tensor]:
+    """The tensors of model.pt as published: the sign of each weight and the row mean of its 17-level size.
+
+    This is what the paper's exporter writes of the scaffold that was evaluated at 17 levels.
+    """
+    tensors = student.export_tensors()
+    for prefix, module in student.named_modules():
+        if isinstance(module, BinaryLinear):
+            tensors[f"{prefix}.scale"] = (module.scale * levels(module.latent).abs().mean(-1)).float()
+    return tensors
+
+
+@torch.no_grad()
+def zero_low_rank(layers: list[DensityLinear]) -> None:
+    """Begin as low-rank adapters do: down random, up next to zero (a row of zeros has no int8 scale to learn by)."""
+    for layer in layers:
+        nn.init.normal_(layer.up, std=1e-6)
+        nn.init.normal_(layer.down, std=layer.down.shape[-1] ** -0.5)
+
+
+class _FloatTable(Int8Embedding):
+    """The latents themselves; what they multiply is int8 still."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return F.linear(dequantized(hidden), self.weight)
+
+
+def other_forms(student: DFSSMLM, layers: list[DensityLinear]) -> Iterator[tuple[str, DFSSMLM]]:
+    """The student with one part softer than what ships, by name: what each rounding costs. One at a time is valid."""
+    if not layers[0].ships:
+        yield "as_trained", student
+        return
+    set_attributes(layers, low_rank="float")
+    yield "float_low_rank", student
+    set_attributes(layers, low_rank="int8")
+    tables = [module for module in student.modules() if isinstance(module, Int8Embedding)]
+    for table in tables:
+        table.__class__ = _FloatTable
+    yield "float_embedding", student
+    for table in tables:
+        table.__class__ = Int8Embedding
+
+
+def trainable(student: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a student by what a recipe gives a learning rate: scaffold, low_rank and float."""
+    groups: dict[str, list[nn.Parameter]] = {"scaffold": [], "low_rank": [], "float": []}
+    kinds = {"latent": "scaffold", "scale": "scaffold", "down": "low_rank", "up": "low_rank"}
+    for module in student.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.numel():  # a low rank of 0
+                continue
+            kind = kinds[name] if isinstance(module, BinaryLinear) else "float"
+            groups[kind].append(parameter)
+    return groups

@@ -1,0 +1,258 @@
+"""The report page of a run: one HTML file from log.jsonl and result.json, complete in itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dfssm.model.checkpoint import atomic_write
+
+from .chart import Chart, Point, Series, finite, label, svg
+
+FORMS = {
+    "teacher": "teacher",
+    "data_free": "data-free conversion",
+    "student": "student, as shipped",
+    "as_trained": "student, as trained",
+    "float_low_rank": "student, its low rank in float",
+    "float_embedding": "student, its embedding in float",
+}
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1d2127; --soft: #626a75; --line: #e3e4e0;
+  --s1: #1f6fb5; --s2: #b8521b; --s3: #4d7c2a; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171b; --card: #1c2025; --ink: #e7e9ec; --soft: #9aa3ae; --line: #30363d;
+    --s1: #6fb1f0; --s2: #f0a06a; --s3: #9ccc70; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 66rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { margin: 2rem 0 .7rem; font-size: 1.1rem; }
+p { margin: .3rem 0; }
+.soft, figcaption span, th { color: var(--soft); font-weight: normal; }
+.tiles, .charts { display: grid; gap: .8rem; margin-top: 1.2rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+section.charts { margin-top: 2rem; }
+.charts { margin-top: 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.tile, figure, blockquote, .table { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.tile { padding: .6rem .9rem; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+figure { margin: 0; padding: .7rem .7rem .3rem; }
+figcaption { font-weight: 600; }
+figcaption i { display: inline-block; width: 1.1em; height: 3px; margin: 0 .3em .25em .8em; border-radius: 2px; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .middle { text-anchor: middle; }
+svg .end { text-anchor: end; }
+svg path { fill: none; }
+.grid { stroke: var(--line); }
+.line { stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
+.faint { stroke-width: 1; opacity: .35; }
+.reference { stroke: var(--soft); stroke-dasharray: 5 4; }
+.s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
+.line { stroke: currentColor; } .dot { fill: currentColor; } i { background: currentColor; }
+.line.s2 { stroke-dasharray: 7 5; } .line.s3 { stroke-dasharray: 1 5; } .line.faint { stroke-dasharray: none; }
+@media (max-width: 30rem) { svg text { font-size: 14px; } .tile b { font-size: 1.15rem; } }
+.table { overflow-x: auto; max-width: 44rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+tr:last-child > * { border-bottom: 0; }
+.number { text-align: right; white-space: nowrap; }
+blockquote { margin: 0; padding: .9rem 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; margin: 1rem 0 .6rem; }
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html from its log.jsonl and result.json; return its path.
+
+    Either file may be missing, cut off or hold numbers that are not finite: the page shows what there is.
+    Raises DfssmError if the page cannot be written.
+    """
+    path = folder / "report.html"
+    text = page(folder.resolve().name, read_log(folder / "log.jsonl"), read_result(folder / "result.json"))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl that are objects with a number of tokens; a line cut off by a kill is none."""
+    if not path.is_file():
+        return []
+    lines = (_object(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line for line in lines if _number(line, "tokens") is not None]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """result.json, {} if it is missing or no object."""
+    return _object(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
+
+
+def page(name: str, log: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+    """The page of the run called `name`."""
+    perplexity = _perplexities(result)
+    body = [
+        f"<h1>{escape(name)}</h1>",
+        f'<p class="soft">Distillation of a 1-bit student. {_status(log, result)}</p>',
+        _tiles(log, result, perplexity),
+        _perplexity_table(perplexity, result),
+        _charts(log, perplexity.get("teacher")),
+        _sample(result.get("sample")),
+        '<div class="charts">',
+        *(_options(title, result.get(title.lower())) for title in ("Recipe", "Schedule")),
+        "</div>",
+        _evaluations(log, perplexity.get("teacher")),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)}: distillation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, body))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    """42 s, 5 min 3 s, 6 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
+    """The values of `key` over tokens, of the lines that have it; None where it is not finite."""
+    return [(_number(line, "tokens"), _number(line, key)) for line in log if key in line]
+
+
+def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
+    if not log:
+        return "<p>The log is empty: nothing to draw yet. It grows as the training goes on.</p>"
+    parts = [("loss", "loss")] + ([("KL", "kl"), ("hidden", "hidden")] if series(log, "hidden") else [])
+    losses = [Series(name, series(log, key), noisy=True) for name, key in parts]
+    charts = [
+        Chart("Training loss", "nats a token", losses, log=True),
+        Chart(
+            "Held-out perplexity",
+            "of the student in training",
+            [Series("student", series(log, "perplexity"), dots=True)],
+            None if teacher is None else ("teacher", teacher),
+            log=True,
+        ),
+        Chart("Annealing", "share of the quantised weights", [Series("blend", series(log, "blend"))], shows=(0, 1)),
+        Chart("Learning rate", "", [Series("learning rate", series(log, "lr"))], shows=(0,)),
+        Chart("Speed", "tokens/s", [Series("speed", series(log, "tok_s"), noisy=True)], shows=(0,)),
+        Chart("Gradient norm", "before clipping", [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
+    ]
+    tokens = max(_number(line, "tokens") for line in log)
+    figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(charts)]
+    return f'<section class="charts" aria-label="Curves">{"".join(figures)}</section>'
+
+
+def _figure(chart: Chart, key: str, tokens: float) -> str:
+    legend = ""
+    if len(chart.series) > 1:
+        legend = "".join(f'<i class="s{i}"></i>{escape(one.name)}' for i, one in enumerate(chart.series, 1))
+    caption = f"{escape(chart.title)} <span>{escape(chart.unit)}{legend}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg(chart, key, tokens)}</figure>"
+
+
+def _status(log: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+    if result:
+        return "Complete."
+    return "In progress, or stopped before its end." if log else "Not begun, or without a log."
+
+
+def _tiles(log: Sequence[dict[str, Any]], result: dict[str, Any], perplexity: dict[str, float]) -> str:
+    last = log[-1] if log else {}
+    found = {key: _number(result, key) or _number(last, key) for key in ("tokens", "seconds")}
+    tiles = {}
+    if found["tokens"] is not None:
+        tiles["tokens trained on"] = label(found["tokens"])
+    if found["seconds"] is not None:
+        tiles["training time"] = duration(found["seconds"])
+    if found["tokens"] and found["seconds"]:
+        tiles["tokens a second"] = label(found["tokens"] / found["seconds"])
+    held = finite(series(log, "perplexity"))
+    student = perplexity.get("student", held[-1][1] if held else None)
+    if student is not None:
+        tiles["held-out perplexity"] = f"{student:.2f}"
+    if student is not None and perplexity.get("teacher"):
+        tiles["of the teacher's"] = f"{student / perplexity['teacher']:.3f} ×"
+    cells = "".join(
+        f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for name, value in tiles.items()
+    )
+    return f'<div class="tiles">{cells}</div>' if cells else ""
+
+
+def _perplexity_table(perplexity: dict[str, float], result: dict[str, Any]) -> str:
+    if not perplexity:
+        return ""
+    teacher, tokens = perplexity.get("teacher"), _number(result, "held_out_tokens")
+    rows = [
+        (FORMS.get(form, form.replace("_", " ")), f"{value:.2f}", f"{value / teacher:.3f}" if teacher else "")
+        for form, value in perplexity.items()
+    ]
+    title = "Perplexity on held-out text" + (f", {label(tokens)} tokens" if tokens else "")
+    return f"<h2>{title}</h2>" + _table(("model", "perplexity", "/ teacher's"), rows)
+
+
+def _sample(text: Any) -> str:
+    return f"<h2>A sample</h2><blockquote>{escape(text)}</blockquote>" if isinstance(text, str) and text else ""
+
+
+def _options(title: str, options: Any) -> str:
+    if not isinstance(options, dict) or not options:
+        return ""
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
+    return f"<section><h2>{title}</h2>{_table(('option', 'value'), rows, numbers=False)}</section>"
+
+
+def _evaluations(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
+    rows = [
+        (f"{int(tokens):,}", f"{value:.3f}", f"{value / teacher:.4f}" if teacher else "")
+        for tokens, value in finite(series(log, "perplexity"))
+    ]
+    if not rows:
+        return ""
+    table = _table(("tokens", "perplexity", "/ teacher's"), rows)
+    return f"<details><summary>Every evaluation, as numbers</summary>{table}</details>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """Text cells, escaped here; all columns but the first are flush right if they hold `numbers`."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        kinds = [' class="number"' if numbers and i else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
+
+    return f'<div class="table"><table>{row("th", head)}{"".join(row("td", cells) for cells in rows)}</table></div>'
+
+
+def _perplexities(result: dict[str, Any]) -> dict[str, float]:
+    """The finite ones, the teacher's first: it is what the others are measured by."""
+    found = result.get("perplexity")
+    found = found if isinstance(found, dict) else {}
+    names = sorted(found, key=lambda name: name != "teacher")
+    return {name: value for name in names if (value := _number(found, name)) is not None}
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(values: dict[str, Any], key: str) -> float | None:
+    """The number at `key`; None if there is none, or if it is not finite."""
+    value = values.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

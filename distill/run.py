@@ -1,0 +1,321 @@
+"""One distillation from the teacher's folder to model.pt: data, start, training, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
+
+from dfssm.model.checkpoint import atomic_write, save_student
+from dfssm.model.convert import convert, student_from_teacher
+from dfssm.model.hf_import import load_teacher
+from dfssm.model.quant import dequantized
+from dfssm.model.student import DFSSMLM, from_tensors, load_student
+from dfssm.model.teacher import Mamba2LM
+from dfssm.model.text import END_OF_TEXT
+from dfssm.opset.errors import DfssmError
+
+from .checkpoint import Checkpoints
+from .data import Windows, open_tokens, tokenize
+from .density import DensityLinear, densify, other_forms, set_attributes, sign_export, trainable, zero_low_rank
+from .distributed import Ranks, shard
+from .objective import Distillation
+from .recipe import Recipe
+from .report import write_report
+from .sinks import open_sinks
+from .stream import PREFIX, StreamedWindows
+from .topk import TopK, write_topk
+from .trainer import Schedule, Source, Trainer, held_out_loss
+
+TOKENIZER = "tokenizer.json"
+MODEL, CHECKPOINTS = "model.pt", "checkpoints"
+CALIBRATION = 16  # windows over which the sizes of activations are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a distillation works on. Set apart: the share `held_out` of each file, the first documents of a stream.
+
+    `top_k`: distil from the teacher's so many likeliest tokens, which are computed before; 0 from all of them.
+    """
+
+    teacher: Path
+    data: Sequence[str]
+    output: Path
+    recipe: Recipe
+    schedule: Schedule
+    held_out: float = 0.02
+    held_out_documents: int = 1000
+    tokenizer: Path | None = None
+    recompute: bool = False
+    compiled: bool = False
+    top_k: int = 0
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    def identity(self, teacher: Mamba2LM, train: np.ndarray | None) -> dict:
+        """What must be the same for a run to be resumed. Of the teacher's weights only the vectors are looked at."""
+        vectors = b"".join(p.numpy(force=True).tobytes() for p in teacher.parameters() if p.ndim == 1)
+        schedule = dataclasses.asdict(self.schedule)
+        schedule.pop("micro_batch")  # follows from the number of ranks
+        return (
+            dataclasses.asdict(self.recipe)
+            | schedule
+            | {
+                "top_k": self.top_k,
+                "teacher": {"sha256": hashlib.sha256(vectors).hexdigest()},
+                "data": list(self.data) if train is None else {"sha256": hashlib.sha256(train).hexdigest()},
+            }
+        )
+
+
+def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], None] = lambda line: None) -> dict:
+    """Run `job`; returns what result.json holds, on the first rank. `say` gets lines for people to read.
+
+    Raises DfssmError before any training if something does not fit: teacher, tokenizer, data, output.
+    """
+    torch.manual_seed(job.schedule.seed)
+    job.schedule.parts(ranks)
+    if job.top_k and job.recipe.hidden:
+        raise DfssmError(
+            f"hidden is {job.recipe.hidden}, but with --top-k no teacher is there to compare with; leave one"
+        )
+    teacher = load_teacher(job.teacher).requires_grad_(False).eval()
+    tokenizer, end = _load_tokenizer(job.tokenizer or job.teacher / TOKENIZER, teacher)
+    begun = bool(Checkpoints(job.output / CHECKPOINTS, ranks).steps())
+    if begun and not resume:
+        raise DfssmError(f"{job.output}: holds a run already; go on with --resume, or choose another folder")
+    if resume and not begun:
+        raise DfssmError(f"{job.output}: has no checkpoint to resume from; leave out --resume to begin")
+    sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
+    source, held_out = _open_data(job, tokenizer, end, teacher.config.vocab_size, ranks)
+    tokens = job.schedule.tokens
+    if len(held_out) <= tokens:
+        held_out = held_out[:0]
+
+    def measure(**models: Callable) -> dict[str, float]:
+        if not len(held_out):
+            return {}
+        return {name: math.exp(held_out_loss(model, held_out, tokens, ranks)) for name, model in models.items()}
+
+    recipe = job.recipe
+    teacher = teacher.to(ranks.device)
+    sizes = _activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
+    student = student_from_teacher(teacher, recipe.rank, recipe.planes, sizes)
+    layers = prepare(student, recipe)
+    if recipe.init == "zero":
+        zero_low_rank(layers)
+    data_free = from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device)
+    perplexity = measure(teacher=teacher, data_free=data_free)
+    identity = job.identity(teacher, source.ids if isinstance(source, Windows) else None)
+    if ranks.device.type == "cuda":
+        teacher = teacher.bfloat16()
+    bf16 = ranks.agree(fast_bf16(ranks.device))
+    if job.top_k:
+        teacher = _stored(teacher, source, job, bf16, ranks)
+    model = Distillation(student, teacher, recipe.hidden, recipe.cross_entropy, job.recompute)
+    if job.compiled:
+        for layer in [*(model.teacher.layers if model.teacher else ()), *student.layers]:
+            layer.compile()
+    shard(model, ranks)
+    groups = trainable(student)  # after sharding, which replaces the parameters
+
+    def before(progress: float) -> dict[str, float]:
+        blend = recipe.blend(progress)
+        set_attributes(layers, blend=blend, low_rank=recipe.low_rank(progress))
+        return {"blend": blend}
+
+    trainer = Trainer(
+        model,
+        groups,
+        recipe.rates,
+        source,
+        job.schedule,
+        ranks,
+        job.output,
+        before,
+        (lambda: held_out_loss(model.logits, held_out, tokens, ranks)) if len(held_out) else None,
+        bf16=bf16,
+        identity=identity,
+    )
+    trainer.log.sinks += sinks
+    if resume:
+        trainer.resume()
+    if ranks.first:
+        atomic_write(job.output / TOKENIZER, lambda path: path.write_text(tokenizer.to_str()))
+        found = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items())
+        say(f"{sum(map(_count, groups.values())):,} parameters train, {len(held_out):,} held-out tokens; {found}")
+    trainer.train()
+    return _finish(job, ranks, model, trainer, perplexity, measure, len(held_out))
+
+
+def prepare(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
+    """Give a student's layers the arithmetic of a recipe; returns its projections."""
+    layers = densify(
+        student,
+        hard=recipe.hard,
+        soft="levels" if recipe.anneal == "levels" else "continuous",
+        float_activations=recipe.activations == "float",
+        window=recipe.ste_window,
+    )
+    if recipe.state_dtype == "int8":
+        for block in student.layers:
+            block.scan.round_state = dequantized
+    return layers
+
+
+def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:
+    """Whether products are faster in bf16. On a CPU one is timed: without bf16 units it is emulated and slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(4 * size, size, dtype=dtype)
+        times = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            a @ a.T
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return seconds(torch.bfloat16) * margin < seconds(torch.float32)
+
+
+def _load_tokenizer(file: Path, teacher: Mamba2LM) -> tuple[Tokenizer, int]:
+    """The tokenizer and the token that ends a document."""
+    if not file.is_file():
+        raise DfssmError(f"{file}: no such tokenizer; give the teacher's own with --tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no type of its own
+        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give the teacher's own with --tokenizer") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = teacher.config.eos_token_id
+    end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
+    if end is None or end >= teacher.config.vocab_size:
+        raise DfssmError(f"{file}: has no {END_OF_TEXT} among the teacher's {teacher.config.vocab_size} tokens")
+    return tokenizer, end
+
+
+def _open_data(job: Job, tokenizer: Tokenizer, end: int, vocab: int, ranks: Ranks) -> tuple[Source, np.ndarray]:
+    """The training windows of this rank and the held-out tokens."""
+    tokens, seed = job.schedule.tokens, job.schedule.seed
+    streams = [name for name in job.data if name.startswith(PREFIX)]
+    if streams:
+        if len(job.data) > 1:
+            raise DfssmError(f"{streams[0]}: a stream is the only --data of a run; leave out the others")
+        place = ranks.rank, ranks.world
+        source = StreamedWindows(streams[0], tokenizer, end, vocab, tokens, seed, *place, job.held_out_documents)
+        return source, source.held_out
+    folder = job.output / "tokens"
+    if ranks.first:
+        tokenize([Path(name) for name in job.data], tokenizer, end, vocab, job.held_out, folder)
+    ranks.barrier()
+    found = open_tokens(folder)
+    return Windows(found.train, tokens, seed, ranks.rank, ranks.world), found.held_out
+
+
+def _stored(teacher: Mamba2LM, source: Source, job: Job, bf16: bool, ranks: Ranks) -> TopK:
+    """The teacher's likeliest tokens in every window of the run, in topk/ of the output."""
+    if not isinstance(source, Windows):
+        raise DfssmError("--top-k: the windows of a stream are not known before; leave it out, or give --data files")
+    schedule, folder = job.schedule, job.output / "topk"
+    windows = schedule.steps * schedule.batch
+    total, show = windows * schedule.tokens // ranks.world, None if ranks.first else True
+    with tqdm(total=total, desc="teacher", unit="tok", unit_scale=True, mininterval=1.0, disable=show) as bar:
+        place = ranks.rank, ranks.world
+        write_topk(teacher, source, windows, job.top_k, folder, schedule.micro_batch, bf16, *place, bar.update)
+    ranks.barrier()
+    return TopK(folder)
+
+
+@torch.no_grad()
+def _activation_sizes(teacher: Mamba2LM, source: Source, ranks: Ranks) -> dict[str, Tensor]:
+    """Root mean square of each input of the teacher's projections, over a few windows; the same on every rank."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            found = inputs[0].double().square().mean((0, 1))
+            sums[name] = sums.get(name, 0.0) + found / -(-CALIBRATION // ranks.world)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(add(name))
+        for name, module in teacher.named_modules()
+        if name.endswith(("in_proj", "out_proj"))
+    ]
+    state = source.state_dict()
+    for _ in range(-(-CALIBRATION // ranks.world)):
+        teacher(torch.from_numpy(source.take(1)).to(ranks.device)[:, :-1])
+    source.load_state_dict(state)  # training begins at the first window
+    for hook in hooks:
+        hook.remove()
+    return {name: ranks.mean(total).sqrt().float() for name, total in sums.items()}
+
+
+def _finish(
+    job: Job,
+    ranks: Ranks,
+    model: Distillation,
+    trainer: Trainer,
+    perplexity: dict[str, float],
+    measure: Callable[..., dict[str, float]],
+    held_out_tokens: int,
+) -> dict:
+    """Write model.pt, measure what was written and what its parts cost, and report."""
+    student, file = _gathered(model, ranks).eval(), job.output / MODEL
+    layers = prepare(student, job.recipe)
+    set_attributes(layers, blend=1.0, low_rank=job.recipe.low_rank(1.0))
+    if ranks.first:
+        published = job.recipe.hard == "levels"
+        save_student(file, student.config, sign_export(student) if published else student.export_tensors())
+    ranks.barrier()
+    perplexity |= measure(student=load_student(file).to(ranks.device))
+    for name, form in other_forms(student, layers):
+        perplexity |= measure(**{name: form})
+    result = {
+        "recipe": dataclasses.asdict(job.recipe),
+        "schedule": dataclasses.asdict(job.schedule),
+        "tokens": job.schedule.steps * job.schedule.batch * job.schedule.tokens,
+        "held_out_tokens": held_out_tokens,
+        "seconds": trainer.seconds,
+        "perplexity": perplexity,
+        "model": MODEL,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    if ranks.first:
+        atomic_write(job.output / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        write_report(job.output)
+    ranks.barrier()
+    return result
+
+
+def _gathered(model: Distillation, ranks: Ranks) -> DFSSMLM:
+    """The student whole, on every rank."""
+    if ranks.world == 1:
+        return model.student
+    options = StateDictOptions(full_state_dict=True)
+    prefix = "student."
+    tensors = get_model_state_dict(model, options=options)
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    student = DFSSMLM(model.student.config).to(ranks.device)
+    student.load_state_dict(tensors)
+    return student
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

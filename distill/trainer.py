@@ -1,0 +1,269 @@
+"""The training loop: micro-batches, schedule, log, checkpoints, resume; one process or many, the same steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dfssm.model.checkpoint import atomic_write
+from dfssm.opset.errors import DfssmError
+
+from .checkpoint import Checkpoints
+from .distributed import Ranks, last_of_step
+
+BETAS = 0.9, 0.95
+MAX_NORM = 1.0  # of the gradient
+
+
+class Source(Protocol):
+    """Where windows come from; see data.Windows."""
+
+    def take(self, count: int) -> np.ndarray: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`steps` of `batch` windows of `tokens` tokens, over all ranks; `micro_batch` windows at a time on a rank."""
+
+    steps: int
+    batch: int = 8
+    micro_batch: int = 8
+    tokens: int = 256
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+    evaluate_every: int = 200
+
+    def parts(self, ranks: Ranks) -> int:
+        """Micro-batches of a step on one rank. DfssmError if they do not come out even."""
+        if self.batch % (ranks.world * self.micro_batch):
+            raise DfssmError(
+                f"batch is {self.batch} windows; give a multiple of ranks x micro-batch = "
+                f"{ranks.world} x {self.micro_batch}"
+            )
+        return self.batch // (ranks.world * self.micro_batch)
+
+
+@dataclass
+class Trainer:
+    """Minimises `model(ids)["loss"]` over the windows of `source`.
+
+    `rates(progress)` gives each parameter group its learning rate by name, `before(progress)` sets what else changes
+    along the run (progress: between 0 and 1, of the middle of a step). `held_out()` is the loss of text that is not
+    trained on, in nats a token. `ends()` is the step at which the run ends, where that is found on the way; at most the
+    schedule's. Log lines go to log.jsonl in `folder`, checkpoints to checkpoints/.
+    """
+
+    model: nn.Module
+    groups: dict[str, list[nn.Parameter]]
+    rates: Callable[[float], dict[str, float]]
+    source: Source
+    schedule: Schedule
+    ranks: Ranks
+    folder: Path
+    before: Callable[[float], dict[str, float]] = lambda progress: {}
+    held_out: Callable[[], float] | None = None
+    ends: Callable[[], int] | None = None
+    weight_decay: float = 0.0  # of matrices
+    bf16: bool = False
+    identity: dict = field(default_factory=dict)  # what a run that goes on must have in common with its checkpoint
+
+    def __post_init__(self) -> None:
+        self.parts = self.schedule.parts(self.ranks)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=BETAS)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:  # made by the first gradient otherwise, and a checkpoint before that lacks it
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks)
+        self.log = Log(self.folder, self.ranks.first)
+        self.step, self.seconds = 0, 0.0
+        self.sums: dict[str, float] = {}  # since the last line of the log, which was at:
+        self.logged = 0, 0.0  # step and seconds
+
+    @property
+    def steps(self) -> int:
+        """Of the run, as far as is known by now."""
+        return min(self.schedule.steps, self.ends()) if self.ends else self.schedule.steps
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint; False if there is none. DfssmError if it is of another schedule."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return False
+        saved = json.loads(self.checkpoints.own(steps[-1]))
+        for name, value in json.loads(json.dumps(self.identity)).items():
+            begun = saved["identity"].get(name)
+            if begun != value:
+                what = f"another {name}" if isinstance(value, dict) else f"{name} {begun}, not {value}"
+                raise DfssmError(
+                    f"{self.folder}: was begun with {what}; resume with the same, or choose another folder"
+                )
+        self.checkpoints.load(steps[-1], self.model, self.optimizer)
+        self.source.load_state_dict(saved["source"])
+        self.step, self.seconds, self.bf16 = steps[-1], saved["seconds"], saved["bf16"]
+        self.sums, self.logged = saved["sums"], tuple(saved["logged"])
+        self.log.cut(self.step)
+        return True
+
+    def train(self) -> None:
+        """Run to the end of the schedule. A loss that is not finite raises DfssmError and keeps the last checkpoint."""
+        schedule = self.schedule
+        begin = time.perf_counter() - self.seconds
+        if not self.step:
+            self.log.cut(0)  # lines of a run that did not come to a checkpoint
+        self.model.train()
+        for _ in self._progress():
+            progress = (self.step + 0.5) / schedule.steps
+            rates, extra = self.rates(progress), self.before(progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rates[group["name"]]
+            found = self._step()
+            self.step += 1
+            self.seconds = time.perf_counter() - begin
+            for name, value in found.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            done = self.step >= self.steps
+            if self.step % schedule.log_every == 0 or done:
+                steps, seconds = self.step - self.logged[0], self.seconds - self.logged[1]
+                means = {name: total / steps for name, total in self.sums.items()}
+                speed = steps * schedule.batch * schedule.tokens / seconds
+                self.log.write(self._position() | means | {"lr": max(rates.values()), "tok_s": speed} | extra)
+                self.sums, self.logged = {}, (self.step, self.seconds)
+            if self.held_out and (self.step % schedule.evaluate_every == 0 or done):
+                self._evaluate()
+            if self.step % schedule.save_every == 0 or done:
+                self.checkpoints.save(self.step, self.model, self.optimizer, json.dumps(self._own()))
+            begin = time.perf_counter() - self.seconds  # measuring and saving are not training
+
+    def _step(self) -> dict[str, float]:
+        """One update; the values of the batch, the same on every rank."""
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for part in range(self.parts):
+            ids = torch.from_numpy(self.source.take(self.schedule.micro_batch)).to(self.ranks.device)
+            with last_of_step(self.model, part == self.parts - 1):
+                with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
+                    values = self.model(ids)
+                (values["loss"] / self.parts).backward()
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().double() / self.parts
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        means = self.ranks.mean(torch.stack(list(totals.values()))).tolist()
+        found = dict(zip(totals, means, strict=True)) | {"grad_norm": float(norm)}
+        if not all(map(math.isfinite, found.values())):
+            raise DfssmError(
+                f"step {self.step + 1}: the loss is {found['loss']}, the gradient {found['grad_norm']}; lower --lr "
+                "and begin anew, or resume from the checkpoint before"
+            )
+        self.optimizer.step()
+        return found
+
+    def _evaluate(self) -> None:
+        self.model.eval()
+        loss = self.held_out()
+        self.model.train()
+        self.log.write(self._position() | {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))})
+
+    def _position(self) -> dict[str, float]:
+        tokens = self.step * self.schedule.batch * self.schedule.tokens
+        return {"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 3)}
+
+    def _own(self) -> dict[str, Any]:
+        """What a checkpoint holds besides parameters and moments: values of this rank."""
+        names = ("seconds", "bf16", "sums", "logged", "identity")
+        return {"source": self.source.state_dict()} | {name: getattr(self, name) for name in names}
+
+    def _parameter_groups(self) -> list[dict]:
+        """Matrices may decay; vectors (norms, scales, A, D, biases) never do."""
+        groups = []
+        for name, parameters in self.groups.items():
+            for decay, chosen in (
+                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": decay, "name": name})
+        return groups
+
+    def _progress(self) -> Iterator[int]:
+        size = self.schedule.batch * self.schedule.tokens
+        with tqdm(
+            total=self.steps * size,
+            initial=self.step * size,
+            desc="train",
+            unit="tok",
+            unit_scale=True,
+            mininterval=1.0,
+            dynamic_ncols=True,
+            disable=None if self.ranks.first else True,
+        ) as bar:
+            while self.step < self.steps:
+                yield self.step
+                bar.total = self.steps * size
+                bar.update(size)
+                bar.set_postfix(self.log.shown, refresh=False)
+
+
+class Log:
+    """log.jsonl, and TensorBoard and Weights & Biases where they are installed and wanted."""
+
+    def __init__(self, folder: Path, writes: bool):
+        self.path, self.writes = folder / "log.jsonl", writes
+        self.shown: dict[str, str] = {}  # beside the progress bar
+        self.sinks: list[Callable[[int, dict[str, float]], None]] = []
+
+    def write(self, line: dict[str, float]) -> None:
+        self.shown |= {name: f"{line[name]:.3f}" for name in ("loss", "perplexity") if name in line}
+        if not self.writes:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DfssmError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
+        for sink in self.sinks:
+            sink(line["step"], line)
+
+    def cut(self, step: int) -> None:
+        """Drop the lines after `step`, and a last one that was cut short: the run goes on from there."""
+        if not (self.writes and self.path.is_file()):
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        atomic_write(self.path, lambda path: path.write_text("".join(kept)))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8) -> float:
+    """Mean loss, nats a token, over consecutive windows of `tokens` predictions, each from a zero state.
+
+    The windows are shared among the ranks; all get the mean. The last, shorter window is left out.
+    """
+    count = (len(ids) - 1) // tokens
+    rows = np.stack([ids[i * tokens : (i + 1) * tokens + 1] for i in range(count)]).astype(np.int64)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for begin in range(0, count, batch * ranks.world):
+        first = begin + ranks.rank * batch
+        part = torch.from_numpy(rows[first : first + batch] if first < count else rows[:1]).to(ranks.device)
+        logits = model(part[:, :-1])[0].flatten(0, 1).float()  # without a window of its own too: calls are collective
+        if first < count:
+            total += nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").double()
+    return float(ranks.mean(total) * ranks.world / (count * tokens))

@@ -1,0 +1,117 @@
+"""Files of text -> documents: plain text, JSON lines, parquet, and folders of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dfssm.opset.errors import DfssmError
+
+END_OF_TEXT = "<|endoftext|>"  # separates the documents of a plain text file
+FIELD = "text"  # of a JSON line, and column of a parquet file
+_JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
+_IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json there is mostly a configuration
+_PIECE = 1 << 24  # characters of a plain text file read at once
+_ROWS = 1024  # of a parquet file read at once
+_BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and all text, JSON lines and parquet files below the folders named, sorted.
+
+    Raises DfssmError for what does not exist, and for a folder without such a file.
+    """
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise DfssmError(f"{path}: no such file or folder; give --data text, JSON lines or parquet files")
+        found = sorted(f for f in path.rglob("*") if f.suffix in _IN_FOLDERS) if path.is_dir() else [path]
+        if not found:
+            raise DfssmError(f"{path}: no file in it ends in {', '.join(_IN_FOLDERS)}; name the files themselves")
+        files += found
+    return files
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of one file without white space around them, none empty; the suffix says what the file is.
+
+    Any file is read piece by piece; a plain text without a mark for 16 million characters is cut at a line's end.
+    Raises DfssmError for what cannot be read, naming the line or row.
+    """
+    read = _json_lines if path.suffix in _JSON else _parquet if path.suffix in _PARQUET else _plain
+    try:
+        yield from filter(None, map(str.strip, read(path)))
+    except OSError as error:
+        raise DfssmError(f"{path}: cannot be read ({error.strerror or error}); give --data other files") from None
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents to be tokenised together: about a million characters, or one document that has more."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def text_of(row: object, where: str) -> str:
+    """The document in a row of JSON lines, parquet or a data set. Raises DfssmError if it has none."""
+    text = row.get(FIELD) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        kind = type(row).__name__
+        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) if kind == "dict" else kind
+        raise DfssmError(f"{where}: has no string {FIELD!r} but {found or 'nothing'}; give each document as one")
+    return text
+
+
+def _plain(path: Path) -> Iterator[str]:
+    rest = ""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        while piece := file.read(_PIECE):
+            if "\0" in piece:  # packed, or of another encoding: it would be trained on as it is
+                raise DfssmError(f"{path}: is no UTF-8 text; unpack or convert it")
+            *whole, rest = (rest + piece).split(END_OF_TEXT)
+            yield from whole
+            if len(rest) > _PIECE:
+                cut = rest.rfind("\n") + 1 or rest.rfind(" ") + 1
+                yield rest[:cut]
+                rest = rest[cut:]
+    yield rest
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DfssmError(f"{path}, line {number}: is no JSON ({error.msg}); mend or remove the line") from None
+            # Half a surrogate pair can be written in JSON, but is no text for a tokenizer.
+            yield text_of(row, f"{path}, line {number}").encode(errors="replace").decode()
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DfssmError(f"{path}: reading parquet takes pyarrow; pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if FIELD not in columns:
+                raise DfssmError(f"{path}: has no column {FIELD!r} but {', '.join(columns)}; rename that of the text")
+            batches = file.iter_batches(_ROWS, columns=[FIELD])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield text_of(row, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DfssmError(f"{path}: is no parquet file that can be read ({reason}); give another") from None

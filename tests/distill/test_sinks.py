@@ -1,0 +1,131 @@
+"""TensorBoard and W&B: what they are handed, by stand-ins and by TensorBoard itself where it is installed."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from dfssm.distill.sinks import open_sinks
+from dfssm.distill.trainer import Log
+from dfssm.opset import DfssmError
+
+LINES = [
+    {"step": 10, "tokens": 640, "seconds": 1.5, "loss": 3.0, "lr": 1e-3},
+    {"step": 20, "tokens": 1280, "seconds": 3.0, "loss": 2.5, "lr": 5e-4},
+    {"step": 20, "tokens": 1280, "seconds": 3.0, "held_out": 2.75, "perplexity": 15.6},
+]
+
+
+@pytest.fixture
+def fake_tensorboard(monkeypatch):
+    """The calls of SummaryWriter, in order."""
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            calls.append(("open", folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, value, step))
+
+        def flush(self):
+            calls.append("flush")
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return calls
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """A stand-in for wandb: `begun` are the arguments of each init, `lines` what was logged."""
+    module = ModuleType("wandb")
+    module.Error = type("Error", (Exception,), {})
+    module.begun, module.lines, module.failure = [], [], None
+
+    def init(**arguments):
+        if module.failure:
+            raise module.failure
+        module.begun.append(arguments)
+        return SimpleNamespace(log=lambda values, step: module.lines.append((step, values)))
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def write(folder, sinks, lines=LINES):
+    log = Log(folder, True)
+    log.sinks += sinks
+    for line in lines:
+        log.write(line)
+
+
+def test_nothing_asked_for_is_nothing_imported(tmp_path, monkeypatch):
+    for name in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert open_sinks(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_what_was_measured_line_by_line(tmp_path, fake_tensorboard):
+    sinks = open_sinks(tmp_path, tensorboard=True)
+    assert fake_tensorboard == []
+    write(tmp_path, sinks)
+    assert fake_tensorboard == [
+        *(("open", str(tmp_path / "tensorboard"), 10), ("loss", 3.0, 10), ("lr", 1e-3, 10), "flush"),
+        *(("loss", 2.5, 20), ("lr", 5e-4, 20), "flush"),
+        *(("held_out", 2.75, 20), ("perplexity", 15.6, 20), "flush"),
+    ]
+
+
+def test_wandb_gets_every_line_and_a_resumed_run_goes_on_in_its_own(tmp_path, fake_wandb):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    write(folder, open_sinks(folder, wandb="one-bit"))
+    assert fake_wandb.lines == [(line["step"], {k: v for k, v in line.items() if k != "step"}) for line in LINES]
+    open_sinks(folder, wandb="one-bit")
+    other = tmp_path / "other"
+    open_sinks(other, wandb="one-bit")
+    first, again, third = fake_wandb.begun
+    assert first == again and first["id"] != third["id"]
+    assert first | {"id": None} == {
+        **{"project": "one-bit", "name": "student", "id": None, "resume": "allow", "dir": str(folder)},
+    }
+
+
+def test_both(tmp_path, fake_tensorboard, fake_wandb):
+    write(tmp_path, open_sinks(tmp_path, tensorboard=True, wandb="p"))
+    assert len(fake_wandb.lines) == 3 and fake_tensorboard.count("flush") == 3
+
+
+@pytest.mark.parametrize(
+    "module, asked, message",
+    [
+        ("torch.utils.tensorboard", {"tensorboard": True}, "TensorBoard takes tensorboard; pip install tensorboard"),
+        ("wandb", {"wandb": "p"}, "the W&B project p takes wandb; pip install wandb"),
+    ],
+)
+def test_a_library_that_is_missing(tmp_path, monkeypatch, module, asked, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DfssmError, match=message):
+        open_sinks(tmp_path, **asked)
+
+
+def test_a_run_that_does_not_begin_is_said_in_one_line(tmp_path, fake_wandb):
+    fake_wandb.failure = fake_wandb.Error("No API key configured.\nUse wandb login.")
+    with pytest.raises(DfssmError, match=r"W&B project p: no run begins \(No API key configured.\); see") as found:
+        open_sinks(tmp_path, wandb="p")
+    assert "\n" not in str(found.value)
+
+
+def test_the_event_files_of_tensorboard_itself(tmp_path):
+    """Written, interrupted after step 20 and resumed at 10: step 20 is there once, with the later value."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    write(tmp_path, open_sinks(tmp_path, tensorboard=True))
+    write(tmp_path, open_sinks(tmp_path, tensorboard=True), [LINES[1] | {"loss": 2.25}])
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(10, 3.0), (20, 2.25)]
+    assert set(found.Tags()["scalars"]) == {"loss", "lr", "held_out", "perplexity"}

@@ -1,0 +1,396 @@
+"""The loop against a plain one; killed and resumed it takes the same steps, bit for bit."""
+
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfssm.distill.data import Windows
+from dfssm.distill.distributed import Ranks
+from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, held_out_loss
+from dfssm.opset import DfssmError
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+VOCAB, TOKENS = 11, 6
+IDS = np.random.default_rng(0).integers(VOCAB, size=2000, dtype=np.uint32)
+
+
+class Bigrams(nn.Module):
+    """The next token from the one before: an embedding that is frozen, a matrix and a bias that train."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCAB, 16).requires_grad_(False)
+        self.head = nn.Linear(16, VOCAB)
+        self.modes = []
+
+    def logits(self, ids):
+        self.modes.append(self.training)
+        return self.head(self.table(ids)), None
+
+    def forward(self, ids):
+        logits = self.logits(ids[:, :-1])[0]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return {"loss": loss, "kl": loss / 2}
+
+
+def rates(progress):
+    return {"matrix": 0.1 * (1 - progress), "bias": 0.02}
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """trainer(...) -> a Trainer of Bigrams; options are those of Schedule and Trainer."""
+
+    def trainer(folder="run", **options):
+        schedule = {"steps": 12, "batch": 8, "micro_batch": 8, "tokens": TOKENS, "log_every": 3, "save_every": 4}
+        schedule |= {name: options.pop(name) for name in Schedule.__dataclass_fields__ if name in options}
+        model = options.pop("model", None) or Bigrams()
+        groups = {"matrix": [model.head.weight], "bias": [model.head.bias]}
+        options = {"source": Windows(IDS, TOKENS, seed=0), "rates": rates} | options
+        return Trainer(
+            model=model, groups=groups, schedule=Schedule(**schedule), ranks=ALONE, folder=tmp_path / folder, **options
+        )
+
+    (tmp_path / "run").mkdir()
+    return trainer
+
+
+def log(trainer):
+    return [json.loads(line) for line in trainer.log.path.read_text().splitlines()]
+
+
+def plain(steps=12, weight_decay=0.0):
+    """The same steps without Trainer: parameters, losses and sizes of the gradients."""
+    model, source = Bigrams(), Windows(IDS, TOKENS, seed=0)
+    weight, bias = model.head.weight, model.head.bias
+    optimizer = torch.optim.AdamW(
+        [{"params": [weight], "weight_decay": weight_decay}, {"params": [bias], "weight_decay": 0.0}], betas=BETAS
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates((step + 0.5) / steps).values(), strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss = model(torch.from_numpy(source.take(8)))["loss"]
+        loss.backward()
+        norm = math.hypot(weight.grad.norm(), bias.grad.norm())
+        for p in (weight, bias):
+            p.grad *= min(1.0, MAX_NORM / (norm + 1e-6))
+        optimizer.step()
+        losses, norms = [*losses, loss.item()], [*norms, norm]
+    return (weight, bias), losses, norms
+
+
+class TestSteps:
+    @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+    def test_are_those_of_a_plain_loop(self, trainer, weight_decay):
+        t = trainer(weight_decay=weight_decay)
+        t.train()
+        expected, losses, norms = plain(weight_decay=weight_decay)
+        for found, want in zip((t.model.head.weight, t.model.head.bias), expected, strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)  # the norm is summed in another order
+        lines = [line for line in log(t) if "loss" in line]
+        assert [line["step"] for line in lines] == [3, 6, 9, 12]
+        assert [line["tokens"] for line in lines] == [144, 288, 432, 576]
+        for i, line in enumerate(lines):  # each the mean since the one before
+            part = slice(3 * i, 3 * i + 3)
+            assert line["loss"] == pytest.approx(np.mean(losses[part]), rel=1e-5)
+            assert line["kl"] == pytest.approx(np.mean(losses[part]) / 2, rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(np.mean(norms[part]), rel=1e-5)
+            assert line["lr"] == max(rates((3 * i + 2.5) / 12).values())
+            assert line["tok_s"] > 0 and line["seconds"] > 0
+
+    def test_of_gradients_that_are_clipped(self, trainer, monkeypatch):
+        monkeypatch.setattr("dfssm.distill.trainer.MAX_NORM", 0.05)
+        monkeypatch.setitem(globals(), "MAX_NORM", 0.05)
+        t = trainer()
+        t.train()
+        expected, _, norms = plain()
+        assert min(norms) > 0.05
+        torch.testing.assert_close(t.model.head.weight, expected[0], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("micro_batch", [1, 2, 4])
+    def test_in_parts_are_those_of_the_whole(self, trainer, micro_batch):
+        """Up to fp32 rounding: means of means are sums in another order."""
+        found = []
+        for folder, size in (("run", 8), ("parts", micro_batch)):
+            t = trainer(folder, micro_batch=size)
+            t.folder.mkdir(exist_ok=True)
+            t.train()
+            lines = [[line[name] for name in ("loss", "kl", "grad_norm")] for line in log(t)]
+            found.append((t.model.head.weight.detach(), t.model.head.bias.detach(), torch.tensor(lines)))
+        for whole, parts in zip(*found, strict=True):
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+    def test_before_each_the_run_may_change_something(self, trainer):
+        seen = []
+        t = trainer(steps=4, log_every=1, before=lambda progress: seen.append(progress) or {"blend": progress / 2})
+        t.train()
+        assert seen == [0.125, 0.375, 0.625, 0.875]
+        assert [line["blend"] for line in log(t)] == [p / 2 for p in seen]
+
+    def test_the_last_is_logged_saved_and_measured_whatever_its_number(self, trainer):
+        t = trainer(steps=5, log_every=3, save_every=2, evaluate_every=3, held_out=lambda: 1.0)
+        t.train()
+        assert [line["step"] for line in log(t) if "loss" in line] == [3, 5]
+        assert [line["step"] for line in log(t) if "held_out" in line] == [3, 5]
+        assert t.checkpoints.steps() == [4, 5]
+
+    def test_the_run_may_end_before_its_schedule(self, trainer):
+        t = trainer(steps=9, log_every=2, save_every=100, ends=lambda: 5)
+        t.train()
+        assert t.step == 5 and t.checkpoints.steps() == [5] and [line["step"] for line in log(t)] == [2, 4, 5]
+
+    def test_held_out_text_is_measured_in_eval_mode(self, trainer):
+        model = Bigrams()
+        t = trainer(
+            model=model, steps=4, evaluate_every=2, held_out=lambda: model.logits(torch.zeros(1, 1).long()) and 2
+        )
+        t.train()
+        assert model.modes == [True, True, False, True, True, False]
+        lines = [line for line in log(t) if "held_out" in line]
+        assert [(line["step"], line["held_out"]) for line in lines] == [(2, 2), (4, 2)]
+        assert lines[0]["perplexity"] == pytest.approx(math.e**2)
+
+    @pytest.mark.parametrize("batch, micro_batch, world", [(8, 3, 1), (8, 16, 1), (6, 2, 2)])
+    def test_that_do_not_come_out_even(self, batch, micro_batch, world):
+        ranks = Ranks(0, world, torch.device("cpu"))
+        with pytest.raises(
+            DfssmError, match=rf"batch is {batch} windows; give a multiple .* = {world} x {micro_batch}$"
+        ):
+            Schedule(4, batch, micro_batch).parts(ranks)
+
+    def test_of_a_rank(self):
+        assert Schedule(4, 8, 2).parts(Ranks(0, 2, torch.device("cpu"))) == 2
+
+
+class TestALossThatIsNotFinite:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_ends_the_run_in_one_line_before_it_reaches_a_parameter(self, trainer, bad):
+        t = trainer(save_every=2)
+        forward = t.model.forward
+
+        def broken(ids):
+            found = forward(ids)
+            return found | {"loss": found["loss"] * bad} if t.step == 5 else found
+
+        t.model.forward = broken
+        with pytest.raises(DfssmError, match=rf"^step 6: the loss is {bad}, the gradient .*lower --lr") as error:
+            t.train()
+        assert "\n" not in str(error.value)
+        assert t.checkpoints.steps() == [2, 4] and t.model.head.weight.isfinite().all()
+
+    def test_or_a_gradient_that_is_not(self, trainer):
+        t = trainer()
+        t.model.head.bias.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(DfssmError, match=r"^step 1: the loss is 2\.\d+, the gradient (inf|nan)"):
+            t.train()
+        assert not t.checkpoints.steps()
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(t, step):
+    """End `t` like a crash once it has taken `step` steps."""
+    take = t.source.take
+
+    def stopping(count):
+        if t.step == step:
+            raise Stop
+        return take(count)
+
+    t.source.take = stopping
+    with pytest.raises(Stop):
+        t.train()
+
+
+def but_times(t):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tok_s")} for line in log(t)]
+
+
+class TestResume:
+    @pytest.mark.parametrize("log_every", [1, 3, 5])
+    @pytest.mark.parametrize("step", [4, 5, 7, 11])
+    def test_is_as_if_it_had_never_stopped(self, trainer, step, log_every):
+        def options():
+            model = Bigrams()
+            ids = torch.from_numpy(IDS[:50].astype(np.int64))[None]
+            return {
+                "model": model,
+                "held_out": lambda: model(ids)["loss"].item(),
+                "evaluate_every": 3,
+                "log_every": log_every,
+                "micro_batch": 4,
+            }
+
+        whole = trainer("whole", **options())
+        whole.folder.mkdir()
+        whole.train()
+        stop_at(trainer(**options()), step)
+        t = trainer(**options())
+        assert t.resume() and t.step == step // 4 * 4
+        t.train()
+        for found, expected in zip(t.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(found, expected)
+        assert but_times(t) == but_times(whole)
+        assert all(a["seconds"] <= b["seconds"] for a, b in zip(log(t), log(t)[1:], strict=False))
+
+    def test_twice(self, trainer):
+        whole = trainer("whole")
+        whole.folder.mkdir()
+        whole.train()
+        stop_at(trainer(), 5)
+        t = trainer()
+        t.resume()
+        stop_at(t, 10)
+        t = trainer()
+        assert t.resume() and t.step == 8
+        t.train()
+        assert torch.equal(t.model.head.weight, whole.model.head.weight) and but_times(t) == but_times(whole)
+
+    def test_of_what_has_ended_changes_nothing(self, trainer):
+        t = trainer()
+        t.train()
+        before = t.log.path.read_text()
+        again = trainer()
+        assert again.resume() and again.step == 12
+        again.train()
+        assert again.log.path.read_text() == before and torch.equal(again.model.head.weight, t.model.head.weight)
+
+    def test_of_a_group_that_had_no_gradient_yet(self, trainer):
+        """As the low rank of the published recipe, which trains in the second half only."""
+
+        class Late(Bigrams):
+            def forward(self, ids):
+                self.head.bias.requires_grad_(True)
+                bias = self.head.bias if self.step() >= 6 else 0.0
+                logits = F.linear(self.table(ids[:, :-1]), self.head.weight) + bias
+                return {"loss": F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())}
+
+        def late(folder="run"):
+            t = trainer(folder, model=Late())
+            t.folder.mkdir(exist_ok=True)
+            t.model.step = lambda: t.step
+            return t
+
+        whole = late("whole")
+        whole.train()
+        stop_at(late(), 5)
+        t = late()
+        assert t.resume()
+        t.train()
+        assert torch.equal(t.model.head.weight, whole.model.head.weight)
+        assert torch.equal(t.model.head.bias, whole.model.head.bias)
+
+    def test_without_a_checkpoint(self, trainer):
+        assert trainer().resume() is False
+
+    def test_of_a_run_of_other_options_is_refused_before_anything_is_loaded(self, trainer):
+        t = trainer(identity={"rank": 4, "share": 0.1, "seed": 0})
+        t.train()
+        before = t.log.path.read_text()
+        other = trainer(identity={"rank": 4, "share": 0.2, "seed": 0})
+        weight = other.model.head.weight.clone()
+        with pytest.raises(DfssmError, match=r"run: was begun with share 0.1, not 0.2; resume with the same, or "):
+            other.resume()
+        assert torch.equal(other.model.head.weight, weight) and t.log.path.read_text() == before
+
+    def test_of_another_text_is_refused_without_its_fingerprint(self, trainer):
+        trainer(identity={"data": {"sha256": "0"}}).train()
+        with pytest.raises(DfssmError, match=r"run: was begun with another data; resume with the same"):
+            trainer(identity={"data": {"sha256": "1"}}).resume()
+
+    def test_of_equal_options_that_json_writes_otherwise(self, trainer):
+        trainer(identity={"data": ("a", "b"), "lr": 1e-3}).train()
+        assert trainer(identity={"data": ["a", "b"], "lr": 0.001}).resume()
+
+    def test_what_a_run_left_that_came_to_no_checkpoint_is_not_gone_on_with(self, trainer):
+        stop_at(trainer(log_every=1), 3)
+        t = trainer()
+        t.train()
+        assert [line["step"] for line in log(t)] == [3, 6, 9, 12]
+
+
+class TestLog:
+    def test_is_cut_to_a_step_and_to_whole_lines(self, tmp_path):
+        found = Log(tmp_path, writes=True)
+        found.cut(3)  # nothing there
+        for step in (1, 2, 3, 3, 4):
+            found.write({"step": step, "loss": step / 2})
+        with found.path.open("a") as file:
+            file.write('{"step": 3, "lo')
+        found.cut(3)
+        lines = found.path.read_text()
+        assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3, 3] and lines.endswith("\n")
+        found.write({"step": 4, "loss": 7.0})
+        assert found.path.read_text() == lines + '{"step": 4, "loss": 7.0}\n'
+        assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+    def test_only_one_rank_writes_it(self, tmp_path):
+        Log(tmp_path, writes=True).write({"step": 1})
+        other = Log(tmp_path, writes=False)
+        other.write({"step": 2})
+        other.cut(0)
+        assert other.path.read_text() == '{"step": 1}\n'
+
+
+class TestHeldOutLoss:
+    @pytest.mark.parametrize("count", [1, 3, 8, 17])
+    @pytest.mark.parametrize("rest", [0, 1, TOKENS - 1])
+    def test_is_the_mean_over_whole_windows_each_from_its_start(self, count, rest):
+        ids, model, starts = IDS[: count * TOKENS + 1 + rest], Bigrams(), []
+
+        def logits(part):
+            starts.extend(part[:, 0].tolist())
+            return model.logits(part)
+
+        found = held_out_loss(logits, ids, TOKENS, ALONE)
+        whole = torch.from_numpy(ids[: count * TOKENS + 1].astype(np.int64))
+        expected = F.cross_entropy(model.logits(whole[:-1])[0], whole[1:])
+        assert found == pytest.approx(expected.item(), rel=1e-6)
+        assert starts == ids[: count * TOKENS : TOKENS].tolist()
+
+
+# In the middle of the second save it stands still until it is killed: all is written, but for the name.
+_SAVE = """
+from dfssm.distill import checkpoint
+import time
+save = checkpoint.dcp.save
+def slow(state, checkpoint_id):
+    save(state, checkpoint_id=checkpoint_id)
+    if "8" in checkpoint_id.name:
+        time.sleep(600)
+checkpoint.dcp.save = slow
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_a_save_it_is_as_if_it_never_was(start, command, distill, tmp_path, same_log):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    options = {"recipe": "paper", "seed": 3, "steps": 10, "save_every": 4, "log_every": 3, "evaluate_every": 5}
+    checkpoints = killed / "checkpoints"
+
+    (process,) = start([command(killed, **options)], setup=_SAVE)
+    end = time.monotonic() + 120
+    while not (checkpoints / ".step-000008.tmp" / ".metadata").exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert '"step": 6' in (killed / "log.jsonl").read_text() and not (killed / "model.pt").exists()
+
+    resumed, expected = distill(killed, resume=True, **options), distill(whole, **options)
+    for name in ("sha256", "perplexity", "tokens"):
+        assert resumed[name] == expected[name]
+    assert same_log(killed) == same_log(whole)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000008", "step-000010"]
