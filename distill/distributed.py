@@ -92,9 +92,7 @@ def shard(model: Distillation, ranks: Ranks) -> None:
     register_fsdp_forward_method(model, "logits")
 
 
-@contextlib.contextmanager
-def last_of_step(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are summed over the ranks after the last micro-batch of a step only."""
+def sum_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the ranks: that can wait for the last micro-batch of a step."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
-    yield
+        model.set_requires_gradient_sync(now)

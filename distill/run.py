@@ -116,8 +116,10 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
     layers = prepare(student, recipe)
     if recipe.init == "zero":
         zero_low_rank(layers)
-    data_free = from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device)
-    perplexity = measure(teacher=teacher, data_free=data_free)
+    perplexity = measure(
+        teacher=teacher,
+        data_free=from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device),
+    )
     identity = job.identity(teacher, source.ids if isinstance(source, Windows) else None)
     if ranks.device.type == "cuda":
         teacher = teacher.bfloat16()
@@ -155,7 +157,8 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
     if ranks.first:
         atomic_write(job.output / TOKENIZER, lambda path: path.write_text(tokenizer.to_str()))
         found = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items())
-        say(f"{sum(map(_count, groups.values())):,} parameters train, {len(held_out):,} held-out tokens; {found}")
+        trained = sum(p.numel() for parameters in groups.values() for p in parameters)
+        say(f"{trained:,} parameters train, {len(held_out):,} held-out tokens; {found}")
     trainer.train()
     return _finish(job, ranks, model, trainer, perplexity, measure, len(held_out))
 
@@ -315,7 +318,3 @@ def _gathered(model: Distillation, ranks: Ranks) -> DFSSMLM:
     student = DFSSMLM(model.student.config).to(ranks.device)
     student.load_state_dict(tensors)
     return student
-
-
-def _count(parameters: list[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)

@@ -20,7 +20,7 @@ from dfssm.model.checkpoint import atomic_write
 from dfssm.opset.errors import DfssmError
 
 from .checkpoint import Checkpoints
-from .distributed import Ranks, last_of_step
+from .distributed import Ranks, sum_gradients
 
 BETAS = 0.9, 0.95
 MAX_NORM = 1.0  # of the gradient
@@ -155,10 +155,10 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for part in range(self.parts):
             ids = torch.from_numpy(self.source.take(self.schedule.micro_batch)).to(self.ranks.device)
-            with last_of_step(self.model, part == self.parts - 1):
-                with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                    values = self.model(ids)
-                (values["loss"] / self.parts).backward()
+            sum_gradients(self.model, part == self.parts - 1)
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
+                values = self.model(ids)
+            (values["loss"] / self.parts).backward()
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double() / self.parts
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
