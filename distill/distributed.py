@@ -93,6 +93,6 @@ def shard(model: Distillation, ranks: Ranks) -> None:
 
 
 def sum_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over the ranks: that can wait for the last micro-batch of a step."""
+    """Whether the next backward pass sums gradients over the ranks: that can wait for a step's last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
