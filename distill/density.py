@@ -43,13 +43,17 @@ class DensityLinear(BinaryLinear):
     """
 
     hard, soft = "sign", "continuous"  # "sign" or "levels"; "continuous" or "levels"
-    blend = 1.0
+    blend: float | Tensor = 1.0  # a tensor while it moves: torch.compile makes a program of each number
     float_activations = False
     low_rank = "int8"  # or "float", or "none" while the scaffold is trained without it
 
     @property
     def ships(self) -> bool:
-        return (self.hard, self.blend, self.float_activations, self.low_rank) == ("sign", 1.0, False, "int8")
+        return self.is_hard and (self.hard, self.float_activations, self.low_rank) == ("sign", False, "int8")
+
+    @property
+    def is_hard(self) -> bool:
+        return not isinstance(self.blend, Tensor) and self.blend == 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ships:
@@ -62,7 +66,7 @@ class DensityLinear(BinaryLinear):
 
     def _scaffold(self) -> Tensor:
         hard = sign(self.latent, self.window) if self.hard == "sign" else levels(self.latent)
-        if self.blend == 1.0:
+        if self.is_hard:
             return hard
         soft = self.latent.clamp(-1.0, 1.0) if self.soft == "continuous" else levels(self.latent)
         return (1.0 - self.blend) * soft + self.blend * hard

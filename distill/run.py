@@ -135,7 +135,8 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
 
     def before(progress: float) -> dict[str, float]:
         blend = recipe.blend(progress)
-        set_attributes(layers, blend=blend, low_rank=recipe.low_rank(progress))
+        share = blend if blend == 1.0 else torch.tensor(blend)
+        set_attributes(layers, blend=share, low_rank=recipe.low_rank(progress))
         return {"blend": blend}
 
     trainer = Trainer(

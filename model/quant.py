@@ -8,14 +8,12 @@ planes.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from dfssm.opset.reference import TINY
+from dfssm.opset import reference
 
+TINY = float(reference.TINY)  # of Python: NumPy's own would break the graph of torch.compile
 LARGEST = 127  # of |q| in an int8 tensor; -128 is not used, so that the codes are symmetric
 _EXACT = 2**24  # fp32 holds every integer up to here
 # The +-1 of all 256 bytes, LSB first: one look-up unpacks eight bits.
@@ -58,24 +56,33 @@ def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
     """
     columns = _EXACT // (LARGEST * largest)
     # bf16 holds every int8 code and TF32 too, and their products are summed in fp32: rounding to them is exact.
-    with torch.no_grad(), fast_products(q.device, torch.bfloat16), torch.autocast(q.device.type, enabled=False):
-        parts = [a.float() @ b.float().T for a, b in zip(q.split(columns, -1), w.split(columns, -1), strict=True)]
+    pieces = zip(q.split(columns, -1), w.split(columns, -1), strict=True)
+    with torch.no_grad():
+        parts = [_product(a.float(), b.float().T, True) for a, b in pieces]
     # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
     return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
 
 
-@contextlib.contextmanager
-def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 products round their inputs to `dtype` (bf16; TF32 on CUDA) where that is faster; sums stay fp32."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    if dtype != torch.bfloat16 or not hasattr(backend, "fp32_precision"):  # torch < 2.9
-        yield
-        return
-    before, backend.fp32_precision = backend.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+@torch.library.custom_op("dfssm::product", mutates_args=())
+def _product(a: Tensor, b: Tensor, fast: bool) -> Tensor:
+    """a @ b in fp32; `fast`: inputs may be rounded to bf16 (TF32 on CUDA) where that is faster, sums stay fp32.
+
+    An op of its own, so that torch.compile keeps the layer around it in one piece: it does not trace the setting.
+    """
+    backend = torch.backends.cuda.matmul if a.device.type == "cuda" else torch.backends.mkldnn.matmul
+    with torch.autocast(a.device.type, enabled=False):
+        if not (fast and hasattr(backend, "fp32_precision")):  # torch < 2.9
+            return a @ b
+        before, backend.fp32_precision = backend.fp32_precision, "tf32" if a.device.type == "cuda" else "bf16"
+        try:
+            return a @ b
+        finally:
+            backend.fp32_precision = before
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor, fast: bool) -> Tensor:
+    return a @ b
 
 
 def gradient_dtype(device: torch.device) -> torch.dtype:
@@ -87,8 +94,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in fp32 from inputs of `dtype`: the products of a backward pass."""
     if dtype != torch.float32 and a.device.type != "cpu":
         return (a.to(dtype) @ b.to(dtype)).float()
-    with fast_products(a.device, dtype):  # on CPU the copies would cost more than the product
-        return a @ b
+    return _product(a, b, dtype == torch.bfloat16)  # on CPU the copies would cost more than the product
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +105,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     m = x.detach().abs().amax(-1, keepdim=True)
-    zero = m < float(TINY)
+    zero = m < TINY
     # Tensor by tensor: torch multiplies by a reciprocal where one side of a division is a Python number.
     largest = torch.full_like(m, LARGEST)
     inverse = (largest / m).masked_fill(zero, 0.0)

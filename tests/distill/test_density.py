@@ -18,6 +18,7 @@ from dfssm.model.checkpoint import check_tensors
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.quant import sign
 from dfssm.model.student import DFSSMLM, BinaryLinear, PackedBinaryLinear, from_tensors
+from dfssm.model.teacher import Mamba2LM
 
 CONFIG = {"vocab_size": 50, "d_model": 32, "n_layer": 2, "d_state": 8, "headdim": 8, "rank": 3}
 IDS = torch.arange(40).view(2, 20)
@@ -328,3 +329,34 @@ class TestOtherForms:
         packed = from_tensors(model.config, model.export_tensors())
         with torch.no_grad():
             assert torch.equal(model(IDS)[0], packed(IDS)[0])
+
+
+@pytest.mark.parametrize(
+    "attributes", [{}, {"soft": "levels"}, {"hard": "levels", "low_rank": "none", "float_activations": True}]
+)
+def test_a_layer_compiles_as_one_program_for_all_of_a_run(attributes):
+    model = student()
+    layers, programs = densify(model, **attributes), []
+    state = Mamba2LM.new_state(model, 2)
+    hidden = torch.randn(2, 9, model.config.d_model)
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph
+
+    layer = model.layers[0]
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)  # an error where it would break in two
+    for blend in (0.1, 0.2, 0.3):
+        set_attributes(layers, blend=torch.tensor(blend))
+        outputs = []
+        for call in (layer, compiled):
+            layer.zero_grad()
+            y = call(hidden, state.conv[0], state.ssm[0])[0]
+            y.square().sum().backward()
+            outputs.append([y] + [p.grad for p in layer.parameters() if p.grad is not None])
+        for ours, expected in zip(*reversed(outputs), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert len(programs) == 1
+    set_attributes(layers, blend=1.0)
+    compiled(hidden, state.conv[0], state.ssm[0])[0].sum().backward()
+    assert len(programs) == 2
