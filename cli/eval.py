@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -34,10 +35,16 @@ def evaluate() -> None:
 @click.option("--window", default=1024, show_default=True, metavar="N", help="Tokens the model reads at once.")
 @click.option("--stride", default=512, show_default=True, metavar="N", help="From one window to the next.")
 @click.option("--tokens", type=click.IntRange(1), metavar="N", help="Score the first N tokens only.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="What MODEL should equal, as a student its teacher: give the divergence from it.",
+)
 @tokenizer_option
 @device_option
 @json_option
-def perplexity(model, data, window, stride, tokens, tokenizer, device, as_json) -> None:
+def perplexity(model, data, window, stride, tokens, reference, tokenizer, device, as_json) -> None:
     """Perplexity of MODEL on text, over strided windows.
 
     MODEL is a checkpoint folder of a teacher, a student's model.pt or .safetensors, or a bundle.
@@ -48,11 +55,18 @@ def perplexity(model, data, window, stride, tokens, tokenizer, device, as_json) 
 
     require_stride(window, stride)
     scorer = open_scorer(model, tokenizer, device)
+    wanted = open_scorer(reference, tokenizer, device) if reference else None
     text = read_text(data, scorer, tokens)
     with tqdm(total=len(text.ids) - 1, desc="perplexity", unit="tok", disable=None, leave=False) as bar:
-        found = measure(scorer, text, window, stride, bar.update)
+        found = measure(scorer, text, window, stride, bar.update, wanted)
     keys = ("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride")
-    result = {key: getattr(found, key) for key in keys} | {"model": str(model), "kind": scorer.kind}
+    result = {key: getattr(found, key) for key in keys} | {"model": str(model), "kind": scorer.kind, "reference": None}
+    if found.against:
+        theirs = math.exp(found.against.nats / found.tokens)
+        result["reference"] = {
+            **{"model": str(reference), "kind": wanted.kind, "perplexity": theirs, "ratio": found.perplexity / theirs},
+            **{key: getattr(found.against, key) for key in ("kl", "kl_stderr", "same_top")},
+        }
     print_result(result, as_json, _perplexity_text)
 
 
@@ -83,11 +97,19 @@ def tasks(model, names, limit, data, tokenizer, device, as_json) -> None:
 
 
 def _perplexity_text(result: dict) -> str:
-    return (
+    lines = [
         f"{result['model']} ({result['kind']}): perplexity {result['perplexity']:.4f} on {result['tokens']} tokens, "
-        f"{result['bits_per_byte']:.4f} bits a byte\n"
-        f"windows of {result['window']}, stride {result['stride']}, {result['bytes']} bytes"
-    )
+        f"{result['bits_per_byte']:.4f} bits a byte",
+        f"windows of {result['window']}, stride {result['stride']}, {result['bytes']} bytes",
+    ]
+    if against := result["reference"]:
+        lines += [
+            f"{against['model']} ({against['kind']}): perplexity {against['perplexity']:.4f}, the model's is "
+            f"{against['ratio']:.4f} times that",
+            f"divergence from it {against['kl']:.5f} ± {against['kl_stderr']:.5f} nats a token, the same "
+            f"likeliest token {against['same_top']:.2%}",
+        ]
+    return "\n".join(lines)
 
 
 def _tasks_text(result: dict) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,13 +61,19 @@ def log_probs(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.n
     return picked.astype(np.float64) - top - np.log(total), picked == top
 
 
+def read_chunks(scorer: Scorer, ids: np.ndarray, state: Any) -> Iterator[tuple[slice, np.ndarray]]:
+    """Read ids i64[B,T] after `state`, a CHUNK of its columns at a time: their place, and logits f32[B,chunk,V]."""
+    for start in range(0, ids.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        logits, state = scorer.logits(np.ascontiguousarray(ids[:, part]), state)
+        yield part, logits
+
+
 def score(scorer: Scorer, ids: np.ndarray, targets: np.ndarray, state: Any) -> tuple[np.ndarray, np.ndarray]:
     """Read ids i64[B,T] after `state`: `log_probs` of targets i64[B,T], each the token after that in ids."""
     found, likeliest = np.empty(ids.shape), np.empty(ids.shape, bool)
-    for start in range(0, ids.shape[1], CHUNK):
-        part = np.s_[:, start : start + CHUNK]
-        logits, state = scorer.logits(np.ascontiguousarray(ids[part]), state)
-        found[part], likeliest[part] = log_probs(logits, targets[part])
+    for part, logits in read_chunks(scorer, ids, state):
+        found[:, part], likeliest[:, part] = log_probs(logits, targets[:, part])
     return found, likeliest
 
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from dfssm.eval.perplexity import measure, windows
+from dfssm.eval.perplexity import divergence, measure, windows
 from dfssm.eval.text import Text
 from dfssm.opset import DfssmError
 
@@ -65,6 +65,48 @@ class TestMeasure:
         measure(scorer, Text(np.arange(150) % END, np.arange(150)), 20, 10)
         assert max(batches) == 2
 
+    def test_divergence_by_hand(self):
+        probabilities = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+        found = divergence(*np.log(probabilities).astype(np.float32)[:, None])
+        assert found == pytest.approx(0.25 * np.log(2), rel=1e-6)  # 0.5 ln 2 - 0.25 ln 2 + 0
+
+    def test_divergence_of_extreme_logits(self):
+        reference, logits = np.array([[0.0, 80.0, -300.0]], np.float32), np.array([[90.0, 0.0, 3e38]], np.float32)
+        with np.errstate(all="raise", under="ignore"):
+            assert divergence(reference, reference) == 0
+            assert divergence(reference, logits) == pytest.approx(3e38, rel=1e-6)
+
+    @pytest.mark.parametrize("window, stride", [(40, 20), (33, 8)])
+    def test_against_a_reference(self, scorer, scorers, window, stride):
+        ids = np.random.default_rng(0).integers(0, END, 150)
+        text, reference = Text(ids, np.arange(150)), scorers["teacher"]
+        found = measure(scorer, text, window, stride, reference=reference)
+        alone = measure(scorer, text, window, stride)
+        assert (found.nats, found.tokens) == (alone.nats, alone.tokens) and alone.against is None
+        assert found.against.nats == measure(reference, text, window, stride).nats
+        kl, same = [], []
+        for start, first, stop in windows(len(ids), window, stride):
+            logits = (m.logits(ids[None, start : stop - 1], m.new_state(1))[0] for m in (reference, scorer))
+            q, p = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in logits)
+            scored = slice(first - start - 1, None)
+            kl += (q.exp() * (q - p)).sum(-1)[0, scored].tolist()
+            same += (q.argmax(-1) == p.argmax(-1))[0, scored].tolist()
+        # A student's activations may cross a tie in a window of another length: see assert_close.
+        rel = 1e-4 if scorer.kind == "teacher" else 1e-2
+        assert found.against.kl == pytest.approx(np.mean(kl), rel=rel, abs=1e-9)
+        assert found.against.kl_stderr == pytest.approx(np.std(kl, ddof=1) / np.sqrt(149), rel=rel, abs=1e-9)
+        assert found.against.same_top == pytest.approx(np.mean(same), abs=0.0 if scorer.kind == "teacher" else 0.03)
+        if scorer.kind == "teacher":
+            assert (found.against.kl, found.against.same_top) == (0, 1)
+        else:
+            assert found.against.kl > 0.01
+
+    def test_a_reference_with_other_tokens_is_refused(self, scorers, monkeypatch):
+        monkeypatch.setattr(scorers["teacher"], "vocab_size", 7)
+        text = Text(np.arange(9), np.arange(9))
+        with pytest.raises(DfssmError, match="model and reference have .* and 7 tokens: give a reference"):
+            measure(scorers["student"], text, 8, 4, reference=scorers["teacher"])
+
     @pytest.mark.parametrize("window, stride", [(8, 0), (8, 8), (8, 9), (1, 1)])
     def test_windows_without_context_are_refused(self, scorers, window, stride):
         with pytest.raises(DfssmError, match="give (a stride from 1 to 7|at least 2 tokens)"):
@@ -85,11 +127,27 @@ class TestCommand:
         path = write("hello world, hello world")
         found = perplexity(teacher, "--data", path, "--data", path, "--tokens", 5)
         assert set(found) == {
-            *("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride", "model", "kind")
+            *("perplexity", "tokens", "nats", "bytes", "bits_per_byte"),
+            *("window", "stride", "model", "kind", "reference"),
         }
         assert found["tokens"] == 5 and (found["window"], found["stride"]) == (1024, 512)
         assert found["perplexity"] == pytest.approx(np.exp(found["nats"] / 5))
-        assert found["model"] == str(teacher) and found["kind"] == "teacher"
+        assert found["model"] == str(teacher) and found["kind"] == "teacher" and found["reference"] is None
+
+    def test_a_student_against_its_teacher(self, perplexity, student, teacher, write):
+        from dfssm.cli.main import dfssm
+
+        settings = ["--data", str(write("hello world, hello world")), "--window", 8, "--stride", 4]
+        found = perplexity(student, *settings, "--reference", teacher)
+        against, alone = found["reference"], perplexity(teacher, *settings)
+        assert set(against) == {"model", "kind", "perplexity", "ratio", "kl", "kl_stderr", "same_top"}
+        assert (against["model"], against["kind"]) == (str(teacher), "teacher")
+        assert against["perplexity"] == alone["perplexity"]
+        assert against["ratio"] == pytest.approx(found["perplexity"] / alone["perplexity"])
+        arguments = ["eval", "perplexity", str(student), *map(str, settings), "--reference", str(teacher)]
+        shown = CliRunner().invoke(dfssm, arguments).stdout
+        assert f"divergence from it {against['kl']:.5f} ±" in shown
+        assert f"{against['ratio']:.4f} times" in shown and f"{against['same_top']:.2%}" in shown
 
     def test_json_lines(self, perplexity, student, write):
         plain, lines = write("hello world"), write([{"text": "hello world"}], "a.jsonl")
