@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from .report import write_report
 from .sinks import open_sinks
 from .stream import PREFIX, StreamedWindows
 from .topk import TopK, write_topk
-from .trainer import Schedule, Source, Trainer, held_out_loss
+from .trainer import Schedule, Source, Trainer, fast_bf16, held_out_loss
 
 TOKENIZER = "tokenizer.json"
 MODEL, CHECKPOINTS = "model.pt", "checkpoints"
@@ -177,23 +176,6 @@ def prepare(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
         for block in student.layers:
             block.scan.round_state = dequantized
     return layers
-
-
-def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:
-    """Whether products are faster in bf16. On a CPU one is timed: without bf16 units it is emulated and slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(4 * size, size, dtype=dtype)
-        times = []
-        for _ in range(6):
-            begin = time.perf_counter()
-            a @ a.T
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(torch.bfloat16) * margin < seconds(torch.float32)
 
 
 def _load_tokenizer(file: Path, teacher: Mamba2LM) -> tuple[Tokenizer, int]:

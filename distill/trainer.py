@@ -251,6 +251,23 @@ class Log:
         atomic_write(self.path, lambda path: path.write_text("".join(kept)))
 
 
+def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:
+    """Whether products are faster in bf16. On a CPU one is timed: without bf16 units it is emulated and slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(4 * size, size, dtype=dtype)
+        times = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            a @ a.T
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return seconds(torch.bfloat16) * margin < seconds(torch.float32)
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8) -> float:
     """Mean loss, nats a token, over consecutive windows of `tokens` predictions, each from a zero state.

@@ -16,7 +16,7 @@ from dfssm.distill.data import Windows, open_tokens
 from dfssm.distill.density import DensityLinear
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.recipe import RECIPES
-from dfssm.distill.run import CALIBRATION, _activation_sizes, fast_bf16, prepare
+from dfssm.distill.run import CALIBRATION, _activation_sizes, prepare
 from dfssm.eval.perplexity import measure
 from dfssm.eval.scorer import open_scorer
 from dfssm.eval.text import Text
@@ -296,17 +296,3 @@ class TestActivationSizes:
         for name, *squares in zip(names, *means, strict=True):
             expected = inputs[name][0].double().square().mean((0, 1))
             torch.testing.assert_close(sum(squares).double() / world, expected, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("speed, fast", [(1.0, False), (1.29, False), (1.31, True)])
-def test_bf16_is_chosen_where_it_is_faster_by_a_margin(speed, fast, monkeypatch):
-    clock = {"now": 0.0}
-    product = torch.Tensor.__matmul__
-
-    def timed(a, b):
-        clock["now"] += 1.0 / speed if a.dtype == torch.bfloat16 else 1.0
-        return product(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
-    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
-    assert fast_bf16(torch.device("cpu"), size=2) is fast

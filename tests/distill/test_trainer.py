@@ -13,7 +13,7 @@ from torch import nn
 
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, held_out_loss
+from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16, held_out_loss
 from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -394,3 +394,17 @@ def test_killed_in_a_save_it_is_as_if_it_never_was(start, command, distill, tmp_
         assert resumed[name] == expected[name]
     assert same_log(killed) == same_log(whole)
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000008", "step-000010"]
+
+
+@pytest.mark.parametrize("speed, fast", [(1.0, False), (1.29, False), (1.31, True)])
+def test_bf16_is_chosen_where_it_is_faster_by_a_margin(speed, fast, monkeypatch):
+    clock = {"now": 0.0}
+    product = torch.Tensor.__matmul__
+
+    def timed(a, b):
+        clock["now"] += 1.0 / speed if a.dtype == torch.bfloat16 else 1.0
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    assert fast_bf16(torch.device("cpu"), size=2) is fast
