@@ -10,7 +10,7 @@ import click
 
 from dfssm.opset.errors import DfssmError
 
-from .options import json_option, print_result
+from .options import json_option, print_result, table
 
 
 def recipe_options(command):
@@ -145,6 +145,9 @@ def _text(result: dict) -> str:
     found = result["perplexity"]
     if not found:
         return f"{result['output']}: {result['tokens']:,} tokens in {result['seconds']:.0f} s, no held-out text"
-    lines = [f"{name:<16} {value:9.3f}  {value / found['teacher']:6.3f}" for name, value in found.items()]
+    rows = [["", "perplexity", "/ teacher's", "KL from it" if result["kl"] else ""]]
+    for name, value in found.items():
+        kl = f"{result['kl'][name]:.4f}" if name in result["kl"] else ""
+        rows.append([name, f"{value:.3f}", f"{value / found['teacher']:.3f}", kl])
     head = f"{result['output']}: {result['tokens']:,} tokens in {result['seconds']:.0f} s\n"
-    return head + "\n".join([f"{'perplexity':<16} {'':9}  / teacher's", *lines])
+    return head + table(rows, right={1, 2, 3})

@@ -196,12 +196,19 @@ def _perplexity_table(perplexity: dict[str, float], result: dict[str, Any]) -> s
     if not perplexity:
         return ""
     teacher, tokens = perplexity.get("teacher"), _number(result, "held_out_tokens")
+    kl = _numbers(result.get("kl"))
     rows = [
-        (FORMS.get(form, form.replace("_", " ")), f"{value:.2f}", f"{value / teacher:.3f}" if teacher else "")
+        (
+            FORMS.get(form, form.replace("_", " ")),
+            f"{value:.2f}",
+            f"{value / teacher:.3f}" if teacher else "",
+            *([f"{kl[form]:.4f}" if form in kl else ""] if kl else []),
+        )
         for form, value in perplexity.items()
     ]
     title = "Perplexity on held-out text" + (f", {label(tokens)} tokens" if tokens else "")
-    return f"<h2>{title}</h2>" + _table(("model", "perplexity", "/ teacher's"), rows)
+    head = ("model", "perplexity", "/ teacher's", *(["KL from it, nats a token"] if kl else []))
+    return f"<h2>{title}</h2>" + _table(head, rows)
 
 
 def _sample(text: Any) -> str:
@@ -238,10 +245,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = T
 
 def _perplexities(result: dict[str, Any]) -> dict[str, float]:
     """The finite ones, the teacher's first: it is what the others are measured by."""
-    found = result.get("perplexity")
+    found = _numbers(result.get("perplexity"))
+    return {name: found[name] for name in sorted(found, key=lambda name: name != "teacher")}
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """The finite ones by name, none of what is no object."""
     found = found if isinstance(found, dict) else {}
-    names = sorted(found, key=lambda name: name != "teacher")
-    return {name: value for name in names if (value := _number(found, name)) is not None}
+    return {name: value for name in found if (value := _number(found, name)) is not None}
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -35,7 +36,7 @@ from .report import write_report
 from .sinks import open_sinks
 from .stream import PREFIX, StreamedWindows
 from .topk import TopK, write_topk
-from .trainer import Schedule, Source, Trainer, fast_bf16, held_out_loss
+from .trainer import Schedule, Source, Trainer, cross_entropy, fast_bf16, held_out_loss, held_out_means
 
 TOKENIZER = "tokenizer.json"
 MODEL, CHECKPOINTS = "model.pt", "checkpoints"
@@ -103,11 +104,6 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
     if len(held_out) <= tokens:
         held_out = held_out[:0]
 
-    def measure(**models: Callable) -> dict[str, float]:
-        if not len(held_out):
-            return {}
-        return {name: math.exp(held_out_loss(model, held_out, tokens, ranks)) for name, model in models.items()}
-
     recipe = job.recipe
     teacher = teacher.to(ranks.device)
     sizes = _activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
@@ -115,10 +111,9 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
     layers = prepare(student, recipe)
     if recipe.init == "zero":
         zero_low_rank(layers)
-    perplexity = measure(
-        teacher=teacher,
-        data_free=from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device),
-    )
+    measured = Measured(held_out, tokens, ranks, None if job.top_k else teacher)  # which would stay in memory
+    measured.add("teacher", teacher)
+    measured.add("data_free", from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device))
     identity = job.identity(teacher, source.ids if isinstance(source, Windows) else None)
     if ranks.device.type == "cuda":
         teacher = teacher.bfloat16()
@@ -156,11 +151,45 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
         trainer.resume()
     if ranks.first:
         atomic_write(job.output / TOKENIZER, lambda path: path.write_text(tokenizer.to_str()))
-        found = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items())
+        found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items())
         trained = sum(p.numel() for parameters in groups.values() for p in parameters)
         say(f"{trained:,} parameters train, {len(held_out):,} held-out tokens; {found}")
     trainer.train()
-    return _finish(job, ranks, model, trainer, perplexity, measure, len(held_out))
+    return _finish(job, ranks, model, trainer, measured)
+
+
+@dataclasses.dataclass
+class Measured:
+    """Models by name on the held-out tokens `ids`, if there are any, in windows of `tokens`.
+
+    `perplexity`, and `kl`: mean KL(teacher || model), nats a token, where there is a teacher.
+    """
+
+    ids: np.ndarray
+    tokens: int
+    ranks: Ranks
+    teacher: Mamba2LM | None
+    perplexity: dict[str, float] = dataclasses.field(default_factory=dict)
+    kl: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, model: Callable) -> None:
+        if not len(self.ids):
+            return
+
+        def sums(windows: Tensor) -> Tensor:
+            logits = model(windows[:, :-1])[0].float()
+            found = [cross_entropy(logits, windows)]
+            if self.teacher is not None and model is not self.teacher:
+                wanted = self.teacher(windows[:, :-1])[0].float()
+                # A window at a time: in fp32 there are three of each token's distributions.
+                pairs = ((x.log_softmax(-1), y.log_softmax(-1)) for x, y in zip(logits, wanted, strict=True))
+                found.append(sum(F.kl_div(p, q, log_target=True, reduction="sum").double() for p, q in pairs))
+            return torch.stack(found)
+
+        loss, *kl = held_out_means(sums, self.ids, self.tokens, self.ranks)
+        self.perplexity[name] = math.exp(loss)
+        if kl:
+            self.kl[name] = kl[0]
 
 
 def prepare(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
@@ -253,15 +282,7 @@ def _activation_sizes(teacher: Mamba2LM, source: Source, ranks: Ranks) -> dict[s
     return {name: ranks.mean(total).sqrt().float() for name, total in sums.items()}
 
 
-def _finish(
-    job: Job,
-    ranks: Ranks,
-    model: Distillation,
-    trainer: Trainer,
-    perplexity: dict[str, float],
-    measure: Callable[..., dict[str, float]],
-    held_out_tokens: int,
-) -> dict:
+def _finish(job: Job, ranks: Ranks, model: Distillation, trainer: Trainer, measured: Measured) -> dict:
     """Write model.pt, measure what was written and what its parts cost, and report."""
     student, file = _gathered(model, ranks).eval(), job.output / MODEL
     layers = prepare(student, job.recipe)
@@ -270,16 +291,18 @@ def _finish(
         published = job.recipe.hard == "levels"
         save_student(file, student.config, sign_export(student) if published else student.export_tensors())
     ranks.barrier()
-    perplexity |= measure(student=load_student(file).to(ranks.device))
-    for name, form in other_forms(student, layers):
-        perplexity |= measure(**{name: form})
+    with torch.compiler.set_stance("force_eager"):  # each form is called a few times only
+        measured.add("student", load_student(file).to(ranks.device))
+        for name, form in other_forms(student, layers):
+            measured.add(name, form)
     result = {
         "recipe": dataclasses.asdict(job.recipe),
         "schedule": dataclasses.asdict(job.schedule),
         "tokens": job.schedule.steps * job.schedule.batch * job.schedule.tokens,
-        "held_out_tokens": held_out_tokens,
+        "held_out_tokens": len(measured.ids),
         "seconds": trainer.seconds,
-        "perplexity": perplexity,
+        "perplexity": measured.perplexity,
+        "kl": measured.kl,
         "model": MODEL,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }

@@ -170,11 +170,14 @@ class TestRun:
         assert result.exit_code == 0
         lines = result.stdout.splitlines()
         assert lines[0].startswith(f"{tmp_path / 'out'}: 64 tokens in ")
+        assert lines[1].split() == ["perplexity", "/", "teacher's", "KL", "from", "it"]
         rows = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[2:]}
         assert list(rows) == ["teacher", "data_free", "student", "float_low_rank", "float_embedding"]
-        assert rows["teacher"][1] == 1
-        for value, ratio in rows.values():
+        assert rows["teacher"][1:] == [1]
+        kl = json.loads((tmp_path / "out" / "result.json").read_text())["kl"]
+        for name, (value, ratio, *divergence) in rows.items():
             assert ratio == pytest.approx(value / rows["teacher"][0], abs=2e-3)
+            assert name == "teacher" or divergence == [pytest.approx(kl[name], abs=1e-4)]
         assert "parameters train" in result.stderr
 
     def test_json(self, distill, tmp_path):

@@ -82,9 +82,10 @@ def assert_alike(one, two, rate):
     for a, b in zip(lines, others, strict=True):
         for name in a.keys() - {"seconds", "tok_s"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-    assert result["perplexity"].keys() == other["perplexity"].keys()
-    for name, value in result["perplexity"].items():
-        assert other["perplexity"][name] == pytest.approx(value, rel=1e-4), name
+    for values in ("perplexity", "kl"):
+        assert result[values].keys() == other[values].keys() and len(result[values]) >= 3
+        for name, value in result[values].items():
+            assert other[values][name] == pytest.approx(value, rel=1e-4), (values, name)
 
     config, tensors = load_student_tensors(one / "model.pt")
     other_config, others = load_student_tensors(two / "model.pt")

@@ -56,6 +56,7 @@ RESULT = {
     "seconds": 8.0,
     "held_out_tokens": 27191,
     "perplexity": {"data_free": 125.0, "teacher": 50.0, "student": 55.0, "int8_state": 55.5},
+    "kl": {"data_free": 1.25, "student": 0.0625},
     "model": "model.pt",
     "sample": "Once upon a time",
 }
@@ -213,7 +214,8 @@ class TestPage:
         table = re.sub(r"\s+", " ", page.text)
         # The teacher's first: the others are measured by it.
         assert (
-            "teacher50.001.000data-free conversion125.002.500student, as shipped55.001.100int8 state55.501.110" in table
+            "teacher50.001.000"
+            "data-free conversion125.002.5001.2500student, as shipped55.001.1000.0625int8 state55.501.110" in table
         )
         ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
         assert len(ids) == len(set(ids)) == 12

@@ -76,7 +76,7 @@ class TestWhatARunLeaves:
         assert result["tokens"] == 24 * 4 * TOKENS and result["seconds"] > 0 and result["recipe"]["lr"] == 5e-3
         assert result["sha256"] == hashlib.sha256((done["folder"] / result["model"]).read_bytes()).hexdigest()
         names = ["teacher", "data_free", "student", "float_low_rank", "float_embedding"]
-        assert list(result["perplexity"]) == names
+        assert list(result["perplexity"]) == names and list(result["kl"]) == names[1:]
         assert any(f"{result['perplexity']['teacher']:.2f}" in line for line in done["said"])
 
     def test_training_brings_the_student_near_the_teacher(self, done):
@@ -100,6 +100,12 @@ class TestWhatARunLeaves:
         found = measure(open_scorer(done["folder"] / "model.pt"), held_out, TOKENS + 1, TOKENS)
         # An fp32 sum in another order moves an activation across a tie now and then.
         assert done["result"]["perplexity"]["student"] == pytest.approx(found.perplexity, rel=1e-4)
+
+    def test_divergence_is_that_of_dfssm_eval(self, done, held_out, teacher):
+        student = open_scorer(done["folder"] / "model.pt")
+        found = measure(student, held_out, TOKENS + 1, TOKENS, reference=open_scorer(teacher)).against
+        assert done["result"]["kl"]["student"] == pytest.approx(found.kl, rel=1e-3)
+        assert 0 < done["result"]["kl"]["student"] < 0.9 * done["result"]["kl"]["data_free"]
 
     def test_perplexity_of_the_data_free_student_is_that_of_dfssm_convert(self, done, held_out, teacher, tmp_path):
         save_student(tmp_path / "model.pt", *convert(load_teacher(teacher), 4))
@@ -209,7 +215,7 @@ class TestRecipes:
 
     def test_without_held_out_text_nothing_is_measured(self, distill, tmp_path):
         result = distill(tmp_path, steps=2, held_out=0.0)
-        assert result["perplexity"] == {} and result["held_out_tokens"] == 0
+        assert (result["perplexity"], result["kl"]) == ({}, {}) and result["held_out_tokens"] == 0
 
         def constant(name):
             raise AssertionError(f"{name} is no JSON")
