@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -30,13 +28,14 @@ from .checkpoint import Checkpoints
 from .data import Windows, open_tokens, tokenize
 from .density import DensityLinear, densify, other_forms, set_attributes, sign_export, trainable, zero_low_rank
 from .distributed import Ranks, shard
+from .held_out import Measured, held_out_loss
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .sinks import open_sinks
 from .stream import PREFIX, StreamedWindows
 from .topk import TopK, write_topk
-from .trainer import Schedule, Source, Trainer, cross_entropy, fast_bf16, held_out_loss, held_out_means
+from .trainer import Schedule, Source, Trainer, fast_bf16
 
 TOKENIZER = "tokenizer.json"
 MODEL, CHECKPOINTS = "model.pt", "checkpoints"
@@ -156,40 +155,6 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
         say(f"{trained:,} parameters train, {len(held_out):,} held-out tokens; {found}")
     trainer.train()
     return _finish(job, ranks, model, trainer, measured)
-
-
-@dataclasses.dataclass
-class Measured:
-    """Models by name on the held-out tokens `ids`, if there are any, in windows of `tokens`.
-
-    `perplexity`, and `kl`: mean KL(teacher || model), nats a token, where there is a teacher.
-    """
-
-    ids: np.ndarray
-    tokens: int
-    ranks: Ranks
-    teacher: Mamba2LM | None
-    perplexity: dict[str, float] = dataclasses.field(default_factory=dict)
-    kl: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, name: str, model: Callable) -> None:
-        if not len(self.ids):
-            return
-
-        def sums(windows: Tensor) -> Tensor:
-            logits = model(windows[:, :-1])[0].float()
-            found = [cross_entropy(logits, windows)]
-            if self.teacher is not None and model is not self.teacher:
-                wanted = self.teacher(windows[:, :-1])[0].float()
-                # A window at a time: in fp32 there are three of each token's distributions.
-                pairs = ((x.log_softmax(-1), y.log_softmax(-1)) for x, y in zip(logits, wanted, strict=True))
-                found.append(sum(F.kl_div(p, q, log_target=True, reduction="sum").double() for p, q in pairs))
-            return torch.stack(found)
-
-        loss, *kl = held_out_means(sums, self.ids, self.tokens, self.ranks)
-        self.perplexity[name] = math.exp(loss)
-        if kl:
-            self.kl[name] = kl[0]
 
 
 def prepare(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:

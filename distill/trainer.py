@@ -266,34 +266,3 @@ def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> boo
         return min(times)
 
     return seconds(torch.bfloat16) * margin < seconds(torch.float32)
-
-
-def held_out_loss(model: Callable, ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8) -> float:
-    """Mean loss, nats a token, as `held_out_means` goes over the text."""
-    return held_out_means(lambda windows: cross_entropy(model(windows[:, :-1])[0], windows), ids, tokens, ranks, batch)
-
-
-def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
-    """Of logits[B,T,V] against the tokens that came in windows i64[B,T+1]: nats f64[], summed over all."""
-    labels = windows[:, 1:].flatten()
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum").double()
-
-
-@torch.no_grad()
-def held_out_means(
-    sums: Callable[[Tensor], Tensor], ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8
-) -> float | list[float]:
-    """Mean over tokens of what sums(windows i64[B,tokens+1]) gives, f64[] or f64[n] summed over their tokens.
-
-    The windows follow one another, each for a zero state, and are shared among the ranks; all get the mean. The last,
-    shorter window is left out.
-    """
-    count = (len(ids) - 1) // tokens
-    rows = np.stack([ids[i * tokens : (i + 1) * tokens + 1] for i in range(count)]).astype(np.int64)
-    total = 0.0
-    for begin in range(0, count, batch * ranks.world):
-        first = begin + ranks.rank * batch
-        part = torch.from_numpy(rows[first : first + batch] if first < count else rows[:1]).to(ranks.device)
-        found = sums(part)  # without a window of its own too: calls are collective
-        total = total + found * (first < count)
-    return (ranks.mean(total) * ranks.world / (count * tokens)).tolist()

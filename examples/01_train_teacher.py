@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.trainer import Schedule, Trainer, fast_bf16, held_out_loss
+from dfssm.distill.held_out import held_out_loss
+from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
 from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher

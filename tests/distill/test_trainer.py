@@ -13,7 +13,8 @@ from torch import nn
 
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16, held_out_loss
+from dfssm.distill.held_out import held_out_loss
+from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16
 from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
