@@ -15,17 +15,26 @@ from .options import json_option, print_result, table
 
 def recipe_options(command):
     """An option for each ingredient of a recipe: its default is that of the recipe named with --recipe."""
-    from dfssm.distill.recipe import CHOICES, Recipe
+    from dfssm.distill.recipe import CHOICES, RECIPES, Recipe
 
     for field in reversed(dataclasses.fields(Recipe)):
         name, kind = field.name.replace("_", "-"), {"int": int, "float": float, "str": str}.get(field.type)
+        usual, *others = ((recipe, getattr(values, field.name)) for recipe, values in RECIPES.items())
+        shown = [_shown(usual[1])] + [f"{recipe}: {_shown(value)}" for recipe, value in others if value != usual[1]]
+        text = f"{field.metadata['help']}  [default: {'; '.join(shown)}]"
         if field.type == "bool":
-            command = click.option(f"--{name}/--no-{name}", default=None, help=field.metadata["help"])(command)
+            command = click.option(f"--{name}/--no-{name}", default=None, help=text)(command)
         else:
             kind = click.Choice(CHOICES[field.name]) if field.name in CHOICES else kind
             metavar = None if field.name in CHOICES else "X"
-            command = click.option(f"--{name}", type=kind, metavar=metavar, help=field.metadata["help"])(command)
+            command = click.option(f"--{name}", type=kind, metavar=metavar, help=text)(command)
     return command
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @click.command()

@@ -66,6 +66,18 @@ class TestHelp:
                 assert f"{flag} [{'|'.join(CHOICES[field.name])}]" in help
             assert field.metadata["help"] in help
 
+    @pytest.mark.parametrize(
+        "flag, default",
+        [
+            ("--planes X", "[default: 1]"),
+            ("--hard", "[default: sign; paper: levels]"),
+            ("--no-train-float", "[default: yes; paper: no]"),
+            ("--scaffold-share X", "[default: 1; paper: 0.381]"),
+        ],
+    )
+    def test_lists_the_defaults_of_both_recipes(self, help, flag, default):
+        assert help.split(f" {flag} ")[1].split(" --")[0].endswith(default)
+
     def test_lists_the_rest(self, help):
         for flag in "--data --output --recipe --total-tokens --resume --plan --json --recompute --micro-batch".split():
             assert re.search(rf" {flag}\b", help), flag
