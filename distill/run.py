@@ -256,10 +256,9 @@ def _finish(job: Job, ranks: Ranks, model: Distillation, trainer: Trainer, measu
         published = job.recipe.hard == "levels"
         save_student(file, student.config, sign_export(student) if published else student.export_tensors())
     ranks.barrier()
-    with torch.compiler.set_stance("force_eager"):  # each form is called a few times only
-        measured.add("student", load_student(file).to(ranks.device))
-        for name, form in other_forms(student, layers):
-            measured.add(name, form)
+    measured.add("student", load_student(file).to(ranks.device))
+    for name, form in other_forms(student, layers):
+        measured.add(name, form)
     result = {
         "recipe": dataclasses.asdict(job.recipe),
         "schedule": dataclasses.asdict(job.schedule),

@@ -361,6 +361,15 @@ class TestHeldOutLoss:
         assert found == pytest.approx(expected.item(), rel=1e-6)
         assert starts == ids[: count * TOKENS : TOKENS].tolist()
 
+    def test_a_compiled_model_is_measured_without_a_program_for_each_batch_size(self):
+        programs, model = [], Bigrams()
+        compiled = torch.compile(model.logits, backend=lambda graph, inputs: programs.append(graph) or graph)
+        ids = IDS[: 11 * TOKENS + 1]  # batches of 8 and 3
+        assert held_out_loss(compiled, ids, TOKENS, ALONE) == held_out_loss(model.logits, ids, TOKENS, ALONE)
+        assert not programs
+        compiled(torch.from_numpy(ids[None].astype(np.int64)))
+        assert len(programs) == 1
+
 
 # In the middle of the second save it stands still until it is killed: all is written, but for the name.
 _SAVE = """
