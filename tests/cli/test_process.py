@@ -85,6 +85,8 @@ def test_ctrl_c_is_130_and_leaves_no_traceback(endless, tmp_path):
         + ["--save-state", str(state)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts what goes to its background, as these tests may, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.read(1)
     time.sleep(0.1)
