@@ -1,6 +1,7 @@
 """The model type and the task files of lm-evaluation-harness, and the command that runs them."""
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,10 @@ class TestModel:
         assert (model.scorer.kind, model.batch_size) == ("bundle", 1)
         model = make(f"path={student}", {"device": "cpu", "batch_size": "auto"})
         assert (model.scorer.kind, model.batch_size) == ("student", 8)
+
+    def test_it_is_declared_where_the_harness_looks(self):
+        """The group of docs/plugins.md in the harness, from the release after 0.4.13 on."""
+        assert entry_points(group="lm_eval.models")["dfssm"].load() is DfssmLM
 
     def test_the_harnesses_command_knows_it(self, monkeypatch):
         import lm_eval.__main__
