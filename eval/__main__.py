@@ -1,4 +1,4 @@
-"""`python -m dfssm.eval`: the command lm_eval of the harness, which then knows `--model dfssm`."""
+"""`python -m dfssm.eval`: the command lm_eval of the harness, which then knows `--model dfssm` for any task."""
 
 import sys
 

@@ -11,6 +11,8 @@ import datasets
 
 from dfssm.opset.errors import DfssmError
 
+from . import harness  # noqa: F401 (whoever reads a task file knows `--model dfssm`, the command lm_eval too)
+
 # What `ctx_b` of a HellaSwag question was: the sentence left unfinished, where it begins in lower case.
 _UNFINISHED = re.compile(r"(?<=[.!?] )[a-z][^.!?]*$")
 

@@ -1,6 +1,8 @@
 """The model type and the task files of lm-evaluation-harness, and the command that runs them."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -187,7 +189,21 @@ class TestModel:
         """The group of docs/plugins.md in the harness, from the release after 0.4.13 on."""
         assert entry_points(group="lm_eval.models")["dfssm"].load() is DfssmLM
 
-    def test_the_harnesses_command_knows_it(self, monkeypatch):
+    def test_the_command_lm_eval_knows_it_by_a_task_file(self, bundle, data, tmp_path):
+        options = ["--model", "dfssm", "--model_args", f"path={bundle}", "--metadata", f"data={data}"]
+        command = [sys.executable, "-m", "lm_eval", *options, "--tasks", TASKS / "piqa.yaml", "--output_path", tmp_path]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        theirs = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]["piqa"]
+        ours = run_tasks(bundle, ["piqa"], data)["tasks"]["piqa"]["metrics"]
+        assert {name: theirs[f"{name},none"] for name in ours} == {name: m["value"] for name, m in ours.items()}
+
+    def test_the_harness_keeps_its_own_types(self):
+        """They are registered where there are none yet; a process of its own, in which ours comes first."""
+        code = "import dfssm.eval.harness; from lm_eval.api.registry import get_model; get_model('dummy')"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_through_us_it_knows_it_for_every_task(self, monkeypatch):
         import lm_eval.__main__
 
         from dfssm.eval.__main__ import main
