@@ -65,6 +65,14 @@ def _shown(value: object) -> str:
 @click.option(
     "--held-out-documents", type=click.IntRange(0), default=1000, show_default=True, metavar="N", help="Of a stream."
 )
+@click.option(
+    "--held-out-tokens",
+    type=click.IntRange(1),
+    default=2**17,
+    show_default=True,
+    metavar="N",
+    help="Of these at most so many are measured, in windows spread over all.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="Other than the teacher's own.")
 @click.option("--device", metavar="NAME", help="cpu or cuda; a GPU where there is one.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU.")

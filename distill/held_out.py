@@ -18,20 +18,19 @@ from .distributed import Ranks
 
 @dataclass
 class Measured:
-    """Models by name on the held-out tokens `ids`, if there are any, in windows of `tokens`.
+    """Models by name on the held-out `windows` i64[n,tokens+1], if there are any.
 
     `perplexity`, and `kl`: mean KL(teacher || model), nats a token, where there is a teacher.
     """
 
-    ids: np.ndarray
-    tokens: int
+    windows: np.ndarray
     ranks: Ranks
     teacher: Mamba2LM | None
     perplexity: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, model: Callable) -> None:
-        if not len(self.ids):
+        if not len(self.windows):
             return
 
         def sums(windows: Tensor) -> Tensor:
@@ -44,15 +43,28 @@ class Measured:
                 found.append(sum(F.kl_div(p, q, log_target=True, reduction="sum").double() for p, q in pairs))
             return torch.stack(found)
 
-        loss, *kl = held_out_means(sums, self.ids, self.tokens, self.ranks)
+        loss, *kl = held_out_means(sums, self.windows, self.ranks)
         self.perplexity[name] = math.exp(loss)
         if kl:
             self.kl[name] = kl[0]
 
 
-def held_out_loss(model: Callable, ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8) -> float:
-    """Mean loss, nats a token, as `held_out_means` goes over the text."""
-    return held_out_means(lambda windows: cross_entropy(model(windows[:, :-1])[0], windows), ids, tokens, ranks, batch)
+def cut_windows(ids: np.ndarray, tokens: int, most: int | None = None) -> np.ndarray:
+    """The held-out text ids[n] as windows i64[count,tokens+1] that follow one another; a shorter last one is left out.
+
+    Where they predict more than `most` tokens: as many of them as predict no more, at least one, spread evenly.
+    """
+    count = max(0, (len(ids) - 1) // tokens)
+    if not count:
+        return np.empty((0, tokens + 1), np.int64)
+    kept = count if most is None else min(count, max(1, most // tokens))
+    windows = np.lib.stride_tricks.sliding_window_view(ids, tokens + 1)[::tokens]
+    return windows[np.arange(kept) * count // kept].astype(np.int64)
+
+
+def held_out_loss(model: Callable, windows: np.ndarray, ranks: Ranks, batch: int = 8) -> float:
+    """Mean loss, nats a token, over windows i64[n,tokens+1]."""
+    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part), windows, ranks, batch)
 
 
 def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
@@ -63,21 +75,18 @@ def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_means(
-    sums: Callable[[Tensor], Tensor], ids: np.ndarray, tokens: int, ranks: Ranks, batch: int = 8
+    sums: Callable[[Tensor], Tensor], windows: np.ndarray, ranks: Ranks, batch: int = 8
 ) -> float | list[float]:
-    """Mean over tokens of what sums(windows i64[B,tokens+1]) gives, f64[] or f64[n] summed over their tokens.
+    """Mean over tokens of what sums(i64[B,tokens+1]) gives, f64[] or f64[m] summed over the tokens of some windows.
 
-    The windows follow one another, each for a zero state, and are shared among the ranks; all get the mean. The last,
-    shorter window is left out.
+    Each window is for a zero state. They are shared among the ranks, and all get the mean.
     """
-    count = (len(ids) - 1) // tokens
-    rows = np.stack([ids[i * tokens : (i + 1) * tokens + 1] for i in range(count)]).astype(np.int64)
-    total = 0.0
+    count, tokens, total = len(windows), windows.shape[1] - 1, 0.0
     # Not compiled: the last batch is smaller, and the programs for both would take longer than they save.
     with torch.compiler.set_stance("force_eager"):
         for begin in range(0, count, batch * ranks.world):
             first = begin + ranks.rank * batch
-            part = torch.from_numpy(rows[first : first + batch] if first < count else rows[:1]).to(ranks.device)
+            part = torch.from_numpy(windows[first : first + batch] if first < count else windows[:1]).to(ranks.device)
             found = sums(part)  # without a window of its own too: calls are collective
             total = total + found * (first < count)
     return (ranks.mean(total) * ranks.world / (count * tokens)).tolist()

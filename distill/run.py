@@ -28,7 +28,7 @@ from .checkpoint import Checkpoints
 from .data import Windows, open_tokens, tokenize
 from .density import DensityLinear, densify, other_forms, set_attributes, sign_export, trainable, zero_low_rank
 from .distributed import Ranks, shard
-from .held_out import Measured, held_out_loss
+from .held_out import Measured, cut_windows, held_out_loss
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
@@ -44,7 +44,8 @@ CALIBRATION = 16  # windows over which the sizes of activations are measured
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a distillation works on. Set apart: the share `held_out` of each file, the first documents of a stream.
+    """What a distillation works on. Set apart: the share `held_out` of each file, the first documents of a stream;
+    of these at most `held_out_tokens` are measured.
 
     `top_k`: distil from the teacher's so many likeliest tokens, which are computed before; 0 from all of them.
     """
@@ -56,6 +57,7 @@ class Job:
     schedule: Schedule
     held_out: float = 0.02
     held_out_documents: int = 1000
+    held_out_tokens: int = 2**17
     tokenizer: Path | None = None
     recompute: bool = False
     compiled: bool = False
@@ -99,9 +101,7 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
         raise DfssmError(f"{job.output}: has no checkpoint to resume from; leave out --resume to begin")
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     source, held_out = _open_data(job, tokenizer, end, teacher.config.vocab_size, ranks)
-    tokens = job.schedule.tokens
-    if len(held_out) <= tokens:
-        held_out = held_out[:0]
+    windows = cut_windows(held_out, job.schedule.tokens, job.held_out_tokens)
 
     recipe = job.recipe
     teacher = teacher.to(ranks.device)
@@ -110,7 +110,7 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
     layers = prepare(student, recipe)
     if recipe.init == "zero":
         zero_low_rank(layers)
-    measured = Measured(held_out, tokens, ranks, None if job.top_k else teacher)  # which would stay in memory
+    measured = Measured(windows, ranks, None if job.top_k else teacher)  # which would stay in memory
     measured.add("teacher", teacher)
     measured.add("data_free", from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(ranks.device))
     identity = job.identity(teacher, source.ids if isinstance(source, Windows) else None)
@@ -141,7 +141,7 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
         ranks,
         job.output,
         before,
-        (lambda: held_out_loss(model.logits, held_out, tokens, ranks)) if len(held_out) else None,
+        (lambda: held_out_loss(model.logits, windows, ranks)) if len(windows) else None,
         bf16=bf16,
         identity=identity,
     )
@@ -152,7 +152,7 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
         atomic_write(job.output / TOKENIZER, lambda path: path.write_text(tokenizer.to_str()))
         found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items())
         trained = sum(p.numel() for parameters in groups.values() for p in parameters)
-        say(f"{trained:,} parameters train, {len(held_out):,} held-out tokens; {found}")
+        say(f"{trained:,} parameters train, {windows[:, 1:].size:,} held-out tokens; {found}")
     trainer.train()
     return _finish(job, ranks, model, trainer, measured)
 
@@ -263,7 +263,7 @@ def _finish(job: Job, ranks: Ranks, model: Distillation, trainer: Trainer, measu
         "recipe": dataclasses.asdict(job.recipe),
         "schedule": dataclasses.asdict(job.schedule),
         "tokens": job.schedule.steps * job.schedule.batch * job.schedule.tokens,
-        "held_out_tokens": len(measured.ids),
+        "held_out_tokens": measured.windows[:, 1:].size,
         "seconds": trainer.seconds,
         "perplexity": measured.perplexity,
         "kl": measured.kl,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.held_out import held_out_loss
+from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
 from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
@@ -159,7 +159,8 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
         eos_token_id=end,
     )
     text = tokenize(data, tokenizer, end, config.vocab_size, held_out, output / "tokens")
-    if len(text.held_out) <= tokens:
+    windows = cut_windows(text.held_out, tokens)
+    if not len(windows):
         raise DfssmError(f"{len(text.held_out)} tokens are held out, a window has {tokens}; give more --held-out")
     model = NextToken(Mamba2LM(config)).to(ranks.device)
     if compiled:
@@ -168,7 +169,7 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
     plateau = Plateau(options["lr"], options["warmup"], options["longest"])
 
     def measure() -> float:
-        loss = held_out_loss(model.model, text.held_out, tokens, ranks)
+        loss = held_out_loss(model.model, windows, ranks)
         plateau.measured(trainer.step, loss)
         return loss
 
@@ -205,7 +206,7 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
     )
     trainer.train()
     save_teacher(model.model, output)
-    loss = held_out_loss(load_teacher(output).to(ranks.device), text.held_out, tokens, ranks)
+    loss = held_out_loss(load_teacher(output).to(ranks.device), windows, ranks)
     click.echo(
         f"{trainer.step:,} steps, {trainer.step * options['batch'] * tokens:,} tokens in {trainer.seconds:.0f} s; "
         f"held-out perplexity {math.exp(loss):.2f}; wrote {output}"

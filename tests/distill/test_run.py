@@ -15,6 +15,7 @@ from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.distill.data import Windows, open_tokens
 from dfssm.distill.density import DensityLinear
 from dfssm.distill.distributed import Ranks
+from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.recipe import RECIPES
 from dfssm.distill.run import CALIBRATION, _activation_sizes, prepare
 from dfssm.eval.perplexity import measure
@@ -25,7 +26,7 @@ from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.quant import dequantized
-from dfssm.model.student import DFSSMLM
+from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
@@ -222,6 +223,14 @@ class TestRecipes:
 
         json.loads((tmp_path / "result.json").read_text(), parse_constant=constant)
         assert all("held_out" not in line for line in map(json.loads, open(tmp_path / "log.jsonl")))
+
+    def test_of_the_held_out_text_some_windows_are_measured(self, distill, tmp_path):
+        said = []
+        result = distill(tmp_path, steps=2, held_out=0.1, held_out_tokens=3 * TOKENS + 1, say=said.append)
+        assert result["held_out_tokens"] == 3 * TOKENS and f" {3 * TOKENS} held-out tokens" in said[0]
+        windows = cut_windows(open_tokens(tmp_path / "tokens").held_out, TOKENS, 3 * TOKENS)
+        loss = held_out_loss(load_student(tmp_path / "model.pt"), windows, Ranks(0, 1, torch.device("cpu")))
+        assert result["perplexity"]["student"] == pytest.approx(math.exp(loss), rel=1e-9)
 
     def test_a_seed_repeats_it(self, distill, tmp_path):
         found = [distill(tmp_path / str(i), steps=2, seed=i % 2)["sha256"] for i in range(3)]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from torch import nn
 
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.held_out import held_out_loss
-from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16
+from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer
 from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -343,78 +340,3 @@ class TestLog:
         other.write({"step": 2})
         other.cut(0)
         assert other.path.read_text() == '{"step": 1}\n'
-
-
-class TestHeldOutLoss:
-    @pytest.mark.parametrize("count", [1, 3, 8, 17])
-    @pytest.mark.parametrize("rest", [0, 1, TOKENS - 1])
-    def test_is_the_mean_over_whole_windows_each_from_its_start(self, count, rest):
-        ids, model, starts = IDS[: count * TOKENS + 1 + rest], Bigrams(), []
-
-        def logits(part):
-            starts.extend(part[:, 0].tolist())
-            return model.logits(part)
-
-        found = held_out_loss(logits, ids, TOKENS, ALONE)
-        whole = torch.from_numpy(ids[: count * TOKENS + 1].astype(np.int64))
-        expected = F.cross_entropy(model.logits(whole[:-1])[0], whole[1:])
-        assert found == pytest.approx(expected.item(), rel=1e-6)
-        assert starts == ids[: count * TOKENS : TOKENS].tolist()
-
-    def test_a_compiled_model_is_measured_without_a_program_for_each_batch_size(self):
-        programs, model = [], Bigrams()
-        compiled = torch.compile(model.logits, backend=lambda graph, inputs: programs.append(graph) or graph)
-        ids = IDS[: 11 * TOKENS + 1]  # batches of 8 and 3
-        assert held_out_loss(compiled, ids, TOKENS, ALONE) == held_out_loss(model.logits, ids, TOKENS, ALONE)
-        assert not programs
-        compiled(torch.from_numpy(ids[None].astype(np.int64)))
-        assert len(programs) == 1
-
-
-# In the middle of the second save it stands still until it is killed: all is written, but for the name.
-_SAVE = """
-from dfssm.distill import checkpoint
-import time
-save = checkpoint.dcp.save
-def slow(state, checkpoint_id):
-    save(state, checkpoint_id=checkpoint_id)
-    if "8" in checkpoint_id.name:
-        time.sleep(600)
-checkpoint.dcp.save = slow
-"""
-
-
-@pytest.mark.slow
-def test_killed_in_a_save_it_is_as_if_it_never_was(start, command, distill, tmp_path, same_log):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    options = {"recipe": "paper", "seed": 3, "steps": 10, "save_every": 4, "log_every": 3, "evaluate_every": 5}
-    checkpoints = killed / "checkpoints"
-
-    (process,) = start([command(killed, **options)], setup=_SAVE)
-    end = time.monotonic() + 120
-    while not (checkpoints / ".step-000008.tmp" / ".metadata").exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert '"step": 6' in (killed / "log.jsonl").read_text() and not (killed / "model.pt").exists()
-
-    resumed, expected = distill(killed, resume=True, **options), distill(whole, **options)
-    for name in ("sha256", "perplexity", "tokens"):
-        assert resumed[name] == expected[name]
-    assert same_log(killed) == same_log(whole)
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000008", "step-000010"]
-
-
-@pytest.mark.parametrize("speed, fast", [(1.0, False), (1.29, False), (1.31, True)])
-def test_bf16_is_chosen_where_it_is_faster_by_a_margin(speed, fast, monkeypatch):
-    clock = {"now": 0.0}
-    product = torch.Tensor.__matmul__
-
-    def timed(a, b):
-        clock["now"] += 1.0 / speed if a.dtype == torch.bfloat16 else 1.0
-        return product(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
-    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
-    assert fast_bf16(torch.device("cpu"), size=2) is fast
