@@ -88,6 +88,7 @@ def _shown(value: object) -> str:
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
 @click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, metavar="STEPS")
 @click.option("--save-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
+@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, metavar="N", help="Newest checkpoints.")
 @click.option("--evaluate-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
 @click.option("--tensorboard", is_flag=True, help="Log to DIR/tensorboard too.")
 @click.option("--wandb", metavar="PROJECT", help="Log to a project of Weights & Biases too.")
@@ -104,8 +105,7 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
 
     from dfssm.distill.recipe import RECIPES, Recipe
 
-    names = {field.name for field in dataclasses.fields(Recipe)}
-    given = {name: options.pop(name) for name in names}
+    given = {name: options.pop(name) for name in _names(Recipe)}
     recipe = dataclasses.replace(RECIPES[recipe_name], **{k: v for k, v in given.items() if v is not None})
     if only_plan:
         print_result(_plan(teacher, recipe, options), as_json, lambda found: "\n".join(found["lines"]))
@@ -125,13 +125,18 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
         schedule = Schedule(
             steps=-(-options["total_tokens"] // step),
             micro_batch=options["micro_batch"] or options["batch"] // those.world,
-            **{key: options[key] for key in ("batch", "tokens", "seed", "log_every", "save_every", "evaluate_every")},
+            **{name: options[name] for name in options.keys() & _names(Schedule) - {"micro_batch"}},
         )
-        shared = options.keys() & {field.name for field in dataclasses.fields(Job)}
+        shared = options.keys() & _names(Job)
         job = Job(teacher, data, output, recipe, schedule, **{name: options[name] for name in shared})
         result = run(job, those, options["resume"], lambda line: click.echo(line, err=True))
         if those.first:
             print_result(result | {"output": str(output)}, as_json, _text)
+
+
+def _names(kind: type) -> set[str]:
+    """Of the fields of a dataclass."""
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _plan(teacher: Path, recipe, options: dict) -> dict:

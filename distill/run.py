@@ -68,11 +68,10 @@ class Job:
     def identity(self, teacher: Mamba2LM, train: np.ndarray | None) -> dict:
         """What must be the same for a run to be resumed. Of the teacher's weights only the vectors are looked at."""
         vectors = b"".join(p.numpy(force=True).tobytes() for p in teacher.parameters() if p.ndim == 1)
-        schedule = dataclasses.asdict(self.schedule)
-        schedule.pop("micro_batch")  # follows from the number of ranks
+        schedule = ("steps", "batch", "tokens", "seed")  # the rest changes no number, or follows from that of ranks
         return (
             dataclasses.asdict(self.recipe)
-            | schedule
+            | {name: getattr(self.schedule, name) for name in schedule}
             | {
                 "top_k": self.top_k,
                 "teacher": {"sha256": hashlib.sha256(vectors).hexdigest()},

@@ -36,7 +36,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`steps` of `batch` windows of `tokens` tokens, over all ranks; `micro_batch` windows at a time on a rank."""
+    """`steps` of `batch` windows of `tokens` tokens, over all ranks; `micro_batch` windows at a time on a rank.
+
+    `keep`: checkpoints that stay, the newest.
+    """
 
     steps: int
     batch: int = 8
@@ -46,6 +49,7 @@ class Schedule:
     log_every: int = 10
     save_every: int = 200
     evaluate_every: int = 200
+    keep: int = 2
 
     def parts(self, ranks: Ranks) -> int:
         """Micro-batches of a step on one rank. DfssmError if they do not come out even."""
@@ -88,7 +92,7 @@ class Trainer:
             for p in group["params"]:  # made by the first gradient otherwise, and a checkpoint before that lacks it
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, self.schedule.keep)
         self.log = Log(self.folder, self.ranks.first)
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}  # since the last line of the log, which was at:

@@ -253,6 +253,16 @@ class TestRecipes:
         assert distill(tmp_path / "out", resume=True)["sha256"] == whole["sha256"]
         assert same_log(tmp_path / "out") == lines
 
+    def test_resumed_it_may_be_saved_and_measured_more_often(self, distill, tmp_path):
+        whole = distill(tmp_path / "out", steps=6, save_every=3)
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000006")
+        again = distill(
+            tmp_path / "out", resume=True, steps=6, save_every=1, evaluate_every=1, log_every=2, keep=4, micro_batch=4
+        )
+        assert again["sha256"] == whole["sha256"]
+        names = sorted(folder.name for folder in (tmp_path / "out" / "checkpoints").iterdir())
+        assert names == [f"step-00000{step}" for step in (3, 4, 5, 6)]
+
     def test_a_stream(self, distill, tmp_path, monkeypatch, same_log):
         pytest.importorskip("datasets", reason="datasets is not installed")
         monkeypatch.setattr("dfssm.distill.stream._BLOCK", 5)
