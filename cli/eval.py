@@ -36,6 +36,14 @@ def evaluate() -> None:
 @click.option("--stride", default=512, show_default=True, metavar="N", help="From one window to the next.")
 @click.option("--tokens", type=click.IntRange(1), metavar="N", help="Score the first N tokens only.")
 @click.option(
+    "--chunk",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens scored by one run; 1 rounds a narrow state after each, as decoding does.",
+)
+@click.option(
     "--reference",
     type=click.Path(path_type=Path),
     metavar="MODEL",
@@ -44,7 +52,7 @@ def evaluate() -> None:
 @tokenizer_option
 @device_option
 @json_option
-def perplexity(model, data, window, stride, tokens, reference, tokenizer, device, as_json) -> None:
+def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer, device, as_json) -> None:
     """Perplexity of MODEL on text, over strided windows.
 
     MODEL is a checkpoint folder of a teacher, a student's model.pt or .safetensors, or a bundle.
@@ -58,9 +66,10 @@ def perplexity(model, data, window, stride, tokens, reference, tokenizer, device
     wanted = open_scorer(reference, tokenizer, device) if reference else None
     text = read_text(data, scorer, tokens)
     with tqdm(total=len(text.ids) - 1, desc="perplexity", unit="tok", disable=None, leave=False) as bar:
-        found = measure(scorer, text, window, stride, bar.update, wanted)
+        found = measure(scorer, text, window, stride, bar.update, wanted, chunk)
     keys = ("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride")
-    result = {key: getattr(found, key) for key in keys} | {"model": str(model), "kind": scorer.kind, "reference": None}
+    result = {key: getattr(found, key) for key in keys}
+    result |= {"chunk": chunk, "model": str(model), "kind": scorer.kind, "reference": None}
     if found.against:
         theirs = math.exp(found.against.nats / found.tokens)
         result["reference"] = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 
-from .scorer import BATCH, Scorer, log_probs, read_chunks
+from .scorer import BATCH, CHUNK, Scorer, log_probs, read_chunks
 from .text import Text
 
 
@@ -76,11 +76,13 @@ def measure(
     stride: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
     reference: Scorer | None = None,
+    chunk: int = CHUNK,
 ) -> Perplexity:
     """Score `text`; `progress` gets the number of tokens scored since its last call.
 
-    With a `reference` the result is `against` it, too. DfssmError as `require_stride`, and where the two models do not
-    have the same tokens.
+    What a window reads before it scores is one run, what it scores are runs of `chunk` tokens: at the end of each a
+    narrow state is rounded, with chunk = 1 as in decoding. With a `reference` the result is `against` it, too.
+    DfssmError as `require_stride`, and where the two models do not have the same tokens.
     """
     require_stride(window, stride)
     models = [scorer] if reference is None else [scorer, reference]
@@ -89,7 +91,7 @@ def measure(
         raise DfssmError(f"model and reference have {sizes} tokens: give a reference with the same ones")
     batch = min(BATCH, *(model.max_batch for model in models))
     nats, divergences, same = [0.0] * len(models), [], 0
-    for pieces in zip(*(_pieces(model, text, window, stride, batch) for model in models), strict=True):
+    for pieces in zip(*(_pieces(model, text, window, stride, batch, chunk) for model in models), strict=True):
         for i, (targets, logits) in enumerate(pieces):
             nats[i] -= float(log_probs(logits, targets)[0].sum())
         if reference:
@@ -120,7 +122,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _pieces(
-    scorer: Scorer, text: Text, window: int, stride: int, batch: int
+    scorer: Scorer, text: Text, window: int, stride: int, batch: int, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All tokens to be scored, some at a time: targets i64[B,t] and the logits f32[B,t,V] that are to predict them."""
     # Windows of one shape run together: all but the first and the last.
@@ -132,5 +134,5 @@ def _pieces(
             if skip:
                 _, state = scorer.read(np.ascontiguousarray(rows[:, :skip]), state)
             targets = rows[:, skip + 1 :]
-            for part, logits in read_chunks(scorer, rows[:, skip:-1], state):
+            for part, logits in read_chunks(scorer, rows[:, skip:-1], state, chunk):
                 yield targets[:, part], logits

@@ -17,7 +17,7 @@ BATCH = 8
 """Rows of one run, unless the caller says otherwise."""
 
 CHUNK = 64
-"""Tokens of one run whose logits are all wanted: 8 rows of 50,288 tokens are 103 MB."""
+"""Tokens of one run whose logits are all wanted, likewise: 8 rows of 50,288 tokens are 103 MB."""
 
 _TEACHER_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -61,10 +61,10 @@ def log_probs(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.n
     return picked.astype(np.float64) - top - np.log(total), picked == top
 
 
-def read_chunks(scorer: Scorer, ids: np.ndarray, state: Any) -> Iterator[tuple[slice, np.ndarray]]:
-    """Read ids i64[B,T] after `state`, a CHUNK of its columns at a time: their place, and logits f32[B,chunk,V]."""
-    for start in range(0, ids.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
+def read_chunks(scorer: Scorer, ids: np.ndarray, state: Any, chunk: int = CHUNK) -> Iterator[tuple[slice, np.ndarray]]:
+    """Read ids i64[B,T] after `state`, `chunk` of its columns at a time: their place, and logits f32[B,chunk,V]."""
+    for start in range(0, ids.shape[1], chunk):
+        part = slice(start, start + chunk)
         logits, state = scorer.logits(np.ascontiguousarray(ids[:, part]), state)
         yield part, logits
 

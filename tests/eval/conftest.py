@@ -46,6 +46,12 @@ def bundle(cpu_target, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def narrow_bundle(cpu_target, tmp_path_factory):
+    """The tiny student as a bundle with int8 states."""
+    return tiny.write_bundle(tmp_path_factory.mktemp("bundle") / "b", target=cpu_target, state_dtype="int8")
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(cpu_target, tmp_path_factory):
     """The shipped student as a bundle with fp32 states, without a tokenizer."""
     config, tensors = load_student_tensors(DEMO / "model.pt")

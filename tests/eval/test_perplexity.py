@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from dfssm.eval.perplexity import divergence, measure, windows
+from dfssm.eval.scorer import CHUNK, open_scorer
 from dfssm.eval.text import Text
 from dfssm.opset import DfssmError
 
@@ -56,6 +57,17 @@ class TestMeasure:
         assert found.nats == pytest.approx(nats, rel=rel)
         assert found.tokens == 149 == sum(done) and found.perplexity == pytest.approx(np.exp(found.nats / 149))
         assert found.bytes == 149 and found.bits_per_byte == pytest.approx(found.nats / np.log(2) / 149)
+
+    def test_in_chunks_of_one_it_is_decoding(self, narrow_bundle):
+        """With int8 states, which are rounded at the end of each run."""
+        scorer, ids = open_scorer(narrow_bundle), np.random.default_rng(0).integers(0, END, 41)
+        state, nats = scorer.engine.new_state(1), 0.0
+        for token, target in zip(ids[:-1], ids[1:], strict=True):
+            logits = scorer.engine.step(np.array([token]), state)
+            nats -= float(torch.log_softmax(torch.from_numpy(logits[0]).double(), -1)[target])
+        text = Text(ids, np.arange(41))
+        assert measure(scorer, text, 41, 40, chunk=1).nats == pytest.approx(nats, rel=1e-6)
+        assert measure(scorer, text, 41, 40).nats != pytest.approx(nats, rel=1e-6)
 
     def test_an_engine_of_few_rows_gets_no_more(self, scorers, monkeypatch):
         scorer, batches = scorers["bundle"], []
@@ -128,9 +140,9 @@ class TestCommand:
         found = perplexity(teacher, "--data", path, "--data", path, "--tokens", 5)
         assert set(found) == {
             *("perplexity", "tokens", "nats", "bytes", "bits_per_byte"),
-            *("window", "stride", "model", "kind", "reference"),
+            *("window", "stride", "chunk", "model", "kind", "reference"),
         }
-        assert found["tokens"] == 5 and (found["window"], found["stride"]) == (1024, 512)
+        assert found["tokens"] == 5 and (found["window"], found["stride"], found["chunk"]) == (1024, 512, CHUNK)
         assert found["perplexity"] == pytest.approx(np.exp(found["nats"] / 5))
         assert found["model"] == str(teacher) and found["kind"] == "teacher" and found["reference"] is None
 
