@@ -9,21 +9,22 @@ from torch import nn
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, held_out_loss
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-VOCAB, TOKENS = 11, 6
+TOKENS, VOCAB = 6, 11
 IDS = np.random.default_rng(0).integers(VOCAB, size=2000, dtype=np.uint32)
 
 
-class Bigrams(nn.Module):
-    """The next token from the one before."""
+@pytest.fixture
+def bigrams():
+    """bigrams(ids) -> logits of the next token from the one before, and no state."""
+    torch.manual_seed(0)
+    table = nn.Embedding(VOCAB, VOCAB)
+    return lambda ids: (table(ids), None)
 
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(VOCAB, VOCAB)
 
-    def forward(self, ids):
-        return self.table(ids), None
+@pytest.fixture
+def loss():
+    """loss(model, windows), measured by one process."""
+    return lambda model, windows: held_out_loss(model, windows, Ranks(0, 1, torch.device("cpu")))
 
 
 class TestWindows:
@@ -52,23 +53,23 @@ class TestWindows:
 
 class TestLoss:
     @pytest.mark.parametrize("count", [1, 3, 8, 17])
-    def test_is_the_mean_over_whole_windows_each_from_its_start(self, count):
-        ids, model, starts = IDS[: count * TOKENS + 1], Bigrams(), []
+    def test_is_the_mean_over_whole_windows_each_from_its_start(self, bigrams, loss, count):
+        ids, starts = IDS[: count * TOKENS + 1], []
 
         def logits(part):
             starts.extend(part[:, 0].tolist())
-            return model(part)
+            return bigrams(part)
 
-        found = held_out_loss(logits, cut_windows(ids, TOKENS), ALONE)
+        found = loss(logits, cut_windows(ids, TOKENS))
         whole = torch.from_numpy(ids.astype(np.int64))
-        assert found == pytest.approx(F.cross_entropy(model(whole[:-1])[0], whole[1:]).item(), rel=1e-6)
+        assert found == pytest.approx(F.cross_entropy(bigrams(whole[:-1])[0], whole[1:]).item(), rel=1e-6)
         assert starts == ids[:-1:TOKENS].tolist()
 
-    def test_a_compiled_model_is_measured_without_a_program_for_each_batch_size(self):
-        programs, model = [], Bigrams()
-        compiled = torch.compile(model.forward, backend=lambda graph, inputs: programs.append(graph) or graph)
+    def test_a_compiled_model_is_measured_without_a_program_for_each_batch_size(self, bigrams, loss):
+        programs = []
+        compiled = torch.compile(bigrams, backend=lambda graph, inputs: programs.append(graph) or graph)
         windows = cut_windows(IDS[: 11 * TOKENS + 1], TOKENS)  # batches of 8 and 3
-        assert held_out_loss(compiled, windows, ALONE) == held_out_loss(model, windows, ALONE)
+        assert loss(compiled, windows) == loss(bigrams, windows)
         assert not programs
         compiled(torch.from_numpy(windows))
         assert len(programs) == 1
