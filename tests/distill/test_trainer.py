@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer
+from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16
 from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -340,3 +342,52 @@ class TestLog:
         other.write({"step": 2})
         other.cut(0)
         assert other.path.read_text() == '{"step": 1}\n'
+
+
+# In the middle of the second save it stands still until it is killed: all is written, but for the name.
+_SAVE = """
+from dfssm.distill import checkpoint
+import time
+save = checkpoint.dcp.save
+def slow(state, checkpoint_id):
+    save(state, checkpoint_id=checkpoint_id)
+    if "8" in checkpoint_id.name:
+        time.sleep(600)
+checkpoint.dcp.save = slow
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_a_save_it_is_as_if_it_never_was(start, command, distill, tmp_path, same_log):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    options = {"recipe": "paper", "seed": 3, "steps": 10, "save_every": 4, "log_every": 3, "evaluate_every": 5}
+    checkpoints = killed / "checkpoints"
+
+    (process,) = start([command(killed, **options)], setup=_SAVE)
+    end = time.monotonic() + 120
+    while not (checkpoints / ".step-000008.tmp" / ".metadata").exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert '"step": 6' in (killed / "log.jsonl").read_text() and not (killed / "model.pt").exists()
+
+    resumed, expected = distill(killed, resume=True, **options), distill(whole, **options)
+    for name in ("sha256", "perplexity", "tokens"):
+        assert resumed[name] == expected[name]
+    assert same_log(killed) == same_log(whole)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000008", "step-000010"]
+
+
+@pytest.mark.parametrize("speed, fast", [(1.0, False), (1.29, False), (1.31, True)])
+def test_bf16_is_chosen_where_it_is_faster_by_a_margin(speed, fast, monkeypatch):
+    clock = {"now": 0.0}
+    product = torch.Tensor.__matmul__
+
+    def timed(a, b):
+        clock["now"] += 1.0 / speed if a.dtype == torch.bfloat16 else 1.0
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    assert fast_bf16(torch.device("cpu"), size=2) is fast
