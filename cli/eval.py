@@ -67,9 +67,8 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
     text = read_text(data, scorer, tokens)
     with tqdm(total=len(text.ids) - 1, desc="perplexity", unit="tok", disable=None, leave=False) as bar:
         found = measure(scorer, text, window, stride, bar.update, wanted, chunk)
-    keys = ("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride")
-    result = {key: getattr(found, key) for key in keys}
-    result |= {"chunk": chunk, "model": str(model), "kind": scorer.kind, "reference": None}
+    keys = ("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride", "chunk")
+    result = {key: getattr(found, key) for key in keys} | {"model": str(model), "kind": scorer.kind, "reference": None}
     if found.against:
         theirs = math.exp(found.against.nats / found.tokens)
         result["reference"] = {

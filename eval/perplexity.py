@@ -38,6 +38,7 @@ class Perplexity:
     bytes: int
     window: int
     stride: int
+    chunk: int
     against: Against | None = None
 
     @property
@@ -104,7 +105,7 @@ def measure(
         kl = np.concatenate(divergences)
         error = float(kl.std(ddof=1)) / math.sqrt(tokens) if tokens > 1 else math.nan
         against = Against(nats[1], float(kl.mean()), error, same / tokens)
-    return Perplexity(nats[0], tokens, text.scored_bytes, window, stride, against)
+    return Perplexity(nats[0], tokens, text.scored_bytes, window, stride, chunk, against)
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
