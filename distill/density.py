@@ -114,7 +114,7 @@ class _FloatTable(Int8Embedding):
     """The latents themselves; what they multiply is int8 still."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.weight[ids]
+        return F.embedding(ids, self.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
         return F.linear(dequantized(hidden), self.weight)

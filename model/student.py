@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfssm.opset.errors import DfssmError
@@ -92,7 +93,9 @@ class Int8Embedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(vocab_size, d_model) * 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return dequantized(self.weight[ids])
+        # Not self.weight[ids]: its gradient is summed on the CPU by atomic adds of several threads, in another order in
+        # every run (test_the_table_has_one_gradient).
+        return dequantized(F.embedding(ids, self.weight))
 
     def project(self, hidden: Tensor) -> Tensor:
         return trained_int8_matmul(hidden, self.weight)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dfssm.model import quant
+from dfssm.model.student import Int8Embedding
 from dfssm.opset import packing, reference
 from dfssm.opset.cases import cases
 from dfssm.opset.tolerances import op_tolerance
@@ -155,3 +156,23 @@ def test_under_autocast_only_the_gradients_are_rounded():
     exact, cast = (gradients(y, gradient, [x, w]) for y in (exact, cast))
     for got, want, size in zip(cast, exact, sizes, strict=True):
         assert ((got - want).abs() <= 2**-7 * size + 1e-6).all()
+
+
+def test_the_table_has_one_gradient():
+    """Of a token that many rows share, on several threads; resumed runs would differ from whole ones otherwise."""
+    table, ids = Int8Embedding(64, 128), torch.arange(1024).view(4, 256) % 5
+    upstream = torch.randn(4, 256, 128)
+    expected = torch.zeros(64, 128, dtype=torch.float64).index_add_(0, ids.flatten(), upstream.flatten(0, 1).double())
+
+    def gradient():
+        return torch.autograd.grad(table(ids), table.weight, upstream)[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(50))
+    finally:
+        torch.set_num_threads(before)
+    # About 200 terms a sum: fp32 rounding of their running total, far from the 1e0 of a lost term.
+    torch.testing.assert_close(first.double(), expected, rtol=0, atol=1e-4)
