@@ -14,6 +14,7 @@ namespace {
 
 using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbouring int8 activations
 
+#ifdef __AVX512VNNI__
 // Inline assembly because gcc 12 copies the accumulator of the intrinsic through spare registers and spills.
 inline void dot(__m512i& acc, __m512i u8, __m512i s8) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
@@ -21,6 +22,12 @@ inline void dot(__m512i& acc, __m512i u8, __m512i s8) {
 inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u8), "m"(*reinterpret_cast<const Dword*>(s8)));
 }
+#else  // over a simulation of the intrinsics (tests/tools/simulated_avx512)
+inline void dot(__m512i& acc, __m512i u8, __m512i s8) { acc = _mm512_dpbusd_epi32(acc, u8, s8); }
+inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
+  dot(acc, u8, _mm512_set1_epi32(*reinterpret_cast<const Dword*>(s8)));
+}
+#endif
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
