@@ -1,36 +1,58 @@
-"""Calling the kernels of dfssm._native by op name, and arrays in awkward places."""
+"""Calling the kernels of dfssm._native by op name, and arrays in awkward places.
+
+Where the CPU lacks AVX-512 VNNI those kernels are simulated (simulated_avx512.py), as isa "avx512vnni-simulated".
+"""
 
 import ctypes
 import mmap
 
 import numpy as np
 import pytest
+import simulated_avx512
 
 from dfssm import _native
 
 F32 = np.float32
 PROT_NONE = 0  # <sys/mman.h>; the module mmap lacks it
 
+
+def isas_to_test(usable: list[str], simulate: bool) -> list[str]:
+    """Of a CPU that can use these, `simulate`: AVX-512 also where it is usable. What is simulated needs no skip."""
+    lacks_avx512 = "avx512vnni" not in usable
+    real = ["scalar", "avx2"] if lacks_avx512 else ["scalar", "avx2", "avx512vnni"]
+    return [*real, simulated_avx512.NAME] if lacks_avx512 or simulate else real
+
+
+def native(isa: str):
+    """The module that has the kernels of that instruction set, real or simulated: its functions take `isa` first."""
+    return simulated_avx512.native() if isa == simulated_avx512.NAME else _native
+
+
 ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(isa not in _native.isas(), reason=f"this CPU cannot run {isa} kernels"))
-    for isa in ("scalar", "avx2", "avx512vnni")
+    pytest.param(
+        isa,
+        marks=pytest.mark.skipif(
+            isa not in [*_native.isas(), simulated_avx512.NAME], reason=f"this CPU cannot run {isa} kernels"
+        ),
+    )
+    for isa in isas_to_test(_native.isas(), simulated_avx512.forced())
 ]
 each_isa = pytest.mark.parametrize("isa", ISAS)
 
 _FUNCTIONS = {
-    "BinaryScaffoldMatMul": _native.binary_scaffold_matmul,
-    "Int8MatMul": _native.int8_matmul,
-    "CausalConv1dStep": _native.causal_conv1d_step,
-    "SelectiveScanStep": _native.selective_scan_step,
-    "GatedRMSNorm": _native.gated_rms_norm,
-    "RMSNorm": _native.rms_norm,
+    "BinaryScaffoldMatMul": "binary_scaffold_matmul",
+    "Int8MatMul": "int8_matmul",
+    "CausalConv1dStep": "causal_conv1d_step",
+    "SelectiveScanStep": "selective_scan_step",
+    "GatedRMSNorm": "gated_rms_norm",
+    "RMSNorm": "rms_norm",
 }
 OUTPUTS = ("y", "new_state", "new_state_scale")
 
 
 def run(op: str, isa: str, inputs: dict, **options) -> tuple[np.ndarray, ...]:
     """Outputs of one op, always a tuple; `options` are attributes, threads, in_place, out."""
-    outputs = _FUNCTIONS[op](isa, **inputs, **options)
+    outputs = getattr(native(isa), _FUNCTIONS[op])(isa, **inputs, **options)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from kernel_calls import F32, each_isa, run
+from kernel_calls import F32, each_isa, native, run
 
 from dfssm import _native
 from dfssm.opset import packing
@@ -38,7 +38,7 @@ def test_quantisation_is_bit_equal(isa):
     for x in _hostile_rows(np.random.default_rng(0)):
         with np.errstate(over="ignore", under="ignore"):
             q, s = quantize_activations_ref(x)
-        actual_q, actual_s, total = _native.quantize_activations(isa, x)
+        actual_q, actual_s, total = native(isa).quantize_activations(isa, x)
         np.testing.assert_array_equal(actual_q, q)
         np.testing.assert_array_equal(actual_s.view(np.int32), s[:, 0].view(np.int32))
         np.testing.assert_array_equal(total, q.sum(-1, dtype=np.int32))
@@ -51,13 +51,13 @@ def test_a_row_that_is_not_finite_becomes_nan_and_no_other(isa, bad):
     for K in (1, 8, 16, 31, 100):
         for k in (0, K // 2, K - 1):
             x = rng.standard_normal((3, K)).astype(F32)
-            clean = _native.quantize_activations(isa, x)
+            clean = native(isa).quantize_activations(isa, x)
             x[1, k] = bad
-            q, s, total = _native.quantize_activations(isa, x)
+            q, s, total = native(isa).quantize_activations(isa, x)
             assert np.isnan(s[1]) and not q[1].any() and total[1] == 0
             for a, e in zip((q, s, total), clean, strict=True):
                 np.testing.assert_array_equal(a[[0, 2]], e[[0, 2]])
-            y = _native.int8_matmul(isa, x, np.ones((5, K), np.int8), np.ones(5, F32))
+            y = native(isa).int8_matmul(isa, x, np.ones((5, K), np.int8), np.ones(5, F32))
             assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 

@@ -1,0 +1,75 @@
+"""The simulated AVX-512 kernels: no instruction that needs AVX-512, and the results of the real ones."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import simulated_avx512
+from kernel_calls import F32, isas_to_test, native, run
+
+from dfssm import _native
+from dfssm.opset.cases import cases
+from dfssm.opset.schema import OPS
+
+REAL, SIMULATED = "avx512vnni", simulated_avx512.NAME
+where_real = pytest.mark.skipif(REAL not in _native.isas(), reason=f"this CPU cannot run {REAL} kernels")
+
+
+def test_no_instruction_needs_avx():
+    """AVX and AVX-512 instructions are written with a v (VEX, EVEX) or, on mask registers, with a k."""
+    native(SIMULATED)
+    if not shutil.which("objdump"):
+        pytest.skip("objdump is not installed")
+    command = ["objdump", "-d", "--no-show-raw-insn", simulated_avx512.LIBRARY]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions = [line.split("\t")[1] for line in code.splitlines() if "\t" in line]
+    assert len(instructions) > 10_000
+    wide = [i for i in instructions if i.startswith(("v", "k")) or "ymm" in i or "zmm" in i]
+    assert not wide, wide[:10]
+
+
+@where_real
+@pytest.mark.parametrize("op", OPS)
+def test_simulated_is_real(op):
+    """Not only the integers: a simulated lane does the real one's float operations, in the same order."""
+    for case in cases(op):
+        inputs = case.inputs()
+        real, simulated = (run(op, isa, inputs, **case.attributes) for isa in (REAL, SIMULATED))
+        for a, e in zip(simulated, real, strict=True):
+            np.testing.assert_array_equal(a, e, err_msg=case.id)
+
+
+@where_real
+def test_simulated_quantisation_is_real():
+    rng = np.random.default_rng(0)
+    for K in (1, 15, 16, 64, 100, 2048):
+        x = rng.integers(-(1 << 31), 1 << 31, (64, K), dtype=np.int64).astype(np.int32).view(F32)  # NaNs among them
+        for a, e in zip(*(native(isa).quantize_activations(isa, x) for isa in (SIMULATED, REAL)), strict=True):
+            np.testing.assert_array_equal(a, e)
+
+
+def test_the_simulation_takes_the_place_of_what_the_cpu_lacks():
+    assert isas_to_test(["scalar", "avx2"], simulate=False) == ["scalar", "avx2", SIMULATED]
+    assert isas_to_test(["scalar", "avx2", REAL], simulate=False) == ["scalar", "avx2", REAL]
+    assert isas_to_test(["scalar", "avx2", REAL], simulate=True) == ["scalar", "avx2", REAL, SIMULATED]
+
+
+@pytest.mark.parametrize(("value", "forced"), [("", False), (REAL, True)])
+def test_the_environment_asks_for_the_simulation(monkeypatch, value, forced):
+    monkeypatch.setenv("DFSSM_SIMULATE", value)
+    assert simulated_avx512.forced() is forced
+
+
+def test_what_cannot_be_simulated_is_named(monkeypatch):
+    monkeypatch.setenv("DFSSM_SIMULATE", "amx")
+    with pytest.raises(ValueError, match="^DFSSM_SIMULATE is 'amx'; what can be simulated is avx512vnni$"):
+        simulated_avx512.forced()
+
+
+def test_headers_that_cannot_be_had_are_named(monkeypatch, tmp_path):
+    (tmp_path / "fetch_simde.sh").write_text("echo no mirror answers; exit 1")
+    for name in ("SYSTEM", "FETCHED", "SOURCE"):
+        monkeypatch.setattr(simulated_avx512, name, tmp_path)
+    with pytest.raises(simulated_avx512.Unavailable, match="^libsimde-dev is not installed .* no mirror answers"):
+        simulated_avx512.simde()
