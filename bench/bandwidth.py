@@ -8,10 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-try:
-    from dfssm import _native
-except ImportError:  # a machine with ONNX Runtime only: NumPy measures, some percent lower
-    _native = None
+from dfssm.targets.ort_cpu import installed_library
 
 REPEATS = 5
 
@@ -27,12 +24,14 @@ class Bandwidth:
         self._parts = np.array_split(self._memory, threads)
         self._pool = ThreadPoolExecutor(threads)
         self.threads = threads
+        self._library = installed_library()  # without it NumPy measures, some percent lower
         self.read()  # the first time touches the pages
 
     def read(self) -> float:
         """GB/s of reading the memory once."""
-        if _native is not None:
-            return float(np.median([_native.read_bandwidth(self._memory.nbytes, self.threads) for _ in range(REPEATS)]))
+        if self._library:
+            size = self._memory.nbytes
+            return float(np.median([self._library.read_bandwidth(size, self.threads) for _ in range(REPEATS)]))
         return self._rate(np.bitwise_or.reduce, self._memory.nbytes)
 
     def read_write(self) -> float:

@@ -30,6 +30,8 @@ from dfssm.opset.reference import (
     selective_scan_step_ref,
 )
 from dfssm.opset.tolerances import op_tolerance
+from dfssm.targets.cpu_library import CpuLibrary
+from dfssm.targets.ort_cpu import find_library
 
 F32 = np.float32
 LAYERS, D_MODEL, D_INNER, HEADS, HEADDIM, D_STATE, VOCABULARY, RANK = 48, 2048, 4096, 64, 64, 128, 50288, 16
@@ -235,13 +237,14 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
     for kernel in kernels:
         kernel.check()
         kernel.run()
+    read_bandwidth = CpuLibrary(find_library()).read_bandwidth
     reads, seconds, shares = [], {k.name: [] for k in kernels}, {k.name: [] for k in kernels}
-    _native.read_bandwidth(READ_BYTES, threads)
+    read_bandwidth(READ_BYTES, threads)
     for _ in range(rounds):
         for kernel in kernels:
-            before = _native.read_bandwidth(READ_BYTES, threads)
+            before = read_bandwidth(READ_BYTES, threads)
             took = _seconds(kernel.run)
-            after = _native.read_bandwidth(READ_BYTES, threads)
+            after = read_bandwidth(READ_BYTES, threads)
             reads += [before, after]
             seconds[kernel.name].append(took)
             shares[kernel.name].append(2 * kernel.bytes / took * 1e-9 / (before + after))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("dfssm", "numpy", "onnxruntime", "tokenizers", "onnx", "torch", "polygraphy")
@@ -37,12 +36,11 @@ def packages() -> dict[str, str | None]:
 
 
 def instruction_sets() -> list[str]:
-    """The kernels' instruction sets that this CPU can run, slowest first; empty without the native part."""
-    if find_spec("dfssm._native") is None:
-        return []
-    from dfssm import _native
+    """The kernels' instruction sets that this CPU can run, slowest first; empty without the op library."""
+    from dfssm.targets.ort_cpu import installed_library
 
-    return list(_native.isas())
+    library = installed_library()
+    return library.isas() if library else []
 
 
 def process_memory() -> dict[str, int | None]:

@@ -1,7 +1,7 @@
 """Where a target's native library lies: the one place that knows the order."""
 
 import os
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from dfssm.opset import DfssmError
@@ -16,9 +16,17 @@ def locate(library: str, variable: str, folder: Path | None, remedy: str) -> Pat
         if not Path(chosen).is_file():
             raise DfssmError(f"{variable} is {chosen}: there is no such file; unset it or name {library}")
         return Path(chosen)
-    native = find_spec("dfssm._native")
-    installed = native and Path(native.origin).with_name(library)
-    for candidate in (folder and folder / library, installed):
+    for candidate in (folder and folder / library, installed(library)):
         if candidate and candidate.is_file():
             return candidate
     raise DfssmError(f"{library} is not installed: {remedy}")
+
+
+def installed(library: str) -> Path | None:
+    """Where the installed dfssm has `library`, if it has it. Asked of its metadata: of the folders named dfssm on the
+    path, one may be anybody's.
+    """
+    try:
+        return Path(distribution("dfssm").locate_file(f"dfssm/{library}"))
+    except PackageNotFoundError:
+        return None

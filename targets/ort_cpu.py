@@ -3,11 +3,9 @@
 Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar kernels: right, and slow.
 """
 
-import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
 from dfssm.opset.schema import LAYOUT_ROW16
 
 from .bundle import DATA, MODEL
+from .cpu_library import CpuLibrary
 from .library import locate
 from .session import Probe, create_session, one_line, session_options
 
@@ -55,13 +54,9 @@ def probe() -> Probe:
     try:
         library = find_library()
         _register(session_options(threads=1), library)
+        uses |= {"library": str(library), "isa": CpuLibrary(library).isa()}
     except DfssmError as error:
         return Probe(NAME, uses, str(error))
-    uses["library"] = str(library)
-    if find_spec("dfssm._native"):
-        from dfssm import _native
-
-        uses["isa"] = os.environ.get("DFSSM_ISA", _native.default_isa())
     return Probe(NAME, uses)
 
 
@@ -73,6 +68,14 @@ def find_library(folder: Path | None = None) -> Path:
         folder,
         f"install dfssm with its native part, or set {LIBRARY_VARIABLE} to the file",
     )
+
+
+def installed_library() -> CpuLibrary | None:
+    """The installed op library, to be asked what it knows of this CPU; None where there is none."""
+    try:
+        return CpuLibrary(find_library())
+    except DfssmError:
+        return None
 
 
 def lower(tensors: Mapping) -> Mapping:

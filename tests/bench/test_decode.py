@@ -81,7 +81,7 @@ def test_the_machine_states_itself():
 @pytest.mark.parametrize("native", [True, False], ids=["native", "numpy"])
 def test_the_probes_measure_what_memory_can_do(native, monkeypatch):
     if not native:
-        monkeypatch.setattr("dfssm.bench.bandwidth._native", None)
+        monkeypatch.setattr("dfssm.bench.bandwidth.installed_library", lambda: None)
     probe = Bandwidth(1 << 24, threads=2)
     assert 0.05 < probe.read() < 2000 and 0.05 < probe.read_write() < 2000
 

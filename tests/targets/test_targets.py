@@ -137,7 +137,7 @@ def test_library_named_but_missing(bundle, monkeypatch):
 
 def test_library_not_installed(tmp_path, monkeypatch):
     monkeypatch.delenv(ort_cpu.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr("dfssm.targets.library.find_spec", lambda name: None)
+    monkeypatch.setattr("dfssm.targets.library.installed", lambda library: None)
     with pytest.raises(DfssmError, match="libdfssm_ort_cpu.so is not installed"):
         ort_cpu.find_library(tmp_path)
     assert not ort_cpu.probe().usable

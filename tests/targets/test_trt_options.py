@@ -63,7 +63,7 @@ def test_sm_is_a_list(machine):
         ({"max_batch": 0}, BOTH, [], "--max-batch is 0: give 1 or more"),
         ({"max_tokens": -3}, BOTH, [], "--max-tokens is -3"),
         ({"sm": "8.6"}, BOTH, [], "--sm is '8.6': give compute capabilities as in 86,89"),
-        ({}, {}, [], "builder tensorrt-rtx is not installed (no module tensorrt_rtx): pip install tensorrt-rtx-cu13"),
+        ({}, {}, [], "builder tensorrt-rtx is not installed (no module tensorrt_rtx): pip install 'dfssm[trt]'"),
         ({}, {}, [ADA], "builder tensorrt is not installed"),
         ({"builder": "tensorrt"}, BOTH, [], "builder tensorrt needs a GPU, and there is no CUDA driver"),
         ({"builder": "tensorrt", "sm": "86"}, BOTH, [ADA], "tensorrt builds for the GPU here, SM 89"),
@@ -106,7 +106,7 @@ def test_library(machine, monkeypatch, tmp_path):
         trt.find_library()
     assert not trt.probe(sm="86").usable and trt.probe(sm="86", lowering="native").usable
     monkeypatch.delenv(trt.LIBRARY_VARIABLE)
-    monkeypatch.setattr("dfssm.targets.library.find_spec", lambda name: None)
+    monkeypatch.setattr("dfssm.targets.library.installed", lambda library: None)
     with pytest.raises(DfssmError, match="libdfssm_trt.so is not installed: .* or compile with --lowering native"):
         trt.find_library(tmp_path)
     (tmp_path / trt.LIBRARY).touch()
@@ -133,7 +133,7 @@ def bundle(**engine) -> Manifest:
     "engine, builders, gpus, words",
     [
         ({}, BOTH, [], "SM 86, 89, and there is no CUDA driver (libcuda.so.1) here: run it on such a GPU"),
-        ({}, {"tensorrt": "10.14.1"}, [ADA], "which is not installed: pip install tensorrt-rtx-cu13"),
+        ({}, {"tensorrt": "10.14.1"}, [ADA], "which is not installed: pip install 'dfssm[trt]'"),
         ({}, {"tensorrt-rtx": "1.8.0"}, [ADA], "for tensorrt-rtx 1.7.1, SM 86, 89; installed is 1.8.0"),
         ({"version_compatible": True}, {"tensorrt-rtx": "1.6.3"}, [ADA], "installed is 1.6.3"),
         ({"version_compatible": True}, {"tensorrt-rtx": "2.0.0"}, [ADA], "installed is 2.0.0"),
@@ -144,7 +144,7 @@ def bundle(**engine) -> Manifest:
 def test_check_names_what_is_missing(engine, builders, gpus, words, machine, monkeypatch, tmp_path):
     machine(builders, gpus)
     monkeypatch.delenv(trt.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr("dfssm.targets.library.find_spec", lambda name: None)
+    monkeypatch.setattr("dfssm.targets.library.installed", lambda library: None)
     with pytest.raises(DfssmError) as caught:
         trt.check(tmp_path, bundle(**engine))
     assert words in str(caught.value) and "\n" not in str(caught.value)

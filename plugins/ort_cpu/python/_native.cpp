@@ -5,8 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -414,37 +412,6 @@ py::array interleave_up16_array(const py::array& up) {
   return per_matrix<int8_t, int8_t>("interleave_up16", "up", up, padded_rows(M), R, convert);
 }
 
-// ---- the roofline ----
-
-// GB/s of one pass over `bytes` of memory by `threads` threads, each over a range of its own: the fastest
-// plain read we know. A core that follows eight pages at once reads up to 1.4 times as fast as one that reads
-// in order.
-double read_bandwidth(int64_t bytes, int threads) {
-  const Arguments arguments("read_bandwidth");
-  arguments.require(bytes >= 1 << 20 && threads >= 1, "expected at least 1 MiB and one thread");
-  constexpr int64_t kLine = 8, kPage = 512, kGroup = 8 * kPage;  // in words
-  static std::vector<uint64_t> memory;  // kept: filling it takes longer than reading it
-  const int64_t words = bytes / 8 / kGroup * kGroup;
-  if (static_cast<int64_t>(memory.size()) < words) memory.assign(words, 1);
-  std::atomic<uint64_t> total = 0;
-  const auto start = std::chrono::steady_clock::now();
-  parallel(threads, words, kGroup, [&](int64_t begin, int64_t end) {
-    uint64_t sum[kLine] = {};
-    for (int64_t group = begin; group < end; group += kGroup) {
-      for (int64_t line = group; line < group + kPage; line += kLine) {
-        for (int64_t at = line; at < line + kGroup; at += kPage) {
-          __builtin_prefetch(&memory[at] + kGroup);
-          for (int j = 0; j < kLine; ++j) sum[j] += memory[at + j];
-        }
-      }
-    }
-    for (const uint64_t part : sum) total += part;
-  });
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  arguments.require(total == static_cast<uint64_t>(words), "the memory read is not the memory written");
-  return static_cast<double>(words) * 8 / seconds * 1e-9;
-}
-
 std::vector<std::string> isas() {
   const KernelTable* usable[3];
   const int n = usable_kernels(usable);
@@ -508,6 +475,4 @@ PYBIND11_MODULE(_native, m) {
         "bits u8 [...,M,K/8] -> layout 1, u8 [...,Mp,K/8].");
   m.def("deinterleave16", &deinterleave16_array, arg("tiles"), arg("M"), "Inverse of interleave16.");
   m.def("interleave_up16", &interleave_up16_array, arg("up"), "up i8 [M,R] -> layout 1, i8 [Mp,R].");
-  m.def("read_bandwidth", &read_bandwidth, arg("bytes"), arg("threads") = 1,
-        "GB/s of reading that much memory once.");
 }

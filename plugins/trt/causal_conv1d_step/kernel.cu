@@ -10,7 +10,7 @@
 #include "common/launch.h"
 
 namespace dfssm::trt {
-namespace {
+namespace of_causal_conv1d_step {
 
 constexpr int kThreads = 128;
 constexpr int kRun =
@@ -96,7 +96,8 @@ cudaError_t run(const ConvArgs& args, cudaStream_t stream) {
   return launch(wide ? convolve<T, kWidth, 4> : convolve<T, kWidth, 1>, grid, kThreads, 0, stream, args);
 }
 
-}  // namespace
+}  // namespace of_causal_conv1d_step
+using namespace of_causal_conv1d_step;
 
 cudaError_t causal_conv1d_step(const ConvArgs& args, cudaStream_t stream) {
   if (!args.B || !args.T || !args.C) return cudaSuccess;

@@ -5,7 +5,7 @@
 #include "common/norm.cuh"
 
 namespace dfssm::trt {
-namespace {
+namespace of_gated_norm_scaffold_add {
 
 struct Add : Store {
   static constexpr int kAtOnce = 8;
@@ -21,7 +21,8 @@ struct Add : Store {
   }
 };
 
-}  // namespace
+}  // namespace of_gated_norm_scaffold_add
+using namespace of_gated_norm_scaffold_add;
 
 cudaError_t gated_norm_scaffold_add(const NormArgs& norm, const ScaffoldArgs& args, const void* residual,
                                     void* workspace, cudaStream_t stream) {

@@ -5,7 +5,7 @@
 #include "common/matmul.cuh"
 
 namespace dfssm::trt {
-namespace {
+namespace of_int8_matmul {
 
 struct Bytes {
   using Order = NaturalOrder;
@@ -21,7 +21,8 @@ struct Bytes {
   static __device__ __forceinline__ int value(int sum, int) { return sum; }
 };
 
-}  // namespace
+}  // namespace of_int8_matmul
+using namespace of_int8_matmul;
 
 size_t int8_workspace(int32_t n, int32_t K) {
   size_t bytes;

@@ -6,7 +6,7 @@
 #include "common/norm.cuh"
 
 namespace dfssm::trt {
-namespace {
+namespace of_norm {
 
 template <class T, int kWide>
 __global__ void __launch_bounds__(kNormThreads) norm(NormRow<T, kWide> row, T* out) {
@@ -36,7 +36,8 @@ cudaError_t run(const NormRow<T, kWide>& row, const NormArgs& args, cudaStream_t
                 static_cast<T*>(args.out));
 }
 
-}  // namespace
+}  // namespace of_norm
+using namespace of_norm;
 
 cudaError_t rms_norm(const NormArgs& args, cudaStream_t stream) {
   if (!args.n || !args.C) return cudaSuccess;

@@ -11,7 +11,7 @@
 #include "common/norm.cuh"
 
 namespace dfssm::trt {
-namespace {
+namespace of_norm_scaffold_conv {
 
 // The columns [start, start + C) of the product are channels.
 struct Convolve : Store {
@@ -73,7 +73,8 @@ size_t aside_at(const ScaffoldArgs& args) {
   return (scaffold_workspace(args.n, args.K, args.M, args.R) + 15) / 16 * 16;
 }
 
-}  // namespace
+}  // namespace of_norm_scaffold_conv
+using namespace of_norm_scaffold_conv;
 
 size_t norm_scaffold_conv_workspace(const ScaffoldArgs& args, int32_t channels) {
   return aside_at(args) + static_cast<size_t>(args.n) * channels * element_size(args.type);

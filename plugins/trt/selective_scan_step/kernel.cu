@@ -10,7 +10,7 @@
 #include "selective_scan_step/resident.cuh"
 
 namespace dfssm::trt {
-namespace {
+namespace of_selective_scan_step {
 
 using namespace selective_scan;
 
@@ -90,7 +90,8 @@ cudaError_t scan(const ScanArgs& a, void* workspace, cudaStream_t stream) {
   });
 }
 
-}  // namespace
+}  // namespace of_selective_scan_step
+using namespace of_selective_scan_step;
 
 // The same for every T: a plugin asks once, for the largest shapes, and then runs steps as well.
 size_t scan_workspace(const ScanArgs& a) {

@@ -1,0 +1,50 @@
+"""What libdfssm_ort_cpu.so says of this CPU, asked through its C functions (plugins/ort_cpu/machine.h)."""
+
+import ctypes
+from pathlib import Path
+
+from dfssm.opset import DfssmError
+
+
+class CpuLibrary:
+    """The op library in the file `path`. Raises DfssmError for a file that is none, or an older one."""
+
+    def __init__(self, path: Path):
+        try:
+            library = ctypes.CDLL(str(path.resolve()))
+            self._isas, self._isa, self._error = (
+                _function(library, f"dfssm_cpu_{name}", ctypes.c_char_p) for name in ("isas", "isa", "error")
+            )
+            self._read_bandwidth = _function(
+                library, "dfssm_read_bandwidth", ctypes.c_double, ctypes.c_int64, ctypes.c_int
+            )
+        except OSError as error:
+            raise DfssmError(f"{path} does not load: {error}") from None
+        except AttributeError:
+            raise DfssmError(f"{path} is not the op library of this dfssm: reinstall dfssm") from None
+
+    def isas(self) -> list[str]:
+        """Instruction sets whose kernels this CPU can run, the plainest first."""
+        return self._isas().decode().split()
+
+    def isa(self) -> str:
+        """The one in use: $DFSSM_ISA, else the best. Raises DfssmError when that names none of `isas`."""
+        name = self._isa()
+        if name is None:
+            raise DfssmError(f"{self._error().decode()}; unset DFSSM_ISA or name one of them")
+        return name.decode()
+
+    def read_bandwidth(self, size: int, threads: int) -> float:
+        """GB/s of reading `size` bytes of memory (at least 1 MiB) once with `threads` threads."""
+        rate = self._read_bandwidth(size, threads)
+        if rate <= 0:
+            raise DfssmError(
+                f"{size} bytes of memory could not be read with {threads} threads: free some, or give less"
+            )
+        return rate
+
+
+def _function(library: ctypes.CDLL, name: str, result: type, *arguments: type):
+    function = library[name]  # by item: an object of its own, whose types nobody else sets
+    function.restype, function.argtypes = result, arguments
+    return function
