@@ -3,8 +3,10 @@
 # make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
 # make test-gpu   the TensorRT engines on the GPU here; skipped, with the reason, where there is none
 # make bench   speed of this machine on the shipped model, beside its roofline
+# make wheels  the wheels, into dist/, with auditwheel's verdict
+# make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu lint format bench build clean
+.PHONY: demo test test-cuda-archs test-gpu lint format bench build wheels lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -13,17 +15,19 @@ DEMO := build/demo
 NATIVE := $(shell find plugins cmake scripts -type f -not -name '*.pyc') CMakeLists.txt opset/schema.py opset/header.py
 CXX_FILES := $(shell find plugins tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-build: $(VENV)/.built
+# The environment, in two sizes; the larger one serves for both. Made once, and again when the native sources or what it
+# should hold change.
+DEMO_READY := $(VENV)/.demo
+DEV_READY := $(VENV)/.dev
+READY := $(if $(wildcard $(DEV_READY)),$(DEV_READY),$(DEMO_READY))
 
-# Once, and again when the native sources or what the environment should hold change. torch comes by way of
-# constraints.txt. Without build isolation cmake keeps its objects in build/ from one run to the next.
-$(VENV)/.built: pyproject.toml constraints.txt $(NATIVE)
-	scripts/bootstrap.sh $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+$(DEMO_READY) $(DEV_READY): pyproject.toml $(wildcard requirements/*.txt) $(NATIVE)
+	scripts/bootstrap.sh $(VENV) $(subst .,,$(notdir $@))
 	touch $@
 
-demo: build
+build: $(DEV_READY)
+
+demo: $(READY)
 	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
 	$(BIN)/dfssm compare $(DEMO) examples/demo/model.pt
 	@printf '\nOnce upon a time'
@@ -50,9 +54,15 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: build
+bench: $(READY)
 	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
 	$(BIN)/dfssm bench $(DEMO)
 
+wheels: build
+	scripts/build_wheels.sh dist $(BIN)/python
+
+lock: build
+	$(BIN)/python scripts/lock.py
+
 clean:
-	rm -rf build dist .cache .pytest_cache .ruff_cache $(VENV)/.built
+	rm -rf build dist .cache .pytest_cache .ruff_cache $(DEMO_READY) $(DEV_READY)

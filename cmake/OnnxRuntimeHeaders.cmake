@@ -1,5 +1,5 @@
 # Sets DFSSM_ORT_HEADERS, the folder of onnxruntime_c_api.h. In this order: -DDFSSM_ORT_INCLUDE_DIR, the environment
-# variable of the same name, the system, a copy fetched before, a copy fetched now (scripts/fetch_ort_headers.sh).
+# variable of the same name, the system, a copy fetched before or now (scripts/fetch_ort_headers.sh checks its sha256).
 # The library itself is not needed: ONNX Runtime hands its functions to the plugin when it loads it.
 if(NOT DFSSM_ORT_INCLUDE_DIR)
   set(DFSSM_ORT_INCLUDE_DIR "$ENV{DFSSM_ORT_INCLUDE_DIR}")
@@ -15,12 +15,10 @@ if(DFSSM_ORT_INCLUDE_DIR)
 else()
   find_path(ort_headers onnxruntime_c_api.h NO_CACHE PATH_SUFFIXES onnxruntime onnxruntime/core/session)
   if(NOT ort_headers)
-    if(NOT EXISTS "${fetched}/onnxruntime_c_api.h")
-      execute_process(COMMAND sh "${PROJECT_SOURCE_DIR}/scripts/fetch_ort_headers.sh" "${fetched}"
-        RESULT_VARIABLE failed ERROR_VARIABLE report)
-      if(failed)
-        message(FATAL_ERROR "The ONNX Runtime headers are not here and could not be fetched:\n${report}")
-      endif()
+    execute_process(COMMAND sh "${PROJECT_SOURCE_DIR}/scripts/fetch_ort_headers.sh" "${fetched}"
+      RESULT_VARIABLE failed ERROR_VARIABLE report)
+    if(failed)
+      message(FATAL_ERROR "The ONNX Runtime headers are not here and could not be fetched:\n${report}")
     endif()
     set(ort_headers "${fetched}")
   endif()

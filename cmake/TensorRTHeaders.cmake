@@ -1,6 +1,6 @@
 # Sets DFSSM_TRT_HEADERS, the folder of NvInferRuntime.h. In this order: -DDFSSM_TRT_INCLUDE_DIR, the environment
-# variable of the same name, a TensorRT SDK of the system, the wheel kernel-lens of this Python, a copy fetched before, a
-# copy fetched now (scripts/fetch_trt_headers.sh). The library itself is not needed: no TensorRT is linked in. Where there
+# variable of the same name, a TensorRT SDK of the system, a copy fetched before or now (scripts/fetch_trt_headers.sh checks
+# its sha256). The library itself is not needed: no TensorRT is linked in. Where there
 # are none, DFSSM_TRT_HEADERS is empty and DFSSM_TRT_HEADERS_ERROR says why.
 set(DFSSM_TRT_INCLUDE_DIR "" CACHE PATH "Folder of NvInferRuntime.h; empty: search, then fetch")
 if(NOT DFSSM_TRT_INCLUDE_DIR)
@@ -15,14 +15,8 @@ if(DFSSM_TRT_INCLUDE_DIR)
     message(FATAL_ERROR "DFSSM_TRT_INCLUDE_DIR is ${DFSSM_TRT_INCLUDE_DIR}, but NvInferRuntime.h is not there")
   endif()
 else()
-  execute_process(COMMAND "${Python_EXECUTABLE}" -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-    OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
   find_path(trt_headers NvInferRuntime.h NO_CACHE
     PATHS /opt/tensorrt /usr/local/tensorrt "$ENV{TENSORRT_ROOT}" PATH_SUFFIXES include)
-  if(NOT trt_headers)
-    find_path(trt_headers NvInferRuntime.h NO_CACHE NO_DEFAULT_PATH
-      PATHS "${site_packages}/kernel_lens/include/tensorrt" "${fetched}")
-  endif()
   if(NOT trt_headers)
     execute_process(
       COMMAND sh "${PROJECT_SOURCE_DIR}/scripts/fetch_trt_headers.sh" "${fetched}" "${Python_EXECUTABLE}"

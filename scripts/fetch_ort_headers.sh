@@ -1,9 +1,9 @@
 #!/bin/sh
-# Fetches the ONNX Runtime C/C++ headers, which the pip package does not ship, into a folder.
+# Fetches the ONNX Runtime C header, which the pip package does not ship, into a folder.
 #
-#   scripts/fetch_ort_headers.sh DEST        -> DEST/onnxruntime_c_api.h and its neighbours
+#   scripts/fetch_ort_headers.sh DEST        -> DEST/onnxruntime_c_api.h, as cmake/ort-headers.sha256 has it
 #
-# Three sources, in this order; the first that works ends the script:
+# Nothing to do where it is there already. Else three sources, in this order; the first that works ends the script:
 #   1. Debian's libonnxruntime-dev, if this machine's own apt lists offer it (Debian 13 and later);
 #   2. the same package from Debian 13 ("trixie"), by the mirror this machine already uses: headers only, nothing
 #      is installed, so it does not matter that the machine runs an older Debian;
@@ -17,26 +17,13 @@ PACKAGE=libonnxruntime-dev
 SUITE=trixie
 UPSTREAM_VERSION=1.21.0 # the API level that DFSSM is built and tested against; any later 1.x has it too
 
-die() {
-  echo "fetch_ort_headers: $*" >&2
-  exit 1
-}
+what=ort-headers
+. "$(dirname "$0")/headers.sh"
 
-[ $# -eq 1 ] || die "usage: $0 DEST"
-mkdir -p "$1"
-dest=$(cd "$1" && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-
-# Copies the headers found under $1 into DEST; the last file is renamed into place, so that a DEST which has
-# onnxruntime_c_api.h is complete.
-install_headers() {
+# The folder of the header below $1.
+install_from() {
   found=$(find "$1" -name onnxruntime_c_api.h -print -quit)
-  [ -n "$found" ] || return 1
-  for header in "$(dirname "$found")"/*.h; do
-    case $header in */onnxruntime_c_api.h) ;; *) cp "$header" "$dest/" ;; esac
-  done
-  cp "$found" "$dest/.onnxruntime_c_api.h" && mv "$dest/.onnxruntime_c_api.h" "$dest/onnxruntime_c_api.h"
+  [ -n "$found" ] && install_headers "$(dirname "$found")"
 }
 
 # apt with a private state folder. Sandbox::User: as root apt would download as "_apt", which may not enter a
@@ -57,7 +44,7 @@ unpack() { # the one .deb under $work -> DEST
 
 from_own_lists() {
   (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$PACKAGE") && unpack "$PACKAGE" &&
-    install_headers "$work/$PACKAGE"
+    install_from "$work/$PACKAGE"
 }
 
 # Debian archives in this machine's apt sources, one URI a line: one-line format ("deb [options] URI suite ...")
@@ -92,7 +79,7 @@ from_trixie() {
   for mirror in $mirrors; do
     echo "deb [signed-by=$keys] $mirror $SUITE main" >"$work/sources.list"
     (cd "$work" && private_apt apt-get update && private_apt apt-get download "$PACKAGE") &&
-      unpack "$PACKAGE" && install_headers "$work/$PACKAGE" && return
+      unpack "$PACKAGE" && install_from "$work/$PACKAGE" && return
   done
   return 1
 }
@@ -102,7 +89,7 @@ from_upstream() {
   case $(uname -m) in x86_64) cpu=x64 ;; aarch64) cpu=aarch64 ;; *) return 1 ;; esac
   name=onnxruntime-linux-$cpu-$UPSTREAM_VERSION
   url=https://github.com/microsoft/onnxruntime/releases/download/v$UPSTREAM_VERSION/$name.tgz
-  curl -fsSL --max-time 120 "$url" | tar -xzf - -C "$work" "$name/include" && install_headers "$work/$name"
+  curl -fsSL --max-time 120 "$url" | tar -xzf - -C "$work" "$name/include" && install_from "$work/$name"
 }
 
 for source in from_own_lists from_trixie from_upstream; do

@@ -1,6 +1,8 @@
 """The set-up scripts, without a network: what they ask apt for, and what they say when they cannot go on."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,15 @@ def fake(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+def copy_of_scripts(folder: Path, sums: str, names: list[str]) -> Path:
+    """The scripts beside a cmake/`sums`.sha256 that wants empty files of these names. Returns their folder."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    (folder / "cmake").mkdir()
+    empty = hashlib.sha256(b"").hexdigest()
+    (folder / "cmake" / f"{sums}.sha256").write_text("".join(f"{empty}  {name}\n" for name in names))
+    return folder / "scripts"
+
+
 @pytest.fixture
 def machine(tmp_path):
     """A machine whose apt knows no headers package and records its source lists, and which has no network."""
@@ -59,13 +70,15 @@ esac""",
         """
 keys=$3/usr/share/keyrings; headers=$3/usr/include/onnxruntime
 mkdir -p "$keys" "$headers"
-touch "$keys/debian-archive-trixie-automatic.gpg" "$headers/onnxruntime_c_api.h" "$headers/other.h" """,
+touch "$keys/debian-archive-trixie-automatic.gpg" "$headers/other.h"
+printf %s "$FAKE_HEADER" >"$headers/onnxruntime_c_api.h" """,
     )
     fake(bin_folder, "curl", "exit 6")
+    scripts = copy_of_scripts(tmp_path / "tree", "ort-headers", ["onnxruntime_c_api.h"])
 
     def run(**environment):
         return subprocess.run(
-            ["sh", str(ROOT / "scripts/fetch_ort_headers.sh"), str(tmp_path / "headers")],
+            ["sh", str(scripts / "fetch_ort_headers.sh"), str(tmp_path / "headers")],
             env={
                 **os.environ,
                 "PATH": f"{bin_folder}:{os.environ['PATH']}",
@@ -113,7 +126,21 @@ def test_headers_arrive_whole(machine):
     result = run(FAKE_OFFERS="1")
     assert result.returncode == 0, result.stderr
     assert "from_trixie" in result.stdout
-    assert {p.name for p in (folder / "headers").iterdir()} == {"onnxruntime_c_api.h", "other.h"}
+    assert [p.name for p in (folder / "headers").iterdir()] == ["onnxruntime_c_api.h"]
+    (folder / "sources").unlink()
+    assert run().returncode == 0 and not (folder / "sources").exists(), "nothing is fetched a second time"
+
+
+def test_another_header_is_refused(machine):
+    apt, run, folder = machine
+    (apt / "sources.list").write_text(ONE_LINE)
+    result = run(FAKE_OFFERS="1", FAKE_HEADER="not the one")
+    assert result.returncode == 1 and not list((folder / "headers").iterdir())
+    assert "are not those of cmake/ort-headers.sha256" in result.stderr
+    # One that was changed after it was fetched is fetched anew.
+    (folder / "headers" / "onnxruntime_c_api.h").write_text("changed")
+    assert run(FAKE_OFFERS="1").returncode == 0
+    assert (folder / "headers" / "onnxruntime_c_api.h").read_text() == ""
 
 
 def test_no_debian_mirror_is_a_clean_end(machine):
@@ -149,29 +176,39 @@ def test_a_folder_without_the_headers_is_named(tmp_path):
     assert f"headers: {tmp_path}/onnxruntime" in cmake_headers(DFSSM_ORT_INCLUDE_DIR=tmp_path).stdout
 
 
+TRT_HEADERS = ["NvInferRuntime.h", "NvInferVersion.h"]
+
+
+def trt_wheel(*names: str, content: str = "") -> str:
+    """A line of Python that writes a wheel with these TensorRT headers."""
+    files = "".join(f'z.writestr("kernel_lens/include/tensorrt/{name}", "{content}");' for name in names)
+    return f'import zipfile; z = zipfile.ZipFile("a.whl", "w"); {files} z.close()'
+
+
 def trt_headers(tmp_path, wheel: str) -> subprocess.CompletedProcess:
     """scripts/fetch_trt_headers.sh with a pip that runs `wheel`, a line of Python, in the download folder."""
     pip = f"""case "$*" in *"pip download"*)
   while [ "$1" != -d ]; do shift; done; cd "$2" && exec {sys.executable} -c '{wheel}';; esac
 exec {sys.executable} "$@\""""
     fake(tmp_path, "python3", pip)
-    command = ["sh", ROOT / "scripts/fetch_trt_headers.sh", tmp_path / "headers", tmp_path / "python3"]
+    scripts = copy_of_scripts(tmp_path / "tree", "trt-headers", TRT_HEADERS)
+    command = ["sh", scripts / "fetch_trt_headers.sh", tmp_path / "headers", tmp_path / "python3"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_trt_headers_arrive_whole(tmp_path):
-    names = ["NvInferRuntime.h", "NvInferVersion.h"]
-    files = "".join(f'z.writestr("kernel_lens/include/tensorrt/{name}", "");' for name in names)
-    result = trt_headers(tmp_path, f'import zipfile; z = zipfile.ZipFile("a.whl", "w"); {files} z.close()')
+    result = trt_headers(tmp_path, trt_wheel(*TRT_HEADERS, "other.h"))
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "headers").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "headers").iterdir()) == TRT_HEADERS
 
 
 @pytest.mark.parametrize(
     ("wheel", "message"),
     [
         ("raise SystemExit(1)", "could not download kernel-lens"),
-        ('import zipfile; zipfile.ZipFile("a.whl", "w").close()', "has no TensorRT headers in it"),
+        (trt_wheel(), "has no TensorRT headers in it"),
+        (trt_wheel("NvInferRuntime.h"), "are not those of cmake/trt-headers.sha256"),
+        (trt_wheel(*TRT_HEADERS, content="other"), "are not those of cmake/trt-headers.sha256"),
     ],
 )
 def test_no_trt_headers_is_a_clean_end(tmp_path, wheel, message):
@@ -184,7 +221,7 @@ def test_no_trt_headers_is_a_clean_end(tmp_path, wheel, message):
 
 def bootstrap(tmp_path, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["sh", str(ROOT / "scripts/bootstrap.sh"), str(tmp_path / "venv")],
+        ["sh", str(ROOT / "scripts/bootstrap.sh"), str(tmp_path / "venv"), "demo"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -205,3 +242,64 @@ def test_what_an_ordinary_user_must_install_is_said_in_one_line(tmp_path):
     result = bootstrap(tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", CXX="no-such-compiler")
     assert result.returncode == 1
     assert result.stderr == "bootstrap: missing: g++; install with: sudo apt-get install g++\n"
+
+
+@pytest.fixture
+def torch_machine(tmp_path):
+    """run(local, index, gpu) -> the pip calls and the result of install_torch.sh on a machine that has these."""
+
+    def run(local=False, index=False, gpu=False, installed="", **environment):
+        shutil.rmtree(tmp_path / "bin", ignore_errors=True)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        fake(
+            tmp_path / "bin",
+            "python",
+            f"""case "$*" in
+  -V) echo Python 3.11.2;;
+  -c*) [ -n "{installed}" ] && echo {installed};;
+  *) echo "$*" >>{tmp_path}/calls
+     case "$*" in *--no-index*) {str(local).lower()};; *--index-url*) {str(index).lower()};; esac;;
+esac""",
+        )
+        fake(tmp_path / "bin", "nvidia-smi", "exit 0" if gpu else "exit 9")
+        result = subprocess.run(
+            ["sh", ROOT / "scripts/install_torch.sh", tmp_path / "bin/python"],
+            env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "DFSSM_TORCH": "", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return calls, result
+
+    return run
+
+
+def test_a_local_cpu_wheel_of_torch_comes_first(torch_machine):
+    (call,), result = torch_machine(local=True, index=True)
+    assert result.returncode == 0 and "--no-index --no-deps" in call and call.endswith("requirements/torch.txt")
+
+
+def test_then_the_cpu_index(torch_machine):
+    calls, result = torch_machine(index=True)
+    assert result.returncode == 0 and len(calls) == 2 and "--index-url" in calls[1] and "--no-deps" in calls[1]
+
+
+def test_no_cpu_build_of_torch_is_one_line_and_no_cuda(torch_machine):
+    calls, result = torch_machine()
+    assert result.returncode == 1 and len(calls) == 2
+    assert result.stderr.startswith("install_torch: no CPU wheel of torch 2.") and result.stderr.count("\n") == 1
+    assert "DFSSM_TORCH=any" in result.stderr
+
+
+@pytest.mark.parametrize("machine", [{"gpu": True}, {"DFSSM_TORCH": "any"}], ids=["gpu", "any"])
+def test_the_build_of_the_package_index_where_there_is_a_gpu_or_it_is_asked_for(torch_machine, machine):
+    (call,), result = torch_machine(local=True, index=True, **machine)
+    assert result.returncode == 0 and "index" not in call and "--no-deps" not in call
+
+
+@pytest.mark.parametrize(("installed", "calls"), [("2.13.0+cpu", 0), ("2.13.0", 0), ("2.13.01", 1), ("2.12.0", 1)])
+def test_the_torch_that_is_there_stays(torch_machine, installed, calls):
+    assert "torch==2.13.0\n" in (ROOT / "requirements/torch.txt").read_text()
+    made, result = torch_machine(local=True, installed=installed)
+    assert result.returncode == 0 and len(made) == calls
