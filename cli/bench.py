@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 from tqdm import tqdm
 
+from dfssm.opset import paths
+from dfssm.opset.extras import require
+
 from .options import bundle_argument, json_option, megabytes, print_result, table, threads_option
 
 
@@ -22,6 +25,9 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
     The outputs are checked first, and a bundle that computes something else is not timed. docs/bench.md
     explains the figures.
     """
+    bundle = paths.bundle(bundle)
+    if settings["peers"]:
+        require({"compile": ["onnx"]})
     from dfssm.bench.decode import bench as run
 
     with tqdm(desc="bench", disable=None, leave=False) as bar:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from tqdm import tqdm
+
+from dfssm.model import PACKAGES
+from dfssm.opset import paths
+from dfssm.opset.extras import require
 
 from .options import bundle_argument, json_option, print_result, table
 
 
 @click.command()
 @bundle_argument
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path())
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N", help="Tokens to run.")
 @json_option
-def compare(bundle: str, model: Path, tokens: int, as_json: bool) -> None:
+def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off.
 
     The bundle runs as it is, most tokens as one prompt and the last ones step by step. The student's layers
     get what the bundle's layers got, so an error shows in the layer where it arises.
     """
+    bundle, model = paths.bundle(bundle), paths.student(model)
+    require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
     from dfssm.bench.comparison import compare as run
 
     with tqdm(desc="compare", disable=None, leave=False) as bar:
@@ -29,7 +33,7 @@ def compare(bundle: str, model: Path, tokens: int, as_json: bool) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = run(Path(bundle), model, tokens, progress)
+        result = run(bundle, model, tokens, progress)
     print_result(result, as_json, _text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)

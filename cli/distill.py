@@ -8,7 +8,12 @@ from pathlib import Path
 
 import click
 
+from dfssm.distill import PACKAGES, PREFIX
+from dfssm.model.text import packages, text_files
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import Needs, require
+from dfssm.targets.bundle import TOKENIZER
 
 from .options import json_option, print_result, table
 
@@ -38,7 +43,7 @@ def _shown(value: object) -> str:
 
 
 @click.command()
-@click.argument("teacher", type=click.Path(path_type=Path))
+@click.argument("teacher", type=click.Path())
 @click.option(
     "--data",
     required=True,
@@ -46,7 +51,7 @@ def _shown(value: object) -> str:
     metavar="PATH",
     help="Text, JSON lines, parquet, a folder of them, or hf:NAME[:CONFIG][@SPLIT]; may be given again.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="DIR")
 @click.option("--recipe", "recipe_name", type=click.Choice(["binary", "paper"]), default="binary", show_default=True)
 @click.option("--total-tokens", type=click.IntRange(1), default=32_000_000, show_default=True, metavar="N")
 @click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, metavar="N", help="Of a window.")
@@ -73,7 +78,7 @@ def _shown(value: object) -> str:
     metavar="N",
     help="Of these at most so many are measured, in windows spread over all.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="Other than the teacher's own.")
+@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="Other than the teacher's own.")
 @click.option("--device", metavar="NAME", help="cpu or cuda; a GPU where there is one.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU.")
 @click.option(
@@ -101,15 +106,20 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
 
     Under torchrun all its ranks share the work.
     """
-    import torch
-
     from dfssm.distill.recipe import RECIPES, Recipe
 
+    teacher, output = paths.teacher(teacher), paths.output_folder(output)
     given = {name: options.pop(name) for name in _names(Recipe)}
     recipe = dataclasses.replace(RECIPES[recipe_name], **{k: v for k, v in given.items() if v is not None})
     if only_plan:
         print_result(_plan(teacher, recipe, options), as_json, lambda found: "\n".join(found["lines"]))
         return
+    if (tokenizer := options["tokenizer"]) is None:
+        tokenizer = teacher / TOKENIZER
+    options["tokenizer"] = paths.file(tokenizer, "the teacher's own with --tokenizer", TOKENIZER)
+    require(*_needs(data, options["tensorboard"], options["wandb"]))
+    import torch
+
     if options["threads"]:
         torch.set_num_threads(options["threads"])
 
@@ -132,6 +142,13 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
         result = run(job, those, options["resume"], lambda line: click.echo(line, err=True))
         if those.first:
             print_result(result | {"output": str(output)}, as_json, _text)
+
+
+def _needs(data: tuple[str, ...], tensorboard: bool, wandb: str | None) -> list[Needs]:
+    """The packages that a run takes."""
+    files = text_files([name for name in data if not name.startswith(PREFIX)])
+    of_data = packages(files) + ["datasets"] * any(name.startswith(PREFIX) for name in data)
+    return [PACKAGES, {"distill": of_data, "": ["tensorboard"] * tensorboard + ["wandb"] * (wandb is not None)}]
 
 
 def _names(kind: type) -> set[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import click
 from tqdm import tqdm
 
+from dfssm.opset.extras import require
+
 from .options import json_option, print_result, table
 
-model_argument = click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+model_argument = click.argument("model", metavar="MODEL", type=click.Path())
 tokenizer_option = click.option(
-    "--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json other than the model's."
+    "--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json other than the model's."
 )
 device_option = click.option("--device", metavar="NAME", help="Of torch, for teacher and student: cpu or cuda.")
 
@@ -28,7 +29,7 @@ def evaluate() -> None:
     "--data",
     required=True,
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="FILE",
     help="Text, JSON lines, parquet, or a folder of them; may be given again.",
 )
@@ -45,7 +46,7 @@ def evaluate() -> None:
 )
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="MODEL",
     help="What MODEL should equal, as a student its teacher: give the divergence from it.",
 )
@@ -58,12 +59,17 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
     MODEL is a checkpoint folder of a teacher, a student's model.pt or .safetensors, or a bundle.
     """
     from dfssm.eval.perplexity import measure, require_stride
-    from dfssm.eval.scorer import open_scorer
+    from dfssm.eval.scorer import locate, open_scorer, packages
     from dfssm.eval.text import read_text
+    from dfssm.model.text import packages as packages_of_text
+    from dfssm.model.text import text_files
 
     require_stride(window, stride)
+    models = [model] if reference is None else [model, reference]
+    kinds = [locate(path, tokenizer)[0] for path in models]
+    require(packages(*kinds), {"": packages_of_text(text_files(data))})
     scorer = open_scorer(model, tokenizer, device)
-    wanted = open_scorer(reference, tokenizer, device) if reference else None
+    wanted = None if reference is None else open_scorer(reference, tokenizer, device)
     text = read_text(data, scorer, tokens)
     with tqdm(total=len(text.ids) - 1, desc="perplexity", unit="tok", disable=None, leave=False) as bar:
         found = measure(scorer, text, window, stride, bar.update, wanted, chunk)
@@ -84,7 +90,7 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N questions of each task.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="DIR",
     help="Folder of local questions; without it the harness downloads.",
 )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from dfssm.opset.errors import DfssmError
+from dfssm.model import PACKAGES
+from dfssm.opset import paths
+from dfssm.opset.extras import require
 
 from .options import json_option, megabytes, print_result, table
 
@@ -14,13 +16,12 @@ _BAR = 40
 
 
 @click.command()
-@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path())
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: str, as_json: bool) -> None:
     """Sizes by role, config and files of a model.pt (or .safetensors) or of a bundle."""
-    if not path.exists():
-        raise DfssmError(f"{path} does not exist: name a model.pt, a .safetensors file or a bundle")
-    print_result(_bundle(path) if path.is_dir() else _model(path), as_json, _text)
+    kind, path = paths.find(path, "student", "bundle")
+    print_result(_bundle(path) if kind == "bundle" else _model(path), as_json, _text)
 
 
 def _bundle(folder: Path) -> dict:
@@ -42,6 +43,7 @@ def _bundle(folder: Path) -> dict:
 
 
 def _model(path: Path) -> dict:
+    require(PACKAGES)
     from dfssm.bench.ledger import ROLES, role
     from dfssm.model.checkpoint import load_student_tensors
 

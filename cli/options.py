@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-bundle_argument = click.argument("bundle", type=click.Path(path_type=str))
+bundle_argument = click.argument("bundle", type=click.Path())
 threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads; 0 = one a physical core."
 )

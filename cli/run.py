@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 from .options import bundle_argument, json_option, print_result, threads_option
@@ -20,17 +21,22 @@ from .options import bundle_argument, json_option, print_result, threads_option
 @click.option("--top-p", default=1.0, metavar="P", help="Draw from the likeliest that hold probability P.")
 @click.option("--seed", type=int, metavar="S", help="Repeat the same draws.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
-@click.option("--load-state", metavar="FILE", help="Continue what a saved state has read.")
-@click.option("--save-state", metavar="FILE", help="Save the state at the end.")
+@click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue what a saved state has read.")
+@click.option("--save-state", type=click.Path(), metavar="FILE", help="Save the state at the end.")
 @threads_option
 @json_option
 def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) -> None:
     """Continue a text. It streams to stdout; a line about the speed follows on stderr."""
+    bundle = paths.bundle(bundle)
+    if load_state is not None:
+        load_state = paths.file(load_state, "a file that --save-state wrote")
+    if save_state is not None:
+        save_state = paths.output_file(save_state)
+    if not prompt and not load_state:
+        raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     from dfssm.runtime import Engine
 
     engine = Engine.load(bundle, threads=threads)
-    if not prompt and not load_state:
-        raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
     generation = engine.generate(prompt, state=state, **settings)
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import click
 
+from dfssm.model import PACKAGES
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 from dfssm.targets.bundle import TOKENIZER
 
 from .options import json_option, megabytes, print_result
@@ -16,7 +19,7 @@ output_option = click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="FILE",
     help="model.pt or .safetensors.",
 )
@@ -30,7 +33,7 @@ rank_option = click.option(
 
 @click.command()
 @click.option("--preset", metavar="NAME", help="A published shape: mamba2-130m to mamba2-2.7b.")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A JSON file of a shape.")
+@click.option("--config", type=click.Path(), metavar="FILE", help="A JSON file of a shape.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S")
 @rank_option
 @planes_option
@@ -38,19 +41,23 @@ rank_option = click.option(
 @json_option
 def init(preset, config, seed, rank, planes, output, as_json) -> None:
     """Write a random student of a real shape, for benchmarks and tests."""
-    if bool(preset) == bool(config):
+    if (preset is None) == (config is None):
         raise click.UsageError("Give either --preset or --config.")
+    if config is not None:
+        config = paths.file(config, "a JSON file of a shape, as in docs/format.md", paths.CONFIG)
+    output = paths.output_file(output)
+    require(PACKAGES)
     from dfssm.model.checkpoint import save_student
     from dfssm.model.config import preset as named
     from dfssm.model.convert import init_student
 
-    student = init_student(named(preset) if preset else _read_config(config), seed, rank, planes)
+    student = init_student(_read_config(config) if config else named(preset), seed, rank, planes)
     save_student(output, *student)
     print_result(_report(output, *student), as_json, _text)
 
 
 @click.command()
-@click.argument("teacher", type=click.Path(path_type=str))
+@click.argument("teacher", type=click.Path())
 @rank_option
 @planes_option
 @output_option
@@ -61,13 +68,15 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, where there is
     one, is put beside FILE, for dfcompile to find; one that is there already stays.
     """
+    teacher, output = paths.teacher(teacher), paths.output_file(output)
+    require(PACKAGES)
     from dfssm.model.checkpoint import atomic_write, save_student
     from dfssm.model.convert import convert as convert_teacher
     from dfssm.model.hf_import import load_teacher
 
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
-    tokenizer, beside = Path(teacher) / TOKENIZER, output.with_name(TOKENIZER)
+    tokenizer, beside = teacher / TOKENIZER, output.with_name(TOKENIZER)
     if tokenizer.is_file() and not beside.exists():
         atomic_write(beside, lambda path: path.write_bytes(tokenizer.read_bytes()))
     print_result(_report(output, *student), as_json, _text)

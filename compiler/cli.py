@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import click
 from tqdm import tqdm
@@ -21,15 +20,15 @@ def _for_trt(flag: str, help: str, **attributes):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path())
 @click.option(
     "--target",
     required=True,
     help="ort-cpu: ONNX Runtime with our CPU kernels. onnx: portable, slow. trt: a TensorRT engine.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: ./MODEL-TARGET]")
+@click.option("-o", "--output", type=click.Path(), help="Bundle to make.  [default: ./MODEL-TARGET]")
 @click.option("--state-dtype", help="fp32, fp16 or int8: how the SSM state is stored.  [default: by target]")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="[default: tokenizer.json beside MODEL, if any]")
+@click.option("--tokenizer", type=click.Path(), help="[default: tokenizer.json beside MODEL, if any]")
 @click.option("--verify/--no-verify", default=True, help="Compare the bundle with the student.  [default: verify]")
 @click.option("--force", is_flag=True, help="Replace the output if it is a bundle.")
 @_for_trt("--builder", help="auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).  [default: auto]")
@@ -37,7 +36,7 @@ def _for_trt(flag: str, help: str, **attributes):
 @_for_trt("--max-batch", type=int, metavar="N", help="Most sequences of a call.  [default: 1]")
 @_for_trt("--max-tokens", type=int, metavar="N", help="Most tokens of a call.  [default: 512]")
 @_for_trt("--lowering", help="plugin (our kernels) or native (no plugin, one token a call).  [default: plugin]")
-@_for_trt("--timing-cache", type=click.Path(path_type=Path), help="File of kernel timings to read and write.")
+@_for_trt("--timing-cache", type=click.Path(), help="File of kernel timings to read and write.")
 @_for_trt("--version-compatible", is_flag=True, help="Runs in later versions of TensorRT, too.")
 @_for_trt("--hardware-compatible", is_flag=True, help="Runs on other GPUs from Ampere on, too (tensorrt).")
 @_for_trt("--embed-plugins", is_flag=True, help="The engine holds the plugin library.")
@@ -63,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         command(args, prog_name="dfcompile", standalone_mode=False)
     except DfssmError as error:
-        print(f"dfcompile: error: {error}", file=sys.stderr)
+        print(f"dfcompile: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(1) from None
     except click.ClickException as error:
         error.show()

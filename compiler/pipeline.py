@@ -4,18 +4,24 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from dfssm.opset import DfssmError
+from dfssm.export import PACKAGES as OF_EXPORT
+from dfssm.model import PACKAGES as OF_MODEL
+from dfssm.opset import DfssmError, paths
+from dfssm.opset.extras import require
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MANIFEST, MODEL, TOKENIZER, Manifest, file_entry
 
 from .staging import check_output, staged, writing
+
+PACKAGES = (OF_MODEL, OF_EXPORT)
+"""What compiling takes, besides what its target needs; see `dfssm.opset.extras`."""
 
 TOOLS = ("dfssm", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
@@ -27,11 +33,11 @@ class Request:
     `options` are those of the target alone, by name; left out, they take the target's defaults.
     """
 
-    model: Path
+    model: str | Path
     target: str
-    output: Path | None = None
+    output: str | Path | None = None
     state_dtype: str | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     verify: bool = True
     force: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -113,15 +119,16 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     for name in request.options:
         if name not in target.OPTIONS:
             raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")
+    request = replace(request, model=paths.student(request.model))
+    tokenizer = _find_tokenizer(request)
+    output = f"{request.model.stem}-{request.target}" if request.output is None else request.output
+    # Resolved, so that an output that is a link is replaced where it points.
+    output = paths.output_folder(output).resolve()
+    check_output(output, request.force)
     probe = target.probe(**request.options)
+    require(*PACKAGES, probe.needs)
     if not probe.usable:
         raise DfssmError(f"target {request.target} cannot be used here: {probe.why_not}")
-    if not request.model.is_file():
-        raise DfssmError(f"there is no model file {request.model}")
-    tokenizer = _find_tokenizer(request)
-    # Resolved, so that an output that is a link is replaced where it points.
-    output = (request.output or Path(f"{request.model.stem}-{request.target}")).resolve()
-    check_output(output, request.force)
 
     records = []
     with staged(output) as stage:
@@ -213,9 +220,7 @@ def _find_tokenizer(request: Request) -> Path | None:
     if request.tokenizer is None:
         beside = request.model.with_name(TOKENIZER)
         return beside if beside.is_file() else None
-    if not request.tokenizer.is_file():
-        raise DfssmError(f"there is no tokenizer file {request.tokenizer}: give a tokenizer.json")
-    return request.tokenizer
+    return paths.file(request.tokenizer, "a tokenizer.json", TOKENIZER)
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:

@@ -13,11 +13,9 @@ from dfssm.targets.bundle import MANIFEST
 def check_output(folder: Path, force: bool) -> None:
     """Refuse an output that could not be put in place, before any slow work.
 
-    Raises DfssmError when the parent folder is missing, or when `folder` is occupied: without `force` by anything, with
-    it by anything that is not itself a bundle, for replacing deletes.
+    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything that is not itself a
+    bundle, for replacing deletes.
     """
-    if not folder.parent.is_dir():
-        raise DfssmError(f"cannot write {folder}: there is no folder {folder.parent}; create it first")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not force:

@@ -22,8 +22,10 @@ from dfssm.model.quant import dequantized
 from dfssm.model.student import DFSSMLM, from_tensors, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import END_OF_TEXT
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
+from . import PREFIX
 from .checkpoint import Checkpoints
 from .data import Windows, open_tokens, tokenize
 from .density import DensityLinear, densify, other_forms, set_attributes, sign_export, trainable, zero_low_rank
@@ -33,7 +35,7 @@ from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .sinks import open_sinks
-from .stream import PREFIX, StreamedWindows
+from .stream import StreamedWindows
 from .topk import TopK, write_topk
 from .trainer import Schedule, Source, Trainer, fast_bf16
 
@@ -173,8 +175,7 @@ def prepare(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
 
 def _load_tokenizer(file: Path, teacher: Mamba2LM) -> tuple[Tokenizer, int]:
     """The tokenizer and the token that ends a document."""
-    if not file.is_file():
-        raise DfssmError(f"{file}: no such tokenizer; give the teacher's own with --tokenizer")
+    paths.file(file, "the teacher's own with --tokenizer", TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no type of its own

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dfssm.model.checkpoint import atomic_write
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 
 Sink = Callable[[int, dict[str, float]], None]
 """Takes a step and the line written after it; see trainer.Log."""
@@ -30,10 +31,9 @@ def open_sinks(folder: Path, tensorboard: bool = False, wandb: str | None = None
 
 
 def _tensorboard(folder: Path) -> Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise DfssmError("logging to TensorBoard takes tensorboard; pip install tensorboard") from None
+    require({"": ["tensorboard"]})
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = None
 
     def sink(step: int, line: dict[str, float]) -> None:
@@ -49,10 +49,9 @@ def _tensorboard(folder: Path) -> Sink:
 
 
 def _wandb(folder: Path, project: str) -> Sink:
-    try:
-        import wandb
-    except ImportError:
-        raise DfssmError(f"logging to the W&B project {project} takes wandb; pip install wandb") from None
+    require({"": ["wandb"]})
+    import wandb
+
     kept = folder / "wandb.id"
     if not kept.is_file():
         atomic_write(kept, lambda path: path.write_text(secrets.token_hex(4)))

@@ -12,14 +12,15 @@ import numpy as np
 
 from dfssm.model.text import FIELD, batches, text_of
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 
+from . import PREFIX
 from .data import TOKEN, encode
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
     from tokenizers import Tokenizer
 
-PREFIX = "hf:"
 _SOURCE = re.compile(PREFIX + r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 _BLOCK = 1024  # windows shuffled at a time
 
@@ -157,10 +158,9 @@ def _open(source: str) -> IterableDataset:
     parts = _SOURCE.fullmatch(source)
     if not parts:
         raise DfssmError(f"{source}: is no name of a data set; give {PREFIX}NAME[:CONFIG][@SPLIT]")
-    try:
-        import datasets
-    except ImportError:
-        raise DfssmError(f"{source}: reading it takes datasets; pip install datasets") from None
+    require({"distill": ["datasets"]})
+    import datasets
+
     with _one_line(source):
         dataset = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train", streaming=True)
         columns = list(next(iter(dataset)))

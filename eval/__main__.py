@@ -3,14 +3,15 @@
 import sys
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 
-from .suite import require_harness
+from .suite import PACKAGES
 
 
 def main() -> None:
     """Run it; an error of the user's is one line, and exit code 1."""
     try:
-        require_harness()
+        require(PACKAGES)
         from lm_eval.__main__ import cli_evaluate
 
         from . import harness  # noqa: F401 (registers the model type)

@@ -14,10 +14,11 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 from dfssm.runtime.text import StopFilter, TextStream
 
 from .continuations import Request, score_continuations
-from .scorer import BATCH, Scorer, kind_of, open_scorer
+from .scorer import BATCH, Scorer, locate, open_scorer, packages
 
 
 @register_model("dfssm")
@@ -39,7 +40,7 @@ class DfssmLM(TemplateLM):
     ):
         super().__init__()
         if isinstance(path, str | Path):
-            path = open_scorer(path, tokenizer, _usable(Path(path), device))
+            path = open_scorer(path, tokenizer, _usable(locate(path, tokenizer)[0], device))
         self.scorer = path
         # "auto", the harness's search for the largest batch that fits, means ours here.
         wanted = int(batch_size) if str(batch_size or "").isdigit() else BATCH
@@ -106,10 +107,11 @@ class DfssmLM(TemplateLM):
         return text if stops.stopped else text + stops.flush()
 
 
-def _usable(path: Path, device: str | None) -> str | None:
+def _usable(kind: str, device: str | None) -> str | None:
     """The harness's command asks for cuda:0 unless told otherwise, also for a bundle and where there is none."""
-    if device is None or kind_of(path) == "bundle":
+    if device is None or kind == "bundle":
         return None
+    require(packages(kind))
     import torch
 
     return device if not device.startswith("cuda") or torch.cuda.is_available() else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 from . import harness  # noqa: F401 (whoever reads a task file knows `--model dfssm`, the command lm_eval too)
@@ -55,7 +56,7 @@ def hellaswag(file: str, data: str | None = None, **_: Any) -> dict[str, dataset
 def _read(file: str, data: str | None) -> tuple[Path, str]:
     if data is None:
         raise DfssmError(f"the task reads {file} of a folder that was not given: --data DIR, or --metadata data=DIR")
-    path = Path(data) / file
+    path = paths.file(Path(data) / file, "--data the folder it is in")
     try:
         return path, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -9,17 +9,18 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from dfssm.model import PACKAGES
 from dfssm.model.text import END_OF_TEXT
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
-from dfssm.targets.bundle import MANIFEST, TOKENIZER
+from dfssm.opset.extras import Needs, require
+from dfssm.targets.bundle import TOKENIZER
 
 BATCH = 8
 """Rows of one run, unless the caller says otherwise."""
 
 CHUNK = 64
 """Tokens of one run whose logits are all wanted, likewise: 8 rows of 50,288 tokens are 103 MB."""
-
-_TEACHER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Scorer(Protocol):
@@ -77,42 +78,39 @@ def score(scorer: Scorer, ids: np.ndarray, targets: np.ndarray, state: Any) -> t
     return found, likeliest
 
 
-def kind_of(path: Path) -> str:
-    """One of "bundle", "teacher" or "student", by the files; DfssmError where there is nothing that could be one."""
-    if (path / MANIFEST).is_file():
-        return "bundle"
-    if (path / "config.json").is_file():
-        return "teacher"
-    if path.is_dir():
-        raise DfssmError(f"{path} holds neither a {MANIFEST} (a bundle) nor a config.json (a teacher)")
-    if not path.is_file():
-        raise DfssmError(f"{path} does not exist: name a teacher's folder, a model.pt, a .safetensors file or a bundle")
-    in_checkpoint = path.name in _TEACHER_FILES and (path.parent / "config.json").is_file()
-    return "teacher" if in_checkpoint else "student"
+def locate(path: str | Path, tokenizer: str | Path | None = None) -> tuple[str, Path, Path | None]:
+    """The kind of model that lies at `path`, its own path, and its tokenizer.json: the one given, else that of the
+    teacher or the one beside the student, and None for a bundle's own. DfssmError where one of them is not there.
+    """
+    kind, path = paths.find(path, "bundle", "teacher", "student")
+    if tokenizer is None:
+        if kind == "bundle":
+            return kind, path, None
+        tokenizer = (path if kind == "teacher" else path.parent) / TOKENIZER
+    return kind, path, paths.file(tokenizer, "the tokenizer.json of the model with --tokenizer", TOKENIZER)
+
+
+def packages(*kinds: str) -> Needs:
+    """What models of these kinds take, to be measured."""
+    return {} if set(kinds) <= {"bundle"} else PACKAGES
 
 
 def open_scorer(path: str | Path, tokenizer: str | Path | None = None, device: str | None = None) -> Scorer:
-    """Open what lies at `path`: a bundle, a teacher (checkpoint folder, or the weights file in it) or a student.
+    """Open what lies at `path`: a bundle, a teacher (checkpoint folder, or a file in it) or a student.
 
-    Args: `tokenizer`: a tokenizer.json; without it that of the bundle or teacher, or the one beside the student.
-        `device`: a torch device for teacher and student, the CPU where it is not given.
+    Args: `tokenizer`: as `locate` takes it. `device`: a torch device for teacher and student, the CPU where it is not
+        given.
     Raises DfssmError when there is no model, no tokenizer, or no end-of-text token, or torch is needed and missing.
     """
-    path = Path(path)
-    kind = kind_of(path)
+    kind, path, tokenizer = locate(path, tokenizer)
     if kind == "bundle":
         if device:
             raise DfssmError(f"{path} is a bundle, which runs where it was compiled for: leave out the device {device}")
-        return EngineScorer(path, tokenizer and _read_tokenizer(Path(tokenizer)))
-    try:
-        from .torch_scorer import TorchScorer
-    except ModuleNotFoundError as error:
-        raise DfssmError(f"{path} is a {kind}, which needs {error.name}: pip install 'dfssm[compile]'") from None
-    folder = path if path.is_dir() else path.parent
-    beside = folder / TOKENIZER
-    if not tokenizer and not beside.is_file():
-        raise DfssmError(f"{beside}: no such file; give the tokenizer of the model with --tokenizer")
-    return TorchScorer(kind, folder if kind == "teacher" else path, _read_tokenizer(Path(tokenizer or beside)), device)
+        return EngineScorer(path, tokenizer and _read_tokenizer(tokenizer))
+    require(packages(kind))
+    from .torch_scorer import TorchScorer
+
+    return TorchScorer(kind, path, _read_tokenizer(tokenizer), device)
 
 
 def end_token(tokenizer: Tokenizer, configured: int | None) -> int:

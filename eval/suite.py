@@ -7,13 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
 
-from .scorer import kind_of, open_scorer
+from .scorer import locate, open_scorer, packages
+
+PACKAGES = {"eval": ("lm-eval",)}
+"""What tasks take, the model aside; see `dfssm.opset.extras`."""
 
 TASKS = Path(__file__).with_name("tasks")
 """Task files that read local data."""
@@ -38,8 +42,10 @@ def run_tasks(
         tasks, which it downloads. `limit`: only so many questions of each task.
     Raises DfssmError when lm-eval is missing, a task is unknown, or its data cannot be had.
     """
-    require_harness()
-    kind = kind_of(Path(path))  # before seconds of imports and data
+    kind, *_ = locate(path, tokenizer)  # all of this before seconds of imports and data
+    if data is not None:
+        data = paths.folder(data, "--data the folder of the questions")
+    require(PACKAGES, packages(kind))
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -75,12 +81,6 @@ def run_tasks(
         "limit": limit,
         "harness": lm_eval.__version__,
     }
-
-
-def require_harness() -> None:
-    """DfssmError unless lm-eval is installed."""
-    if find_spec("lm_eval") is None:
-        raise DfssmError("lm-eval is not installed: pip install 'dfssm[eval]'")
 
 
 def _task(name: str, found: dict[str, Any]) -> dict[str, Any]:

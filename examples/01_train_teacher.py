@@ -12,6 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
+
+from dfssm.distill import PACKAGES
+from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
+
+try:
+    require(PACKAGES)  # before torch, whose absence is the user's to mend
+except DfssmError as error:
+    raise SystemExit(f"error: {error}") from None
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,8 +35,8 @@ from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.model.text import END_OF_TEXT, documents, text_files
-from dfssm.opset.errors import DfssmError
+from dfssm.model.text import END_OF_TEXT, documents, packages, text_files
+from dfssm.opset import paths
 
 WEIGHT_DECAY = 0.1
 PATIENCE = 3  # measurements without a new best, and the loss has stopped falling
@@ -76,9 +86,9 @@ class NextToken(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())}
 
 
-def beginnings(paths: Sequence[Path], held_out: float) -> Iterator[str]:
+def beginnings(data: Sequence[str | Path], held_out: float) -> Iterator[str]:
     """The documents of files but for about the last `held_out` share of each file's characters."""
-    for file in text_files(paths):
+    for file in text_files(data):
         left = math.floor((1 - held_out) * sum(map(len, documents(file))))
         for text in documents(file):
             yield text[:left]
@@ -116,10 +126,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 @click.command()
-@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+@click.option("--data", required=True, multiple=True, type=click.Path(), metavar="PATH",
               help="Text, JSON lines, parquet, or a folder of them; may be given again.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="teacher", show_default=True)
-@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="One that there is already.")
+@click.option("-o", "--output", type=click.Path(), default="teacher", show_default=True)
+@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="One that there is already.")
 @click.option("--vocab-size", default=4096, show_default=True, help="Of a tokenizer that is trained.")
 @click.option("--d-model", default=256, show_default=True)
 @click.option("--layers", default=6, show_default=True)
@@ -138,6 +148,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT.")
 def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled, resume, **options):
+    require({"": packages(text_files(data))})
+    output = paths.output_folder(output)
+    if tokenizer is not None:
+        tokenizer = paths.file(tokenizer, "a tokenizer.json", "tokenizer.json")
     torch.set_num_threads(threads)
     torch.manual_seed(options["seed"])
     ranks, tokens, held_out = Ranks(0, 1, torch.device(device)), options["tokens"], options["held_out"]

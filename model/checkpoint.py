@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 from .config import DFSSMConfig
@@ -115,9 +116,7 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
     Raises DfssmError if the file is missing, is no student, is truncated, has another version, or if a tensor
     is missing, unexpected or has the wrong shape or dtype.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DfssmError(f"{path}: no such file; give a model.pt or .safetensors student")
+    path = paths.student(path)
     header, tensors = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
     if header.get("format") != FORMAT:
         raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 from .config import Mamba2Config
@@ -80,10 +81,8 @@ def hf_config(config: Mamba2Config, dtype: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; DfssmError if it is missing or is none."""
-    if not path.is_file():
-        raise DfssmError(f"{path}: no such file; a checkpoint folder has one")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(paths.file(path, "the file of that name of a checkpoint").read_text())
     except ValueError as error:
         raise DfssmError(f"{path}: is not JSON ({error}); copy the checkpoint again") from None
     if not isinstance(values, dict):

@@ -16,21 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.paths import WEIGHTS
 
 from .checkpoint import atomic_write
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
 from .teacher import Mamba2LM
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-# In the order of preference: a folder of both kinds is read from safetensors, as transformers does.
-_WEIGHTS_FILES = (
-    WEIGHTS_FILE,
-    f"{WEIGHTS_FILE}.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+CONFIG_FILE, WEIGHTS_FILE = paths.CONFIG, WEIGHTS[0]
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 # Ours -> theirs, inside a layer. The layouts agree but for the embedding: singular in mamba_ssm.
@@ -55,9 +50,7 @@ def load_teacher(path: str | Path) -> Mamba2LM:
     Layouts: transformers (config.json has model_type mamba2) and mamba_ssm (config.json has ssm_cfg); weights
     in model.safetensors or pytorch_model.bin, whole or sharded. Raises DfssmError as the module says.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise DfssmError(f"{path}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    path = paths.teacher(path)
     config, conv_bias = read_config(path / CONFIG_FILE)
     with torch.device("meta"):
         model = Mamba2LM(config)
@@ -143,10 +136,10 @@ def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _weights_path(folder: Path) -> Path:
-    for name in _WEIGHTS_FILES:
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise DfssmError(f"{folder}: holds no weights; put {' or '.join(_WEIGHTS_FILES)} there")
+    raise DfssmError(f"{folder}: holds no weights; put {' or '.join(WEIGHTS)} there")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

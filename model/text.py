@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
+from dfssm.opset.paths import file_or_folder
 
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a plain text file
 FIELD = "text"  # of a JSON line, and column of a parquet file
@@ -17,20 +19,26 @@ _ROWS = 1024  # of a parquet file read at once
 _BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
+def text_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files named, and all text, JSON lines and parquet files below the folders named, sorted.
 
-    Raises DfssmError for what does not exist, and for a folder without such a file.
+    Raises DfssmError for what does not exist or cannot be read, and for a folder without such a file.
     """
     files = []
     for path in paths:
-        if not path.exists():
-            raise DfssmError(f"{path}: no such file or folder; give --data text, JSON lines or parquet files")
-        found = sorted(f for f in path.rglob("*") if f.suffix in _IN_FOLDERS) if path.is_dir() else [path]
+        path = file_or_folder(path, "--data text, JSON lines or parquet files, or a folder of them")
+        found = [path]
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix in _IN_FOLDERS and f.is_file())
         if not found:
             raise DfssmError(f"{path}: no file in it ends in {', '.join(_IN_FOLDERS)}; name the files themselves")
         files += found
     return files
+
+
+def packages(files: Sequence[Path]) -> list[str]:
+    """The packages that reading these files takes."""
+    return ["pyarrow"] if any(file.suffix in _PARQUET for file in files) else []
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -98,11 +106,10 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DfssmError(f"{path}: reading parquet takes pyarrow; pip install pyarrow") from None
+    require({"": packages([path])})
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.extras import require
+from dfssm.targets.cuda import PACKAGES
 
 
 class Cuda:
@@ -15,10 +17,9 @@ class Cuda:
     """
 
     def __init__(self):
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            raise DfssmError("the CUDA bindings are not installed: pip install 'dfssm[trt]'") from None
+        require(PACKAGES)
+        from cuda.bindings import runtime
+
         self._runtime = runtime
         if not self._call("cudaGetDeviceCount"):
             raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")

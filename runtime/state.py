@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 FORMAT = "dfssm-state"
@@ -150,7 +151,7 @@ class State:
     @classmethod
     def load(cls, path: str | Path) -> State:
         """Read a state that `save` wrote. DfssmError when the file is not one, or is cut off or damaged."""
-        path = Path(path)
+        path = paths.file(path, "a file that a state was saved to")
         try:
             with open(path, "rb") as file:
                 return cls._read(file, path.stat().st_size)

@@ -6,7 +6,7 @@ A target module has
   `VERIFY_STEPS` (how many one-token steps the verification runs, besides prefill), `OPTIONS` (names of the options of
   dfcompile that are this target's alone), `VERIFIED_BY` (names of targets: the first one usable here runs the folder's
   graph when it is verified; a target that runs on any machine names itself);
-- `probe(**options) -> Probe`: what this machine has for it, what would be used, why not;
+- `probe(**options) -> Probe`: what this machine has for it, what would be used, why not, which packages building takes;
 - `lower(tensors) -> tensors`: the model's tensors as this target stores them, each made only when it is read;
 - `build(folder, progress, **options) -> (list[str], dict)`: makes what the bundle is to be of a folder that holds
   `model.onnx`: names of the bundle's files, and the manifest's `engine`;

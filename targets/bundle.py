@@ -9,7 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from dfssm.opset import DfssmError
+from dfssm.opset import DfssmError, paths
+from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 
 from . import TARGETS
@@ -17,7 +18,6 @@ from . import TARGETS
 FORMAT = "dfssm-bundle"
 VERSION = 1
 
-MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ENGINE = "model.engine"
@@ -62,11 +62,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises DfssmError when the folder is no bundle, is of another version, or when its manifest lacks a key, has a key
     that this version does not know, or names a target, a state dtype or a file it cannot mean.
     """
-    path = Path(folder) / MANIFEST
+    path = paths.bundle(folder) / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DfssmError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with dfcompile") from None
     except (OSError, ValueError) as error:
         raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:

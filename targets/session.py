@@ -6,15 +6,19 @@ from pathlib import Path
 import onnxruntime
 
 from dfssm.opset import DfssmError
+from dfssm.opset.extras import Needs
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What this machine has for a target: `uses` maps parts to what would be used; `why_not` is "" if it is usable."""
+    """What this machine has for a target: `uses` maps parts to what would be used; `why_not` is "" if it is usable.
+    `needs`: the packages that building takes besides those of the compiler.
+    """
 
     target: str
     uses: dict[str, str] = field(default_factory=dict)
     why_not: str = ""
+    needs: Needs = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:

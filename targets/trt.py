@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dfssm.opset import DfssmError
+from dfssm.opset.extras import require
 from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from . import cuda
@@ -20,7 +21,7 @@ from .bundle import ENGINE, MODEL, Manifest
 from .library import locate
 from .session import Probe
 from .trt_build import MODULES, Request
-from .trt_options import PACKAGES, Options, Plan, installed, resolve
+from .trt_options import PACKAGES, SHIPPED, Options, Plan, installed, remedy, resolve
 
 NAME = "trt"
 LAYOUT = LAYOUT_CANONICAL
@@ -46,15 +47,18 @@ def probe(**options) -> Probe:
     """The builder, library and GPU that these options of `dfcompile` come to here."""
     gpus, no_gpu = cuda.devices()
     uses = {"gpu": ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in gpus) or f"none, {no_gpu}"}
-    uses |= {name: version for name, version in installed().items()}
+    uses |= installed()
+    needs = {"compile": ["onnx-graphsurgeon"]}
+    if options.get("builder", "auto") in ("auto", SHIPPED) and not installed():
+        needs["trt"] = [PACKAGES[SHIPPED][0]]
     try:
         plan = _plan(options)
         uses["builder"] = f"{plan.builder} ({plan.why})"
         if options.get("lowering") != "native":
             uses["library"] = str(find_library())
     except DfssmError as error:
-        return Probe(NAME, uses, str(error))
-    return Probe(NAME, uses)
+        return Probe(NAME, uses, str(error), needs)
+    return Probe(NAME, uses, needs=needs)
 
 
 def find_library(folder: Path | None = None) -> Path:
@@ -132,6 +136,21 @@ def _plan(options: dict) -> Plan:
     return resolve(Options(**options))
 
 
+def why_not_run() -> str:
+    """What this machine lacks to run engines: a GPU, TensorRT, the CUDA bindings, the plugin library; "" if nothing."""
+    _, no_gpu = cuda.devices()
+    if no_gpu:
+        return f"{no_gpu}: run it on a machine with an NVIDIA GPU and its driver"
+    if not installed():
+        return f"TensorRT is not installed: {remedy(SHIPPED)}"
+    try:
+        require(cuda.PACKAGES)
+        find_library()
+    except DfssmError as error:
+        return str(error)
+    return ""
+
+
 def check(folder: Path, manifest: Manifest) -> None:
     """Raises DfssmError naming what this machine lacks to run the bundle: a GPU, its TensorRT, the plugin library, or a
     GPU that the engine is for.
@@ -143,7 +162,8 @@ def check(folder: Path, manifest: Manifest) -> None:
         raise DfssmError(f"{made_for}, and {no_gpu} here: run it on such a GPU, or compile with --target ort-cpu")
     version = installed().get(engine["builder"])
     if version is None:
-        raise DfssmError(f"{made_for}, which is not installed: pip install {PACKAGES[engine['builder']][0]}")
+        raise DfssmError(f"{made_for}, which is not installed: {remedy(engine['builder'])}")
+    require(cuda.PACKAGES)
     if not _runs_in(engine, version):
         raise DfssmError(f"{made_for}; installed is {version}: install that version, or compile again here")
     if engine["strip_weights"]:

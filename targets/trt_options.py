@@ -5,7 +5,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from dfssm.opset import DfssmError
+from dfssm.opset import DfssmError, paths
 
 from . import cuda
 from .trt_build import MODULES
@@ -18,6 +18,9 @@ PACKAGES = {
 }
 """The distributions in which a builder's module may come."""
 
+SHIPPED = "tensorrt-rtx"
+"""The builder that dfssm[trt] holds."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,7 +31,7 @@ class Options:
     lowering: str = "plugin"
     max_batch: int = 1
     max_tokens: int = 512
-    timing_cache: Path | None = None
+    timing_cache: str | Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
     embed_plugins: bool = False
@@ -64,6 +67,11 @@ def _version(builder: str) -> str:
     return "of unknown version"
 
 
+def remedy(builder: str) -> str:
+    """The command that installs a builder."""
+    return "pip install 'dfssm[trt]'" if builder == SHIPPED else f"pip install {PACKAGES[builder][0]}"
+
+
 def resolve(options: Options) -> Plan:
     """What `options` come to here. Raises DfssmError for those that cannot be met, before anything is built."""
     if options.builder not in BUILDERS:
@@ -89,8 +97,7 @@ def _builder(wanted: str, no_gpu: str) -> tuple[str, str]:
             return "tensorrt-rtx", f"{no_gpu}, and it needs none" if no_gpu else "tensorrt is not installed"
         wanted = "tensorrt-rtx" if no_gpu else "tensorrt"
     if wanted not in found:
-        package = PACKAGES[wanted][0]
-        raise DfssmError(f"builder {wanted} is not installed (no module {MODULES[wanted]}): pip install {package}")
+        raise DfssmError(f"builder {wanted} is not installed (no module {MODULES[wanted]}): {remedy(wanted)}")
     if wanted == "tensorrt" and no_gpu:
         raise DfssmError(f"builder tensorrt needs a GPU, and {no_gpu}: use --builder tensorrt-rtx, or build elsewhere")
     return wanted, "--builder"
@@ -102,8 +109,10 @@ def _check_flags(options: Options, builder: str, no_gpu: str) -> None:
     if options.embed_plugins and not options.version_compatible:
         raise DfssmError("--embed-plugins works in version-compatible engines only: add --version-compatible")
     if builder != "tensorrt-rtx":
+        if options.timing_cache is not None:
+            paths.output_file(options.timing_cache)
         return
-    if options.timing_cache:
+    if options.timing_cache is not None:
         raise DfssmError("--timing-cache: tensorrt-rtx times nothing when it builds; leave it out")
     if options.hardware_compatible:
         raise DfssmError("--hardware-compatible is for builder tensorrt: tensorrt-rtx takes several GPUs, --sm 86,89")

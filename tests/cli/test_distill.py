@@ -145,7 +145,7 @@ class TestUsage:
             main(["distill", str(tmp_path / "none"), "--data", "d", "-o", str(tmp_path / "out"), "--device", "cpu"])
         output, errors = capsys.readouterr()
         assert end.value.code == 1 and not output
-        assert re.fullmatch(r"dfssm: error: .*none: no such folder; .*\n", errors)
+        assert re.fullmatch(r"dfssm: error: .*none does not exist: give a checkpoint folder .*\n", errors)
 
 
 class TestPlan:

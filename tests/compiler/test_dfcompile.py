@@ -152,12 +152,12 @@ def test_command_line():
 
 def test_bad_flags(model, command):
     cpu = ("--target", "ort-cpu")
-    fails(command("nowhere.pt", *cpu), "there is no model file nowhere.pt")
-    fails(command(model.parent, *cpu), "there is no model file")
+    fails(command("nowhere.pt", *cpu), "nowhere.pt does not exist: give a model.pt or .safetensors")
+    fails(command(model.parent, *cpu), f"is a folder with a student: give {model}")
     fails(command(model, *cpu, "--state-dtype", "fp8"), "unknown state dtype 'fp8': choose one of fp32, fp16, int8")
-    fails(command(model, *cpu, "--tokenizer", "nowhere.json"), "there is no tokenizer file nowhere.json")
-    fails(command(model, *cpu, "-o", "no/where"), "there is no folder")
-    fails(command(model, *cpu, "-o", model / "x"), "there is no folder")
+    fails(command(model, *cpu, "--tokenizer", "nowhere.json"), "nowhere.json does not exist: give a tokenizer.json")
+    fails(command(model, *cpu, "-o", "no/where"), "there is no folder no; create it first: mkdir -p no")
+    fails(command(model, *cpu, "-o", model / "x"), f"cannot write {model / 'x'}: {model} is a file")
     fails(command(model, *cpu, "--sm", "86"), "target ort-cpu has no option --sm: leave it out")
     fails(command(model, *cpu, "--embed-plugins"), "target ort-cpu has no option --embed-plugins: leave it out")
 

@@ -41,14 +41,14 @@ class TestWhatCannotWork:
         refuse(r"bad.*: tensor .*layers.1.*conv.*bias.* holds NaN or infinity; ", teacher=tmp_path / "bad")
 
     def test_no_teacher(self, refuse, tmp_path):
-        refuse("none: no such folder", teacher=tmp_path / "none")
+        refuse("none does not exist: give a checkpoint folder", teacher=tmp_path / "none")
 
     @pytest.mark.parametrize("content", ["", " \n"])
     def test_no_text(self, refuse, write, content):
         refuse("there is no text to train on; give --data more", data=[str(write(content))])
 
     def test_no_file(self, refuse, tmp_path):
-        refuse("none.txt: ", data=[str(tmp_path / "none.txt")])
+        refuse("none.txt does not exist: give --data text", data=[str(tmp_path / "none.txt")])
 
     def test_a_text_of_less_than_two_windows(self, refuse):
         """Its tokens stay: with fewer in a window they are used as they are."""
@@ -72,8 +72,8 @@ class TestWhatCannotWork:
         file = tmp_path / "t.json"
         if content is not None:
             file.write_text(content)
-        problem = "no such tokenizer" if content is None else r"is no tokenizer.json \(.+\)"
-        refuse(rf"t.json: {problem}; give the teacher's own with --tokenizer$", tokenizer=file)
+        problem = " does not exist:" if content is None else r": is no tokenizer.json \(.+\);"
+        refuse(rf"t.json{problem} give the teacher's own with --tokenizer$", tokenizer=file)
 
     def test_a_folder_that_holds_a_run(self, refuse, tmp_path):
         (tmp_path / "out" / "checkpoints" / "step-000100").mkdir(parents=True)

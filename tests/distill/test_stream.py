@@ -248,5 +248,5 @@ class TestRefusals:
 
     def test_without_datasets(self, windows, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(DfssmError, match="hf:a: reading it takes datasets; pip install datasets"):
+        with pytest.raises(DfssmError, match=r"datasets is not installed: pip install 'dfssm\[distill\]'"):
             windows("hf:a")

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.eval.scorer import kind_of, log_probs, open_scorer, score
+from dfssm.eval.scorer import locate, log_probs, open_scorer, score
 from dfssm.opset import DfssmError
 
 IDS = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (3, 150))
 
 
 def test_kinds_are_told_by_their_files(teacher, student, bundle):
-    assert [kind_of(path) for path in (teacher, student, bundle)] == ["teacher", "student", "bundle"]
-    assert kind_of(teacher / "model.safetensors") == "teacher"
+    beside = [path.with_name("tokenizer.json") for path in (teacher / "config.json", student)]
+    assert locate(teacher) == locate(teacher / "model.safetensors") == ("teacher", teacher, beside[0])
+    assert locate(student) == ("student", student, beside[1]) and locate(bundle) == ("bundle", bundle, None)
+    assert locate(bundle, beside[1]) == ("bundle", bundle, beside[1])
     assert open_scorer(teacher / "model.safetensors").kind == "teacher"
 
 
@@ -70,23 +72,26 @@ def test_a_bundle_is_measured_without_torch(bundle, tmp_path):
     done = run(bundle)
     assert done.returncode == 0 and "(bundle): perplexity" in done.stdout, done.stderr
     (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "tokenizer.json").touch()
     done = run(tmp_path / "model.pt")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "is a student, which needs torch: pip install 'dfssm[compile]'" in done.stderr
+    assert "torch and safetensors are not installed: pip install 'dfssm[compile]'" in done.stderr
 
 
 class TestRefusals:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(DfssmError, match="nothing does not exist: name a teacher's folder"):
+        with pytest.raises(DfssmError, match="nothing does not exist: give a bundle"):
             open_scorer(tmp_path / "nothing")
 
     def test_a_folder_of_something_else(self, tmp_path):
-        with pytest.raises(DfssmError, match="holds neither a manifest.json"):
+        with pytest.raises(DfssmError, match="it has no manifest.json and no config.json; give a bundle"):
             open_scorer(tmp_path)
 
     def test_no_tokenizer(self, student, tmp_path):
         (tmp_path / "model.pt").write_bytes(student.read_bytes())
-        with pytest.raises(DfssmError, match="tokenizer.json: no such file; give the tokenizer of the model"):
+        with pytest.raises(
+            DfssmError, match="tokenizer.json does not exist: give the tokenizer.json of the model with --tokenizer"
+        ):
             open_scorer(tmp_path / "model.pt")
 
     def test_a_tokenizer_that_is_none(self, student, bundle, tmp_path):

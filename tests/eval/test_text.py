@@ -80,7 +80,7 @@ class TestText:
     def test_what_cannot_be_read(self, scorers, write, tmp_path):
         with pytest.raises(DfssmError, match="no file in it ends in .txt, .jsonl"):
             read_text([tmp_path], scorers["student"])
-        with pytest.raises(DfssmError, match="nothing: no such file or folder"):
+        with pytest.raises(DfssmError, match="nothing does not exist: give --data text"):
             read_text([tmp_path / "nothing"], scorers["student"])
         with pytest.raises(DfssmError, match="a.jsonl, line 2: has no string 'text'"):
             read_text([write([{"text": "hello"}, {}], "a.jsonl")], scorers["student"])

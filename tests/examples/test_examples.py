@@ -136,7 +136,7 @@ def test_the_tokenizer_does_not_see_the_held_out_end(example, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", "nowhere"], "nowhere does not exist: give --data text"),
         (["--data", "{teacher}/tokens"], "no file in it ends in .txt"),
         (["--data", "{text}", "--resume"], "nothing to resume from"),
         (["--data", "{text}", "--tokens", "100000"], "a window has 100000; give more"),

@@ -114,7 +114,7 @@ def test_truncated_files_are_refused(tmp_path, tensors, name, share):
 @pytest.mark.parametrize("name", SUFFIXES)
 def test_missing_files_and_noise_are_refused(tmp_path, name):
     path = tmp_path / name
-    assert "no such file" in refused(path)
+    assert "does not exist: give a model.pt or .safetensors" in refused(path)
     path.write_bytes(os.urandom(4096))
     refused(path)
 

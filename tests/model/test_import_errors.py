@@ -129,8 +129,9 @@ def test_mamba_ssm_options(tmp_path, changes, ssm_changes, message):
 
 
 def test_files(folder, tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "no such folder" in refused(folder / "model.safetensors")
+    assert "nowhere does not exist: give a checkpoint folder" in refused(tmp_path / "nowhere")
+    (folder / "notes").touch()
+    assert "notes is not a Mamba-2 checkpoint" in refused(folder / "notes")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -142,7 +143,7 @@ def test_files(folder, tmp_path):
     (folder / "config.json").write_text("{")
     assert "config.json: is not JSON" in refused(folder)
     (folder / "config.json").unlink()
-    assert "config.json: no such file" in refused(folder)
+    assert "is not a Mamba-2 checkpoint: it has no config.json" in refused(folder)
 
 
 def test_shards(folder):

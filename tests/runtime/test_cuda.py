@@ -1,9 +1,12 @@
 """The calls of `Cuda`, held to the functions that cuda-bindings has: their number of arguments, and what goes where."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
+
+from dfssm.opset import DfssmError
 
 bindings = pytest.importorskip("cuda.bindings")
 runtime = pytest.importorskip("cuda.bindings.runtime")
@@ -34,6 +37,14 @@ def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(bindings, "runtime", recorder)
     return recorder
+
+
+def test_without_the_bindings(monkeypatch):
+    from dfssm.runtime.cuda import Cuda
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(DfssmError, match=r"^cuda-bindings is not installed: pip install 'dfssm\[trt\]'$"):
+        Cuda()
 
 
 def test_calls(recorder):

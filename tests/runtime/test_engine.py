@@ -144,8 +144,10 @@ def test_a_target_whose_states_are_not_in_place_gives_the_same(tmp_path):
 
 class TestLoad:
     def test_not_a_bundle(self, tmp_path):
-        with pytest.raises(DfssmError, match="not a bundle"):
+        with pytest.raises(DfssmError, match="nothing does not exist: give a bundle"):
             Engine.load(tmp_path / "nothing")
+        with pytest.raises(DfssmError, match="not a bundle: it has no manifest.json"):
+            Engine.load(tmp_path)
 
     def test_an_altered_file_is_refused_by_its_hash(self, tiny_bundle, tmp_path):
         copy = shutil.copytree(tiny_bundle, tmp_path / "copy")

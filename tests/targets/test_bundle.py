@@ -69,7 +69,7 @@ def test_damaged_manifest_is_named(bundle, text):
 def test_no_bundle(tmp_path):
     with pytest.raises(DfssmError, match="is not a bundle: it has no manifest.json"):
         read_manifest(tmp_path)
-    with pytest.raises(DfssmError, match="manifest.json"):
+    with pytest.raises(DfssmError, match="nowhere does not exist: give a bundle"):
         read_manifest(tmp_path / "nowhere")
 
 

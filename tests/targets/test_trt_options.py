@@ -1,6 +1,8 @@
 """Target trt before and after a build: which builder, for which GPUs; what a machine must have to run the result."""
 
 import dataclasses
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,8 @@ def test_sm_is_a_list(machine):
         ({"builder": "tensorrt"}, BOTH, [], "builder tensorrt needs a GPU, and there is no CUDA driver"),
         ({"builder": "tensorrt", "sm": "86"}, BOTH, [ADA], "tensorrt builds for the GPU here, SM 89"),
         ({"sm": "86", "timing_cache": Path("t")}, BOTH, [], "--timing-cache: tensorrt-rtx times nothing"),
+        ({"timing_cache": "/"}, BOTH, [ADA], "cannot write /: it is a folder; give the name of a file"),
+        ({"timing_cache": ""}, BOTH, [ADA], "an empty path names nothing: give the name of a file"),
         ({"sm": "86", "hardware_compatible": True}, BOTH, [], "--hardware-compatible is for builder tensorrt"),
         ({"sm": "86", "strip_weights": True}, BOTH, [], "--strip-weights: tensorrt-rtx needs a GPU for that"),
         ({"sm": "86", "embed_plugins": True}, BOTH, [], "add --version-compatible"),
@@ -97,6 +101,25 @@ def test_probe_says_what_would_be_used(machine, monkeypatch, tmp_path):
     assert trt.probe().usable and trt.probe(max_batch=0).why_not == "--max-batch is 0: give 1 or more"
     machine({}, [])
     assert "builder tensorrt-rtx is not installed" in trt.probe().why_not
+
+
+def test_what_running_takes(machine, monkeypatch, tmp_path):
+    library = tmp_path / trt.LIBRARY
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(library))
+    machine(BOTH, [])
+    driver = "run it on a machine with an NVIDIA GPU and its driver"
+    assert trt.why_not_run() == f"there is no CUDA driver (libcuda.so.1): {driver}"
+    machine({}, [ADA])
+    assert trt.why_not_run() == "TensorRT is not installed: pip install 'dfssm[trt]'"
+    machine(BOTH, [ADA])
+    assert "there is no such file" in trt.why_not_run()
+    library.touch()
+    assert trt.why_not_run() == ""
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    bindings = "cuda-bindings is not installed: pip install 'dfssm[trt]'"
+    assert trt.why_not_run() == bindings
+    with pytest.raises(DfssmError, match=re.escape(bindings)):
+        trt.check(tmp_path, bundle())
 
 
 def test_library(machine, monkeypatch, tmp_path):
