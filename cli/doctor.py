@@ -6,6 +6,8 @@ import os
 
 import click
 
+from dfssm.opset.extras import lacking
+
 from .options import json_option, megabytes, print_result, table
 
 
@@ -36,6 +38,27 @@ def examine() -> dict:
             name: {"usable": probe.usable, "uses": probe.uses, "why_not": probe.why_not or None}
             for name, probe in probes.items()
         },
+        "usable_for": {
+            name: {"usable": not why_not, "why_not": why_not or None} for name, why_not in _why_not(probes).items()
+        },
+    }
+
+
+def _why_not(probes: dict) -> dict[str, str]:
+    """What one may want to do -> what it lacks here, and the command that mends it; "" where it lacks nothing."""
+    from dfssm.compiler.pipeline import PACKAGES as OF_COMPILER
+    from dfssm.distill import PACKAGES as OF_TRAINING
+    from dfssm.eval.suite import PACKAGES as OF_TASKS
+    from dfssm.targets import trt
+
+    cpu = probes["ort-cpu"].why_not
+    return {
+        "run": cpu,
+        "compile": lacking(*OF_COMPILER) or cpu,
+        "train": lacking(OF_TRAINING),
+        "evaluate": lacking(OF_TASKS) or cpu,
+        "tensorrt_build": lacking(*OF_COMPILER, probes["trt"].needs) or probes["trt"].why_not,
+        "tensorrt_run": trt.why_not_run(),
     }
 
 
@@ -54,4 +77,9 @@ def _text(result: dict) -> str:
     for name, target in result["targets"].items():
         uses = ", ".join(f"{part} {value}" for part, value in target["uses"].items())
         lines.append(f"target {name}: " + (f"usable ({uses})" if target["usable"] else f"no: {target['why_not']}"))
+    rows = [
+        [f"  {name.replace('tensorrt_', 'TensorRT: ')}", "yes" if use["usable"] else f"no: {use['why_not']}"]
+        for name, use in result["usable_for"].items()
+    ]
+    lines += ["", "usable for", table(rows)]
     return "\n".join(lines)

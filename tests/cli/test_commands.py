@@ -134,7 +134,7 @@ class TestInspect:
 class TestDoctor:
     def test_json(self, invoke):
         result = loads(invoke("doctor", "--json"))
-        assert set(result) == {"machine", "packages", "isas", "environment", "targets"}
+        assert set(result) == {"machine", "packages", "isas", "environment", "targets", "usable_for"}
         assert result["targets"]["onnx"]["usable"] and result["machine"]["cores"] >= 1
         assert result["packages"]["onnxruntime"]
 
@@ -161,7 +161,7 @@ class TestStudents:
         assert invoke("init", "--preset", "a", "--config", "b", "-o", tmp_path / "a.pt").exit_code == 2
         with pytest.raises(DfssmError, match="preset 'a' is not known"):
             invoke("init", "--preset", "a", "-o", tmp_path / "a.pt")
-        with pytest.raises(DfssmError, match="cannot be read as JSON"):
+        with pytest.raises(DfssmError, match="nothing.json does not exist: give a JSON file"):
             invoke("init", "--config", tmp_path / "nothing.json", "-o", tmp_path / "a.pt")
 
     def test_convert(self, invoke, tmp_path):
