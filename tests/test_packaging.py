@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"opset", "model", "export", "targets", "compiler", "runtime", "bench", "eval", "distill", "cli"}
+PARTS = {path.name for path in (ROOT / "dfssm").iterdir() if path.is_symlink()}
 NOT_SHIPPED = {"dfssm/bench/kernels.py"}  # needs dfssm._native
 EXPORTS = ["RegisterCustomOps", "dfssm_cpu_error", "dfssm_cpu_isa", "dfssm_cpu_isas", "dfssm_read_bandwidth"]
 
@@ -68,7 +69,7 @@ def test_contents(wheel):
     assert not [name for name in names if "__pycache__" in name or "test" in name or "_native" in name]
     shipped = {name for name in names if name.endswith(".py")}
     tree = {f"dfssm/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
-    assert shipped == tree - NOT_SHIPPED
+    assert shipped == (tree | {"dfssm/__init__.py"}) - NOT_SHIPPED and "dfssm/py.typed" in names
 
 
 def test_one_wheel_serves_every_python(wheel):
@@ -121,3 +122,17 @@ def test_the_op_library_shows_its_c_functions_and_needs_no_onnxruntime(wheel, tm
     assert sorted(line.split()[-1] for line in symbols) == EXPORTS
     needed = subprocess.check_output(["readelf", "-d", library], text=True)
     assert "NEEDED" in needed and "onnxruntime" not in needed  # the loader hands its functions over
+
+
+def test_the_source_distribution_holds_each_part_once(tmp_path):
+    build = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (archive,) = tmp_path.glob("dfssm-*.tar.gz")
+    with tarfile.open(archive) as files:
+        assert not [member.name for member in files.getmembers() if not member.isreg()], "links in it need the clone"
+        names = [name.partition("/")[2] for name in files.getnames()]
+    python = sorted(name for name in names if name.endswith(".py") and name.startswith("dfssm/"))
+    tree = {f"dfssm/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
+    assert python == sorted(tree | {"dfssm/__init__.py"})
+    assert not [name for name in names if name.partition("/")[0] in {*PARTS, "tests", "examples", "build", ".venv"}]
+    assert {"pyproject.toml", "CMakeLists.txt", "scripts/build_wheels.sh", "plugins/trt/pyproject.toml"} <= set(names)

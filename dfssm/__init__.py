@@ -1,0 +1,32 @@
+"""dfssm: compiles 1-bit Mamba-2 language models for ONNX Runtime and TensorRT, and runs them.
+
+The links beside this file are the list of its parts: each is a folder of the repository's top level.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import version
+
+    from dfssm.opset.errors import DfssmError
+    from dfssm.runtime import Engine
+
+    __version__ = version("dfssm")
+
+__all__ = ["DfssmError", "Engine", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """What is named here is imported when it is first asked for: `import dfssm` costs nothing."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("dfssm")
+    elif name == "DfssmError":
+        from dfssm.opset.errors import DfssmError as value
+    elif name == "Engine":
+        from dfssm.runtime import Engine as value
+    else:
+        raise AttributeError(f"module 'dfssm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
