@@ -1,0 +1,47 @@
+"""The documents name what is there: files, headings, and options that the commands have."""
+
+import re
+import shlex
+
+import click
+import pytest
+from documents import ROOT, anchors, commands, every, links
+
+from dfssm.cli.main import dfssm
+from dfssm.compiler.cli import command as dfcompile
+
+NAMES = [str(path.relative_to(ROOT)) for path in every()]
+PROGRAMS = {"dfssm": dfssm, "dfcompile": dfcompile}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    broken = []
+    for link in links((ROOT / name).read_text()):
+        target, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / target if target else ROOT / name
+        if re.match(r"\w+:", link):
+            continue
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+def own_commands(name: str) -> list[list[str]]:
+    """The lines of a document that start one of our programs, in words. Two blanks end a command, [] holds options."""
+    lines = [re.split(r"\s{2,}| > ", command)[0] for command in commands((ROOT / name).read_text())]
+    return [shlex.split(re.sub(r"[][]", "", line)) for line in lines if line.split()[0] in PROGRAMS]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if own_commands(name)])
+def test_commands_have_these_options(name):
+    """Nothing is run: a wrong name or value is an error of click's."""
+    for words in own_commands(name):
+        command, arguments = PROGRAMS[words[0]], words[1:]
+        try:
+            while isinstance(command, click.Group):
+                context = click.Context(command)
+                _, command, arguments = command.resolve_command(context, arguments)
+            command.make_context(command.name, arguments)
+        except click.UsageError as error:
+            pytest.fail(f"{shlex.join(words)}: {error.message}")
