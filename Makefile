@@ -48,6 +48,7 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 format: build
 	$(BIN)/ruff check --fix .
@@ -65,4 +66,4 @@ lock: build
 	$(BIN)/python scripts/lock.py
 
 clean:
-	rm -rf build dist .cache .pytest_cache .ruff_cache $(DEMO_READY) $(DEV_READY)
+	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache $(DEMO_READY) $(DEV_READY)
