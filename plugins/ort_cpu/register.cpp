@@ -17,8 +17,7 @@ OrtStatus* too_old(const OrtApiBase* base) {
   return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, text.c_str());
 }
 
-// DFSSM_LOG=1: say once which kernels run. To stderr: when a library is registered, no session and so no
-// logger exists.
+// DFSSM_LOG=1: say once which kernels run. To stderr: when a library is registered, no session and so no logger exists.
 void log_choice() {
   const char* wanted = std::getenv("DFSSM_LOG");
   if (!wanted || std::strcmp(wanted, "1") != 0) return;
@@ -29,8 +28,7 @@ void log_choice() {
   std::fprintf(stderr, "dfssm: ort-cpu kernels: %s (usable:%s)\n", kernels().name, usable.c_str());
 }
 
-// One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of
-// them.
+// One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of them.
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(opset::kDomain, &domain));

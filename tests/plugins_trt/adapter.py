@@ -1,4 +1,4 @@
-"""The TensorRT plugins under ONNX Runtime, on the host emulation (plugins/trt/emulation/ort/): built once, and sessions
+"""The TensorRT plugins under ONNX Runtime, on the host emulation (tests/tools/cuda_emulation/ort/): built once, and sessions
 that run a lowered graph with them.
 """
 

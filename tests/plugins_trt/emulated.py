@@ -1,4 +1,4 @@
-"""The CUDA kernels of plugins/trt on the host emulation (plugins/trt/emulation/emulation.h): built, and called with
+"""The CUDA kernels of plugins/trt on the host emulation (tests/tools/cuda_emulation/emulation.h): built, and called with
 NumPy arrays by op name, so that a test can put them beside opset's references.
 """
 
@@ -15,11 +15,11 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "plugins/trt"
-EMULATION = PLUGINS / "emulation"
+EMULATION = ROOT / "tests/tools/cuda_emulation"
 BUILD = ROOT / "build/emulated"
 
 COMMON = f"-std=c++17 -g -Wall -Wextra -fPIC -DDFSSM_EMULATION -I{PLUGINS} -I{EMULATION}".split()
-# Device code: every load and store reported (to emulation/access.cpp, not to libtsan), a 16-byte access left whole,
+# Device code: every load and store reported (to its access.cpp, not to libtsan), a 16-byte access left whole,
 # one rounding an operation as written.
 DEVICE = (
     "-O1 -x c++ -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-sra -fno-strict-aliasing "
@@ -35,7 +35,7 @@ def compiler() -> str | None:
 def _compile(source: Path) -> Path:
     """The object of one source, kept until the source, a header it may include or a flag changes."""
     flags = [*COMMON, *(DEVICE if source.suffix == ".cu" else HOST)]
-    headers = {h for folder in PLUGINS.iterdir() for h in folder.glob("*.*h")}
+    headers = {h for folder in (EMULATION, *PLUGINS.iterdir()) for h in folder.glob("*.*h")}
     key = hashlib.sha256(repr(flags).encode())
     for path in [source, *sorted(headers)]:
         key.update(path.read_bytes())

@@ -265,8 +265,7 @@ inline void store_chunk(T* p, Lanes last, const F32 (&v)[NV]) {
   store(p + (NV - 1) * kLanes, v[NV - 1], last);
 }
 
-// A few tokens of one head, over the N state rows from some row on; y is added to. `stride` is from token to
-// token.
+// A few tokens of one head, over the N state rows from some row on; y is added to. `stride` is from token to token.
 struct Step {
   const float* x;  // [tokens, P]
   int64_t x_stride;
@@ -287,8 +286,7 @@ struct NoAhead {
   void next() {}
 };
 
-// Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to
-// `out`.
+// Columns [p, p + NV vectors) of every row, NT tokens: h = decay * h + dB (x) x, y += C . h, from `in` to `out`.
 template <int NT, int NV, bool kMagnitudes, class In, class Out, class Lanes, class Prefetch>
 inline void step_chunk(const Step& step, const In* in, Out* out, int64_t p, Lanes last, Prefetch& ahead) {
   const Step s = step;  // copies that no store below can alias: their members stay in registers

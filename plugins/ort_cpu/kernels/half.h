@@ -1,5 +1,4 @@
-// IEEE binary16 <-> binary32 in plain integer arithmetic, for the scalar table (F16C is not in the x86-64
-// baseline).
+// IEEE binary16 <-> binary32 in plain integer arithmetic, for the scalar table (F16C is not in the x86-64 baseline).
 #pragma once
 
 #include <cstdint>

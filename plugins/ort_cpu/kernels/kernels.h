@@ -1,20 +1,16 @@
 // CPU kernels of the ai.dfssm operators: raw pointers, one dispatch table per instruction set.
 //
 // Contract of every kernel
-//   * Arrays are dense and row-major in the given order, unless a leading dimension (`ld*`, in elements) is
-//   given.
+//   * Arrays are dense and row-major in the given order, unless a leading dimension (`ld*`, in elements) is given.
 //   * Inputs with a stride (`*_stride`, elements from one token to the next) are ranges of columns of wider
 //     arrays; the stride is at least the width.
-//   * No alignment is needed (64 bytes is fastest). Nothing outside an array is read or written, not even a
-//   vector
+//   * No alignment is needed (64 bytes is fastest). Nothing outside an array is read or written, not even a vector
 //     tail; software prefetches may name addresses past the end.
 //   * Inputs and outputs do not overlap, except where "in place" is said.
-//   * Nothing is allocated, nothing is thrown, no global state is touched: calls over disjoint ranges may run
-//   on
+//   * Nothing is allocated, nothing is thrown, no global state is touched: calls over disjoint ranges may run on
 //     different threads. Scratch comes from the caller, in the number of bytes that `*_bytes` returns.
 //   * Sizes are the caller's duty: a kernel checks none.
-//   * Integer sums are exact and equal on every instruction set; `q` of quantize_activations is bit-equal
-//   too. Float
+//   * Integer sums are exact and equal on every instruction set; `q` of quantize_activations is bit-equal too. Float
 //     parts differ by rounding and by order of summation only.
 #pragma once
 
@@ -27,17 +23,16 @@ namespace dfssm {
 inline constexpr float kTiny = 1e-30f;
 
 // BinaryScaffoldMatMul for tokens that quantize_activations has quantised:
-//   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] *
-//   h[t,r]
+//   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] * h[t,r]
 // with h from int8_matmul(w = down, w_scale = down_scale). K % 32 == 0.
 struct ScaffoldArgs {
   const int8_t* q;  // [n, K]
-  const void*
-      packed;      // scaffold_pack(q), or nullptr where scaffold_pack_bytes(n, K) is 0; layout 0 ignores it
-  const float* s;  // [n]
+  // scaffold_pack(q), or nullptr where scaffold_pack_bytes(n, K) is 0; layout 0 ignores it
+  const void* packed;
+  const float* s;      // [n]
   const int32_t* sum;  // [n]
-  const uint8_t*
-      bits;  // layout 0: [planes, M, K/8]; layout 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16)
+  // layout 0: [planes, M, K/8]; layout 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16)
+  const uint8_t* bits;
   const float* scale;     // [planes, M]
   const int8_t* up;       // layout 0: [M, R]; layout 1: [Mp/16, R, 16]; unread if R == 0
   const float* up_scale;  // [M]; unread if R == 0
@@ -49,8 +44,7 @@ struct ScaffoldArgs {
   int layout;  // 0 or 1
 };
 
-// Int8MatMul for quantised tokens: y[t,m] = (w_scale[m] * s[t]) * sum_k w[m,k] * q[t,k]. Any K; w in [-128,
-// 127].
+// Int8MatMul for quantised tokens: y[t,m] = (w_scale[m] * s[t]) * sum_k w[m,k] * q[t,k]. Any K; w in [-128, 127].
 struct Int8Args {
   const int8_t* q;       // [n, K]
   const float* s;        // [n]
@@ -119,8 +113,7 @@ struct KernelTable {
   // x [n, K], q [n, K], s [n], sum [n]. Threads: split over tokens.
   void (*quantize_activations)(const float* x, int64_t n, int64_t K, int8_t* q, float* s, int32_t* sum);
 
-  // Re-orders q for scaffold_matmul of layout 1 with n tokens; 0 bytes: nothing to do. Once a matmul, not per
-  // range.
+  // Re-orders q for scaffold_matmul of layout 1 with n tokens; 0 bytes: nothing to do. Once a matmul, not per range.
   size_t (*scaffold_pack_bytes)(int64_t n, int64_t K);
   void (*scaffold_pack)(const int8_t* q, int64_t n, int64_t K, void* packed);
 

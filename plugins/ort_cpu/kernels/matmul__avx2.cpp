@@ -188,8 +188,7 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
   }
 }
 
-// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added
-// up.
+// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added up.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   const __m256i byte_of_column =
       _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);

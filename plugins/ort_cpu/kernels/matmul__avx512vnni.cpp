@@ -172,8 +172,7 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
   }
 }
 
-// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at
-// a time.
+// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at a time.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t m = m0; m < m1; ++m) {

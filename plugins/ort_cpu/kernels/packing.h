@@ -1,5 +1,4 @@
-// Layouts of the 1-bit scaffold (opset/packing.py defines them). Used by the Python module; kernels read
-// packed arrays.
+// Layouts of the 1-bit scaffold (opset/packing.py defines them). Used by the Python module; kernels read packed arrays.
 #pragma once
 
 #include <cstdint>

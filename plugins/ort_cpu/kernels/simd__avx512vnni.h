@@ -1,5 +1,4 @@
-// AVX-512 vectors for float-inl.h: 16 lanes, tails by mask registers (masked lanes touch no memory and load
-// zero).
+// AVX-512 vectors for float-inl.h: 16 lanes, tails by mask registers (masked lanes touch no memory and load zero).
 #pragma once
 
 #include <immintrin.h>
@@ -101,8 +100,7 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
   return across(across(quarter[0], quarter[1]), across(quarter[2], quarter[3]));
 }
 
-// Lane and vector of every element of a [16, S] array seen as S vectors, from either side of the
-// transposition.
+// Lane and vector of every element of a [16, S] array seen as S vectors, from either side of the transposition.
 template <int S>
 struct Transposition {
   int32_t load_lane[S][kLanes], store_lane[S][kLanes];

@@ -6,8 +6,7 @@
 // the C boundary.
 //
 // The C API is used rather than its C++ wrapper: the wrapper binds to the newest API version of the headers
-// at hand and aborts or throws where a status is wanted; kApiVersion is what this code needs, whatever the
-// headers are.
+// at hand and aborts or throws where a status is wanted; kApiVersion is what this code needs, whatever the headers are.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -253,8 +252,7 @@ class Inference {
 };
 
 // Fills OrtCustomOp for `Op`, which has: `using Schema` (from dfssm_opset.h), `kInputTypes` and
-// `kOutputTypes`, Op(const OrtKernelInfo*), compute(Call&) const, static infer(Inference&), and optionally
-// `kInplace`.
+// `kOutputTypes`, Op(const OrtKernelInfo*), compute(Call&) const, static infer(Inference&), and optionally `kInplace`.
 template <class Op>
 const OrtCustomOp* custom_op() {
   using S = typename Op::Schema;

@@ -1,5 +1,4 @@
-// One token of one channel of a causal convolution, for the kernel of the op and for the product that it is
-// fused into.
+// One token of one channel of a causal convolution, for the kernel of the op and for the product that it is fused into.
 #pragma once
 
 #include "common/device.h"

@@ -1,5 +1,5 @@
 // What device code of several kernels needs, and what it must write differently under nvcc and on the host
-// emulation (emulation/emulation.h): shared memory, tensor cores, asynchronous copies.
+// emulation (tests/tools/cuda_emulation/emulation.h): shared memory, tensor cores, asynchronous copies.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,5 +1,4 @@
-// y = scale s (w . q) over int8 tensor cores, for weights that become int8 fragments in registers: packed
-// bits or int8.
+// y = scale s (w . q) over int8 tensor cores, for weights that become int8 fragments in registers: packed bits or int8.
 //
 // Both kernels take the weights as the A operand of mma 16x8x32: lane 4 g + t holds 16 bytes of the rows g
 // and g + 8 as they lie in memory, a unit, and makes the fragments of the unit's steps of 64 columns from
@@ -85,8 +84,7 @@ __device__ __forceinline__ uint4 load_grains(const uint8_t* row, int offset, int
 }
 
 // What does not exist at the edges of the matrices costs nothing: the last row, token or 16 bytes stand in.
-// Such rows and tokens give outputs that nobody stores; such columns meet activations that are padded with
-// zeros.
+// Such rows and tokens give outputs that nobody stores; such columns meet activations that are padded with zeros.
 
 // From the first of a block's rows to the row row0 + 8 i + g of a lane, in bytes.
 template <int kRows>
@@ -386,8 +384,7 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
   }
 }
 
-// Grids are [tokens, rows]: blocks that share weights run at the same time, and all but the first find them
-// in L2.
+// Grids are [tokens, rows]: blocks that share weights run at the same time, and all but the first find them in L2.
 
 inline int32_t tiles(int32_t size, int32_t tile) { return (size + tile - 1) / tile; }
 

@@ -58,8 +58,7 @@ inline constexpr char kPluginVersion[] = "1", kPluginNamespace[] = "";
 
 // ---- What an op declares ----
 
-// `activation`: float32, float16 or bfloat16, all activations of a node the same. `state`: float32 or
-// float16.
+// `activation`: float32, float16 or bfloat16, all activations of a node the same. `state`: float32 or float16.
 enum class Type : uint8_t { activation, state, f32, i8, i32 };
 
 inline constexpr int32_t kNoAlias = -1;

@@ -27,8 +27,7 @@ struct NaturalOrder {
   static constexpr int kUnit =
       128;  // columns are padded with zeros to a multiple of this: whole pairs of steps
 
-  // Piece `half` of the 32 columns that are number `word` of a row: from their bytes to the lane's, and where
-  // they go.
+  // Piece `half` of the 32 columns that are number `word` of a row: from their bytes to the lane's, and where they go.
   static __device__ __forceinline__ uint4 piece(const uint32_t (&in)[8], int half) {
     return make_uint4(in[4 * half], in[4 * half + 1], in[4 * half + 2], in[4 * half + 3]);
   }

@@ -1,8 +1,7 @@
 // Int8MatMul. Its output, the logits, is float32 whatever the activations are.
 //
 // A head that is the embedding, too, comes as int32 words [M, K/4], the same bytes: TensorRT gathers no int8
-// constant, and must hold the table once. Such a node says so itself: attribute w_words = 1, this plugin's
-// own.
+// constant, and must hold the table once. Such a node says so itself: attribute w_words = 1, this plugin's own.
 #include "common/plugin.h"
 
 #include "common/creators.h"

@@ -1,8 +1,7 @@
 // NormScaffoldConv: the beginning of a layer. The norm happens where the activations are quantised. One token
 // of a sequence is convolved where the product is stored: each channel of each sequence belongs to one
 // thread, which alone reads its state and then writes it, so both may be the same memory. Of several tokens
-// no thread has the W-1 before its own: the product puts those columns aside, and the convolution is a launch
-// more.
+// no thread has the W-1 before its own: the product puts those columns aside, and the convolution is a launch more.
 #include <algorithm>
 
 #include "binary_scaffold_matmul/scaffold.cuh"

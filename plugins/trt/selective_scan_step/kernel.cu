@@ -1,6 +1,5 @@
 // SelectiveScanStep: which of the two kernels a shape takes, and with what tile. Every state byte is read
-// once and written once a call; a state that fits no tile takes the general kernel, which goes over it at
-// every token.
+// once and written once a call; a state that fits no tile takes the general kernel, which goes over it at every token.
 #include <algorithm>
 
 #include "common/device.h"

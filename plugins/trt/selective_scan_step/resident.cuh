@@ -9,8 +9,7 @@
 //
 // fp32 and fp16 slices are 32 columns: 128 or 64 bytes of a row, and twice as many blocks as heads at headdim
 // 64, so that one batch row of a 64-head layer fills a GPU. Splitting N as well would need a second pass over
-// y. An int8 row has one scale, so its block has whole rows: 64 blocks there, with all their bytes in flight
-// at once.
+// y. An int8 row has one scale, so its block has whole rows: 64 blocks there, with all their bytes in flight at once.
 //
 // Tokens come in chunks: B, C, x and the time steps of one chunk are in shared memory while those of the next
 // are on their way to registers. Two barriers a chunk; partial y of all its tokens wait for the second one.
@@ -23,8 +22,7 @@
 
 namespace dfssm::trt::selective_scan {
 
-// `threads` is the most a block may have, `blocks` how many of those an SM shall hold: that bounds the
-// registers.
+// `threads` is the most a block may have, `blocks` how many of those an SM shall hold: that bounds the registers.
 template <class StateType, int vector, int lanes, int rows, int tokens, int threads, int blocks>
 struct Tile {
   using State = StateType;
@@ -92,8 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Chunk chunk(shared, chunk_tokens, rows, kColumns);
 
   // The state first: its way from memory is the longest. Rows past N and columns past P are copies of the
-  // last ones, with B, C and x zero: without a branch here nothing waits for the data before the barrier of
-  // publish().
+  // last ones, with B, C and x zero: without a branch here nothing waits for the data before the barrier of publish().
   const State* state = static_cast<const State*>(a.state) + head.first_row * a.P;
   State* new_state = static_cast<State*>(a.new_state) + head.first_row * a.P;
   const bool in_columns = slice + column < a.P;

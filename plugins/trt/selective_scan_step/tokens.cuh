@@ -19,8 +19,7 @@ __device__ __forceinline__ void write(void* p, int64_t i, float value) {
   static_cast<T*>(p)[i] = from_float<T>(value);
 }
 
-// One head of one batch row, block (., head, batch row): where its tokens and its state are, and its
-// constants.
+// One head of one batch row, block (., head, batch row): where its tokens and its state are, and its constants.
 struct Head {
   int64_t first_token, first_row;  // token 0 of the batch row; row 0 of the state among all rows
   int head;
@@ -33,8 +32,7 @@ __device__ __forceinline__ Head head_of(const ScanArgs& a) {
   return {static_cast<int64_t>(b) * a.T, first_row, head, a.A_log[head], a.D[head], a.dt_bias[head]};
 }
 
-// d and the decay exp(-exp(A_log) d) of a token with this dt. The clamp lets NaN through, as the reference
-// does.
+// d and the decay exp(-exp(A_log) d) of a token with this dt. The clamp lets NaN through, as the reference does.
 __device__ __forceinline__ float2 time_step(const ScanArgs& a, const Head& head, float dt) {
   const float v = dt + head.dt_bias;
   float d = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));

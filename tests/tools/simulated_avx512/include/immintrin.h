@@ -16,8 +16,7 @@
 
 #include "half.h"
 
-// Newer versions of SIMDe have these names, some of them as types; with every version, the text below is what
-// runs.
+// Newer versions of SIMDe have these names, some of them as types; with every version, the text below is what runs.
 #undef _MM_FROUND_NO_EXC
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 #define __mmask16 simde__mmask16
@@ -89,8 +88,7 @@ inline void store(void* p, uint64_t mask, const V& v) {
   }
 }
 
-// Halves are combined until one lane is left: the order of gcc's _mm512_reduce_*, which a float sum depends
-// on.
+// Halves are combined until one lane is left: the order of gcc's _mm512_reduce_*, which a float sum depends on.
 template <class T, class V, class Function>
 inline T reduce(const V& v, Function function) {
   auto all = lanes<T>(v);

@@ -1,5 +1,4 @@
-// CUDA's execution model on the host, for the tests: the kernels' own source, compiled by g++ and run thread
-// by thread.
+// CUDA's execution model on the host, for the tests: the kernels' own source, compiled by g++ and run thread by thread.
 //
 // Execution. A launch runs its blocks one after another. Each thread of a block is a fiber (its own stack,
 // switched in user space on one OS thread) that runs until it waits: at a barrier, or in a warp's collective
@@ -13,8 +12,7 @@
 //
 // What is reported, as cudaErrorLaunchFailure with the text in cudaGetErrorString():
 // - an access outside the buffers of add_buffer (where any was added), a store to a read-only one, a load of
-//   bytes nobody has written from one that came uninitialised, an address that is no multiple of the access's
-//   size;
+//   bytes nobody has written from one that came uninitialised, an address that is no multiple of the access's size;
 // - shared memory: outside the array, or bytes this block has not written;
 // - races: two accesses to one byte by two threads, one of them a store, not both atomic, and no barrier of
 //   the block between them (in one warp also __syncwarp of a mask with both; shuffles order nothing, as CUDA
@@ -22,8 +20,7 @@
 //   on global memory: a "last block" that saw all tickets may read what the others wrote;
 // - a barrier that not all threads of the block reach: one has left the kernel, or waits at another line (on
 //   a device those that left are not waited for; a kernel that relies on it is better written without);
-// - a collective whose mask lacks the caller, names a lane that left or never was, or a shuffle from outside
-//   it;
+// - a collective whose mask lacks the caller, names a lane that left or never was, or a shuffle from outside it;
 // - data of copy_async16 read before copy_async_wait: the copy happens at the wait.
 // A bad configuration (threads, grid, shared memory) is cudaErrorInvalidConfiguration, as on a device.
 //

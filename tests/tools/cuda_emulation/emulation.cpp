@@ -149,8 +149,7 @@ void run_block(Machine& m) {
 
 // Warps.
 
-// Waits until every lane of the mask is here with its `words`; then each has what all brought. `leave` when
-// read.
+// Waits until every lane of the mask is here with its `words`; then each has what all brought. `leave` when read.
 Collective& meet(Machine& m, const char* what, unsigned mask, const unsigned* words, int count) {
   Fiber& self = *m.current;
   const int lane = self.index % kWarp, first = self.index - lane;

@@ -83,8 +83,7 @@ struct Machine {
   std::list<std::vector<Shadow>> buffer_shadows;
   std::list<Region> shared;  // the first is the dynamic one
   std::map<const void*, Region*> declared;
-  // Dynamic and static shared arrays, with gaps between them. Epochs tell what of the shadow is of an earlier
-  // block.
+  // Dynamic and static shared arrays, with gaps between them. Epochs tell what of the shadow is of an earlier block.
   static constexpr size_t kArenaBytes = kMaxSharedBytes + kDefaultSharedBytes + (64 << 10);
   alignas(128) char arena[kArenaBytes];
   std::vector<Shadow> arena_shadow = std::vector<Shadow>(kArenaBytes);

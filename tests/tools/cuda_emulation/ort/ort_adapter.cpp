@@ -1,5 +1,4 @@
-// The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on
-// the host.
+// The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on the host.
 //
 // Each node goes the way it goes in TensorRT: the creator makes a plugin from the node's attributes; its
 // types, shapes, formats and bounds are negotiated; a second plugin is made from the fields that the first
