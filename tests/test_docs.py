@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 
 import click
 import pytest
@@ -45,3 +46,8 @@ def test_commands_have_these_options(name):
             command.make_context(command.name, arguments)
         except click.UsageError as error:
             pytest.fail(f"{shlex.join(words)}: {error.message}")
+
+
+def test_the_version_to_cite_is_this_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
