@@ -70,8 +70,10 @@ step "torch $(sed -n 's/^torch==//p' "$root/requirements/torch.txt") (the CPU bu
 "$root/scripts/install_torch.sh" "$python"
 count=$(grep -c '^[a-z]' "$root/requirements/$requirements.txt")
 step "$count packages of requirements/$requirements.txt"
-pip --require-hashes -r "$root/requirements/$requirements.txt"
-[ "$set" = dev ] || pip --require-hashes -r "$root/requirements/build.txt"
+# --no-deps: the lock is complete, and pip would take an extra that a package asks of another for one more requirement,
+# without a hash.
+pip --no-deps --require-hashes -r "$root/requirements/$requirements.txt"
+[ "$set" = dev ] || pip --no-deps --require-hashes -r "$root/requirements/build.txt"
 
 # The one build without isolation: its tools are those of the lock, and cmake keeps its objects in build/.
 step "the native part"
@@ -79,4 +81,5 @@ options=
 for define in $native; do options="$options --config-settings=cmake.define.$define"; done
 # shellcheck disable=SC2086 # a list of words
 pip --no-build-isolation --no-deps $options -e "$root"
+"$python" -m pip check >&2 || die "the packages in $venv do not fit together: rm -rf $venv, then again"
 step "done: $(du -sm "$venv" | cut -f1) MB in $venv"

@@ -31,7 +31,7 @@ EXPORT = ["--frozen", "--no-emit-project", "--no-emit-package=torch", "--no-head
 
 HEADER = """\
 # {about} Made by `make lock`; do not edit.
-# Installed and tested with Python 3.11; resolved for 3.12, 3.13 and 3.14 too, not run there.
+# Install with pip --no-deps: complete. Tested with Python 3.11; resolved for 3.12, 3.13 and 3.14 too, not run there.
 """
 
 # uv must not take the dependencies of the CUDA build into the lock, which the package index alone knows. Those of
