@@ -5,6 +5,7 @@ Where the CPU lacks AVX-512 VNNI those kernels are simulated (simulated_avx512.p
 
 import ctypes
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,15 @@ F32 = np.float32
 PROT_NONE = 0  # <sys/mman.h>; the module mmap lacks it
 
 
+KERNELS = Path(__file__).parents[1] / "plugins/ort_cpu/kernels"
+KNOWN = ["scalar", *sorted(path.stem.removeprefix("matmul__") for path in KERNELS.glob("matmul__*.cpp"))]
+"""The tables there are sources of."""
+
+
 def isas_to_test(usable: list[str], simulate: bool) -> list[str]:
     """Of a CPU that can use these, `simulate`: AVX-512 also where it is usable. What is simulated needs no skip."""
     lacks_avx512 = "avx512vnni" not in usable
-    real = ["scalar", "avx2"] if lacks_avx512 else ["scalar", "avx2", "avx512vnni"]
+    real = [isa for isa in KNOWN if not (isa == "avx512vnni" and lacks_avx512)]
     return [*real, simulated_avx512.NAME] if lacks_avx512 or simulate else real
 
 

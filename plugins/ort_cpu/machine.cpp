@@ -4,23 +4,12 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
-#include <string>
 #include <thread>
 #include <vector>
 
 #include "kernels.h"
 
-const char* dfssm_cpu_isas() {
-  static const std::string names = [] {
-    const dfssm::KernelTable* usable[3];
-    std::string text;
-    for (int i = 0, n = dfssm::usable_kernels(usable); i < n; ++i) {
-      text += std::string(i ? " " : "") + usable[i]->name;
-    }
-    return text;
-  }();
-  return names.c_str();
-}
+const char* dfssm_cpu_isas() { return dfssm::usable_names(); }
 
 const char* dfssm_cpu_isa() { return dfssm::kernels_error() ? nullptr : dfssm::kernels().name; }
 

@@ -21,11 +21,7 @@ OrtStatus* too_old(const OrtApiBase* base) {
 void log_choice() {
   const char* wanted = std::getenv("DFSSM_LOG");
   if (!wanted || std::strcmp(wanted, "1") != 0) return;
-  const KernelTable* tables[3];
-  std::string usable;
-  for (int i = 0, count = usable_kernels(tables); i < count; ++i)
-    usable += std::string(" ") + tables[i]->name;
-  std::fprintf(stderr, "dfssm: ort-cpu kernels: %s (usable:%s)\n", kernels().name, usable.c_str());
+  std::fprintf(stderr, "dfssm: ort-cpu kernels: %s (usable: %s)\n", kernels().name, usable_names());
 }
 
 // One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of them.

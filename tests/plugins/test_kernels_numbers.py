@@ -219,7 +219,7 @@ def test_a_range_of_columns_that_does_not_fit_is_named(case, change, attributes,
 
 
 def test_an_unknown_isa_is_named():
-    with pytest.raises(ValueError, match=r"^int8_matmul: isa is 'sse9'; this CPU can use scalar.*$"):
+    with pytest.raises(ValueError, match=r"^int8_matmul: isa is 'sse9'; this CPU can use: scalar.*$"):
         _native.int8_matmul("sse9", **_valid_matmul())
 
 

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace dfssm {
 
@@ -105,7 +106,7 @@ struct NormArgs {
 };
 
 struct KernelTable {
-  const char* name;  // "scalar" | "avx2" | "avx512vnni"
+  const char* name;  // "scalar", or as sources.cmake lists them
 
   // Per token: m = max|x|, inv = 127/m, s = m/127, q = rint(x*inv) half to even; sum = sum q.
   // A row with m < kTiny is a zero row: q = 0, s = 0 (127/m would overflow near the denormals).
@@ -141,10 +142,25 @@ struct KernelTable {
 const KernelTable& kernels();
 const char* kernels_error();
 
-// The table of that name if this build has it and this CPU can run it, otherwise nullptr.
-const KernelTable* kernels_for(const char* name);
+// The tables this CPU can run, the plainest first, the default last; at least one.
+struct KernelTables {
+  const KernelTable* const* tables;
+  size_t count;
 
-// Usable tables, the plainest first, the default last. Returns how many of the 3 entries are set.
-int usable_kernels(const KernelTable* tables[3]);
+  const KernelTable* const* begin() const { return tables; }
+  const KernelTable* const* end() const { return tables + count; }
+};
+KernelTables usable_kernels();
+
+// Their names, separated by spaces.
+const char* usable_names();
+
+// The table of that name if this build has it and this CPU can run it, otherwise nullptr.
+inline const KernelTable* kernels_for(const char* name) {
+  for (const KernelTable* table : usable_kernels()) {
+    if (std::strcmp(table->name, name) == 0) return table;
+  }
+  return nullptr;
+}
 
 }  // namespace dfssm

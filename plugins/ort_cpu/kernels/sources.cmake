@@ -6,27 +6,32 @@ set(DFSSM_KERNEL_SOURCES
     "${DFSSM_KERNEL_DIR}/dispatch.cpp"
     "${DFSSM_KERNEL_DIR}/kernels__scalar.cpp"
     "${DFSSM_KERNEL_DIR}/packing.cpp")
-set_source_files_properties(${DFSSM_KERNEL_SOURCES} PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+set(DFSSM_KERNEL_FLAGS -ffp-contract=off)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # gcc's own AVX-512 intrinsics trip these (gcc bug 105593).
+  list(APPEND DFSSM_KERNEL_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+set_source_files_properties(${DFSSM_KERNEL_SOURCES} PROPERTIES COMPILE_OPTIONS "${DFSSM_KERNEL_FLAGS}")
+
+# dfssm_isa(NAME FEATURE...): the kernel table NAME, made by float__NAME.cpp and matmul__NAME.cpp, for CPUs with
+# these features, as gcc names them: -mFEATURE compiles for one, __builtin_cpu_supports("FEATURE") asks for it.
+set(isas "// Written by kernels/sources.cmake: DFSSM_ISA(name, whether this CPU can run it), the plainest first.\n")
+macro(dfssm_isa name)
+  set(DFSSM_SOURCES_${name} "${DFSSM_KERNEL_DIR}/float__${name}.cpp" "${DFSSM_KERNEL_DIR}/matmul__${name}.cpp")
+  set(flags ${ARGN})
+  list(TRANSFORM flags PREPEND "-m")
+  set_source_files_properties(${DFSSM_SOURCES_${name}} PROPERTIES COMPILE_OPTIONS "${DFSSM_KERNEL_FLAGS};${flags}")
+  list(APPEND DFSSM_KERNEL_SOURCES ${DFSSM_SOURCES_${name}})
+  set(supported ${ARGN})
+  list(TRANSFORM supported REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")")
+  list(JOIN supported " && " supported)
+  string(APPEND isas "DFSSM_ISA(${name}, ${supported})\n")
+endmacro()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(DFSSM_AVX2_SOURCES
-      "${DFSSM_KERNEL_DIR}/float__avx2.cpp"
-      "${DFSSM_KERNEL_DIR}/matmul__avx2.cpp")
-  set_source_files_properties(${DFSSM_AVX2_SOURCES} PROPERTIES
-      COMPILE_OPTIONS "-ffp-contract=off;-mavx2;-mfma;-mf16c")
-
-  set(DFSSM_AVX512_SOURCES
-      "${DFSSM_KERNEL_DIR}/float__avx512vnni.cpp"
-      "${DFSSM_KERNEL_DIR}/matmul__avx512vnni.cpp")
-  set(DFSSM_AVX512_FLAGS
-      -ffp-contract=off -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni)
-  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    # gcc's own AVX-512 intrinsics trip these (gcc bug 105593).
-    list(APPEND DFSSM_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
-  endif()
-  set_source_files_properties(${DFSSM_AVX512_SOURCES} PROPERTIES COMPILE_OPTIONS "${DFSSM_AVX512_FLAGS}")
-
-  list(APPEND DFSSM_KERNEL_SOURCES ${DFSSM_AVX2_SOURCES} ${DFSSM_AVX512_SOURCES})
-  set_source_files_properties("${DFSSM_KERNEL_DIR}/dispatch.cpp" PROPERTIES
-      COMPILE_DEFINITIONS "DFSSM_X86_KERNELS=1")
+  dfssm_isa(avx2 avx2 fma f16c)
+  dfssm_isa(avx512vnni avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni)
 endif()
+
+set(DFSSM_KERNEL_INCLUDES "${DFSSM_KERNEL_DIR}" "${CMAKE_CURRENT_BINARY_DIR}/kernels")
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/kernels/isas.h" CONTENT "${isas}" @ONLY)

@@ -93,11 +93,7 @@ class Arguments {
 
   const KernelTable& table(const std::string& isa) const {
     if (const KernelTable* table = kernels_for(isa.c_str())) return *table;
-    const KernelTable* usable[3];
-    const int n = usable_kernels(usable);
-    std::string names;
-    for (int i = 0; i < n; ++i) names += std::string(i ? ", " : "") + usable[i]->name;
-    fail("isa is '" + isa + "'; this CPU can use " + names);
+    fail("isa is '" + isa + "'; this CPU can use: " + usable_names());
   }
 
   // `out` if it is given and fits, otherwise a new array.
@@ -413,10 +409,8 @@ py::array interleave_up16_array(const py::array& up) {
 }
 
 std::vector<std::string> isas() {
-  const KernelTable* usable[3];
-  const int n = usable_kernels(usable);
   std::vector<std::string> names;
-  for (int i = 0; i < n; ++i) names.emplace_back(usable[i]->name);
+  for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
   return names;
 }
 
