@@ -50,10 +50,8 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 
 def run(environment: Path, *command: str) -> subprocess.CompletedProcess:
-    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DFSSM_ORT_LIBRARY")}
     return subprocess.run(
-        [environment / "bin" / command[0], *command[1:]],
-        env=variables,
+        [ROOT / "scripts/clean_env.sh", environment / "bin" / command[0], *command[1:]],
         cwd=environment,
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """The set-up scripts, without a network: what they ask apt for, and what they say when they cannot go on."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -303,3 +304,15 @@ def test_the_torch_that_is_there_stays(torch_machine, installed, calls):
     assert "torch==2.13.0\n" in (ROOT / "requirements/torch.txt").read_text()
     made, result = torch_machine(local=True, installed=installed)
     assert result.returncode == 0 and len(made) == calls
+
+
+def test_a_clean_environment_keeps_what_a_machine_needs_alone():
+    kept = {"PATH": os.environ["PATH"], "HOME": "/nowhere", "LC_ALL": "C.UTF-8", "PIP_CERT": "a b", "HTTPS_PROXY": "p"}
+    dropped = {"DFSSM_ISA": "scalar", "PYTHONPATH": "x", "CXXFLAGS": "-O0", "OMP_NUM_THREADS": "9", "LD_PRELOAD": "",
+               "MAKEFLAGS": "k", "odd.name": "1\nPATH=2"}  # fmt: skip
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    command = [ROOT / "scripts/clean_env.sh", "env", "DFSSM_ISA=avx2", sys.executable, "-c", code]
+    done = subprocess.run(command, env=kept | dropped, capture_output=True, text=True, check=True)
+    left = json.loads(done.stdout)
+    assert left.items() >= (kept | {"DFSSM_ISA": "avx2"}).items()
+    assert not left.keys() & (dropped.keys() - {"DFSSM_ISA", "odd.name"})
