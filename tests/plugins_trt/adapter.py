@@ -1,5 +1,5 @@
-"""The TensorRT plugins under ONNX Runtime, on the host emulation (tests/tools/cuda_emulation/ort/): built once, and sessions
-that run a lowered graph with them.
+"""The TensorRT plugins under ONNX Runtime, on the host emulation (tests/tools/cuda_emulation/ort/): built once, and
+sessions that run a lowered graph with them.
 """
 
 import fcntl

@@ -1,5 +1,5 @@
-"""The CUDA kernels of plugins/trt on the host emulation (tests/tools/cuda_emulation/emulation.h): built, and called with
-NumPy arrays by op name, so that a test can put them beside opset's references.
+"""The CUDA kernels of plugins/trt on the host emulation (tests/tools/cuda_emulation/emulation.h): built, and called
+with NumPy arrays by op name, so that a test can put them beside opset's references.
 """
 
 import ctypes
