@@ -18,8 +18,7 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine, State
-
-from .machine import process_memory
+from dfssm.runtime.machine import process_memory
 
 
 def script(vocab_size: int, prompt: int, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,13 +12,13 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine
+from dfssm.runtime.machine import instruction_sets, machine, packages
 from dfssm.targets import get_target
+from dfssm.targets.ledger import weight_bytes_of_step
 
 from .bandwidth import Bandwidth
 from .child import follow_script, run_child
 from .device import CopyBandwidth, bench_batches, first_gpu
-from .ledger import weight_bytes_of_step
-from .machine import instruction_sets, machine, packages
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
 # matter; the scalar kernels take seconds a token at 1.3B.

@@ -12,9 +12,9 @@ import numpy as np
 
 from dfssm.runtime import Engine
 from dfssm.targets import cuda
+from dfssm.targets.ledger import sizes, weight_bytes_of_step
 
 from . import gpu
-from .ledger import sizes, weight_bytes_of_step
 
 BATCHES = (1, 8, 32, 128)
 

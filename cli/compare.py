@@ -25,7 +25,7 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     """
     bundle, model = paths.bundle(bundle), paths.student(model)
     require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
-    from dfssm.bench.comparison import compare as run
+    from dfssm.verify.bundle import compare_bundle
 
     with tqdm(desc="compare", disable=None, leave=False) as bar:
 
@@ -33,7 +33,7 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = run(bundle, model, tokens, progress)
+        result = compare_bundle(bundle, model, tokens, progress)
     print_result(result, as_json, _text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)

@@ -23,7 +23,7 @@ def doctor(as_json: bool) -> None:
 
 def examine() -> dict:
     """The findings, as in docs/json.md."""
-    from dfssm.bench.machine import instruction_sets, machine, packages
+    from dfssm.runtime.machine import instruction_sets, machine, packages
     from dfssm.targets import TARGETS, get_target
 
     probes = {name: get_target(name).probe() for name in TARGETS}

@@ -25,8 +25,8 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 def _bundle(folder: Path) -> dict:
-    from dfssm.bench.ledger import model_bytes
     from dfssm.targets.bundle import check_files, read_manifest
+    from dfssm.targets.ledger import model_bytes
 
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=False)
@@ -44,8 +44,8 @@ def _bundle(folder: Path) -> dict:
 
 def _model(path: Path) -> dict:
     require(PACKAGES)
-    from dfssm.bench.ledger import ROLES, role
     from dfssm.model.checkpoint import load_student_tensors
+    from dfssm.targets.ledger import ROLES, role
 
     config, tensors = load_student_tensors(path)
     sizes = dict.fromkeys(ROLES, 0)

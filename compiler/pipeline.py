@@ -183,7 +183,7 @@ def verify(job: Job) -> None:
     """
     if not job.request.verify:
         return
-    from .verify import verify_bundle
+    from dfssm.verify.bundle import verify_bundle
 
     runner = next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
     found = verify_bundle(runner, job.stage, job.request.model, job.state_dtype, _step(job, "verify"))

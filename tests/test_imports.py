@@ -58,6 +58,9 @@ def test_the_tree_keeps_the_import_contracts(lint_tree):
         ("opset/packing.py", "import dfssm.model", "Imports go down this list"),
         ("model/config.py", "from dfssm.targets import TARGETS", "know no target"),
         ("export/graph.py", "import dfssm.runtime", "Imports go down this list"),
+        ("runtime/engine.py", "import dfssm.verify", "Imports go down this list"),
+        ("verify/graph.py", "import dfssm.compiler", "Imports go down this list"),
+        ("verify/graph.py", "import dfssm.bench", "Imports go down this list"),
         ("targets/session.py", "from dfssm.model import config", "does not know how it was made"),
         ("runtime/engine.py", "def late():\n    import torch", "does not know how it was made"),
         ("runtime/state.py", "import onnx", "where onnx is not installed"),
@@ -116,7 +119,8 @@ def test_the_package_offers_its_api_lazily():
 
 
 @pytest.mark.parametrize(
-    "module", ["dfssm", "dfssm.cli.main", "dfssm.compiler.cli", "dfssm.runtime", "dfssm.eval.perplexity"]
+    "module",
+    ["dfssm", "dfssm.cli.main", "dfssm.compiler.cli", "dfssm.runtime", "dfssm.eval.perplexity", "dfssm.verify"],
 )
 def test_commands_start_light(module):
     code = f"import sys, {module}\nprint(*(m for m in ('torch', 'onnx', 'transformers') if m in sys.modules))"

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from dfssm.bench import decode
 from dfssm.bench.bandwidth import Bandwidth
 from dfssm.bench.child import follow_script, run_child
-from dfssm.bench.machine import machine, process_memory
 from dfssm.cli.main import dfssm
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
+from dfssm.runtime.machine import machine, process_memory
 
 
 def test_the_figures_hang_together(tiny_bundle):

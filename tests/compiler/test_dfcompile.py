@@ -14,13 +14,13 @@ import torch
 
 from dfssm.compiler import cli, pipeline
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.compiler.verify import SEED, TOKENS
 from dfssm.export.builder import GraphBuilder
 from dfssm.model.checkpoint import save_student
 from dfssm.opset import DfssmError
 from dfssm.opset.schema import OPS, STATE_DTYPES
 from dfssm.targets import TARGETS, get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
+from dfssm.verify.bundle import SEED, TOKENS
 
 PASSES = ["load", "lower", "export", "write", "build", "verify", "finish"]
 
@@ -340,28 +340,22 @@ def test_wrong_wiring_is_found(op, changes, words, model, command, monkeypatch):
 
 def test_states_are_carried(model, command, monkeypatch):
     """States of two layers exchanged on their way out: right in the prefill, wrong at the first step after it."""
-    from dfssm.compiler import verify
+    from dfssm.verify import bundle
 
-    run = verify._run
+    run = bundle.run
 
-    def crossed(session, ids, calls, advance):
-        class Session:
-            get_inputs, get_outputs = session.get_inputs, session.get_outputs
+    def crossed(infer, *arguments):
+        a, b = "ssm_state.0", "ssm_state.1"
+        return run(lambda feeds: infer(feeds | {a: feeds[b], b: feeds[a]}), *arguments)
 
-            def run(self, names, feeds):
-                a, b = "ssm_state.0", "ssm_state.1"
-                return session.run(names, feeds | {a: feeds[b], b: feeds[a]})
-
-        return run(Session(), ids, calls, advance)
-
-    monkeypatch.setattr(verify, "_run", crossed)
+    monkeypatch.setattr(bundle, "run", crossed)
     fails(command(model, "--target", "ort-cpu"), "of /layers.0/scan")
 
 
 def test_shipped_graph_must_agree(model, command, monkeypatch):
-    from dfssm.compiler import verify
+    from dfssm.verify import bundle
 
-    run, count = verify._run, []
+    run, count = bundle.run, []
 
     def drifting(*args):
         outputs = run(*args)
@@ -369,7 +363,7 @@ def test_shipped_graph_must_agree(model, command, monkeypatch):
         outputs["logits"][-1] = outputs["logits"][-1] + (len(count) == 2) * 1e-3
         return outputs
 
-    monkeypatch.setattr(verify, "_run", drifting)
+    monkeypatch.setattr(bundle, "run", drifting)
     fails(command(model, "--target", "ort-cpu"), "model.onnx gives other logits than its ops do one by one")
 
 

@@ -7,13 +7,15 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dfssm.targets.ort_cpu import installed_library
+
+from .threads import default_threads
+
 PACKAGES = ("dfssm", "numpy", "onnxruntime", "tokenizers", "onnx", "torch", "polygraphy")
 
 
 def machine() -> dict:
     """CPU, cores and threads to use, memory in bytes, operating system."""
-    from dfssm.runtime.threads import default_threads
-
     return {
         "cpu": _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine(),
         "cores": default_threads(),
@@ -37,8 +39,6 @@ def packages() -> dict[str, str | None]:
 
 def instruction_sets() -> list[str]:
     """The kernels' instruction sets that this CPU can run, slowest first; empty without the op library."""
-    from dfssm.targets.ort_cpu import installed_library
-
     library = installed_library()
     return library.isas() if library else []
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.bench.ledger import ROLES, model_bytes, role, weight_bytes_of_step
 from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16
 from dfssm.targets import get_target
+from dfssm.targets.ledger import ROLES, model_bytes, role, weight_bytes_of_step
 
 CONFIGS = [
     tiny.CONFIG,

@@ -1,0 +1,222 @@
+"""Bundles against their students: `verify_bundle` raises at the first op that is off, `compare_bundle` tells of all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from dfssm.model.student import DFSSMLM, load_student
+from dfssm.opset import DfssmError
+from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
+from dfssm.targets import get_target
+from dfssm.targets.bundle import MODEL, check_files, read_manifest
+
+from .difference import Difference
+from .graph import TAPPED, Array, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
+from .student import Compare, Follower
+
+TOKENS = 64
+"""Of the prefill that `verify_bundle` runs."""
+
+SEED = 0
+
+STEPS = 4
+"""At most so many of the tokens of `compare_bundle` are read one by one: both kinds of kernels."""
+
+Progress = Callable[[int, int], None]
+Open = Callable[[str], tuple[Infer, Feeds]]
+"""Opens a graph of a bundle by its file name; also gives the states of one sequence that has read nothing."""
+
+
+def verify_bundle(
+    target: ModuleType, folder: Path, model: Path, state_dtype: str, progress: Progress
+) -> dict[str, Any]:
+    """Compare the graph in `folder`, opened by `target`, with the student in the file `model`, op by op.
+
+    The bundle is given TOKENS seeded random tokens as a prefill and `target.VERIFY_STEPS` more as single steps. Each
+    module of the student gets what the bundle computed before it, wired as the student is, and what it makes of that is
+    compared with what the bundle made. Last, the graph as it ships must give the outputs of the tapped one.
+
+    Returns the manifest's `verification` (docs/format.md). Raises DfssmError naming the op that is off. For as long as
+    it takes, a file lies in `folder`.
+    """
+    student = load_student(model, state_dtype)
+    found: dict[str, Difference] = {}
+
+    def open_graph(name: str) -> tuple[Infer, Feeds]:
+        session = target.open_session(folder, model=name)
+        return inference(session), zero_states(session)
+
+    def compare(tap: Tap, output: str, ours: Array, bundle: Array) -> None:
+        of_state = output in tap.outputs[1:]
+        name = tap.op if output == "logits" else f"{tap.op}.{'new_state' if of_state else output.rpartition('/')[2]}"
+        if name not in found:
+            found[name] = Difference(_op_tolerance(tap.op, "new_state" if of_state else "y", student, state_dtype))
+        difference = found[name]
+        difference.add(bundle, ours)
+        if not difference.passed:
+            raise DfssmError(
+                f"the bundle does not compute what the student does: {name} of {tap.node} is off by "
+                f"{difference.max_rel:.3g} of its largest value, allowed is {difference.tolerance.relative:.3g} "
+                f"({difference.tolerance.reason})"
+            )
+
+    taps = write_tapped(folder / MODEL, folder)
+    taps = [tap for tap in taps if tap.op != "Residual"]
+    calls = [TOKENS] + [1] * target.VERIFY_STEPS
+    try:
+        other = _follow(open_graph, student, taps, lambda tap: True, calls, compare, progress)
+    finally:
+        (folder / TAPPED).unlink()
+    if other:
+        raise DfssmError(f"{MODEL} gives other {other} than its ops do one by one: run the command again to confirm")
+    return {
+        "passed": True,
+        "tokens": TOKENS,
+        "steps": target.VERIFY_STEPS,
+        "seed": SEED,
+        "max_abs": max(difference.max_abs for difference in found.values()),
+        "max_rel": max(difference.max_rel for difference in found.values()),
+        "outputs": {name: difference.figures() for name, difference in found.items()},
+    }
+
+
+def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -> dict[str, Any]:
+    """Compare `bundle` with the student in `model` over `tokens` tokens, layer by layer: as docs/json.md has it.
+
+    A layer of the student gets the hidden state and the recurrent states that the bundle had there, so an error shows
+    in the layer where it arises; within a layer errors pass on. Raises DfssmError when the two are not of one config.
+    """
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    if MODEL not in manifest.files:
+        raise DfssmError(
+            f"{bundle} is a TensorRT engine, which shows no inner values: compare a bundle of another target"
+        )
+    student = load_student(model, manifest.state_dtype)
+    if student.config.to_dict() != manifest.config:
+        raise DfssmError(f"{bundle} was not compiled from {model}: their configs differ")
+    found: dict[str, Difference] = {}
+
+    steps = min(STEPS, tokens // 2)
+    calls = [tokens - steps] + [1] * steps
+
+    def compare(tap: Tap, output: str, ours: Array, bundle: Array) -> None:
+        of_state = output in tap.outputs[1:]
+        name = output if of_state or output == "logits" else tap.name
+        if name not in found:
+            found[name] = Difference(*_layer_tolerances(name, student, manifest.state_dtype))
+        cuts = [] if of_state else np.cumsum(calls)[:-1]  # a share is one of the largest value of its call
+        for pair in zip(np.split(bundle, cuts, axis=1), np.split(ours, cuts, axis=1), strict=True):
+            found[name].add(*pair)
+
+    target = get_target(manifest.target)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
+        for name in manifest.files:
+            _link_or_copy(bundle / name, folder / name)
+
+        def open_graph(name: str) -> tuple[Infer, Feeds]:
+            session = target.open_session(folder, model=name)
+            return stack.enter_context(OnnxrtRunner(session, name=name)).infer, zero_states(session)
+
+        taps = [tap for tap in write_tapped(folder / MODEL, folder) if tap.node.startswith("/layers.")]
+        other = _follow(open_graph, student, taps, lambda tap: tap.op == "Residual", calls, compare, progress)
+    figures = {name: _all_figures(difference) for name, difference in found.items()}
+    return {
+        "max_abs": found["logits"].max_abs,
+        "max_rel": found["logits"].max_rel,
+        "tokens": tokens,
+        "passed": not other and all(difference.passed for difference in found.values()),
+        "identical": not other,
+        "outputs": {name: figures[name] for name in ("logits", *figures) if not name.startswith("layers.")},
+        "layers": {name: figures[name] for name in figures if name.startswith("layers.")},
+    }
+
+
+def _follow(
+    open_graph: Open,
+    student: DFSSMLM,
+    taps: list[Tap],
+    held: Callable[[Tap], bool],
+    calls: list[int],
+    compare: Compare,
+    progress: Progress,
+) -> str:
+    """Run the tapped graph, the student after it, and the graph as it ships; `compare` is called for each value.
+
+    Returns the first output in which the two graphs differ by as much as a bit, "" where none does.
+    """
+    ids = np.random.default_rng(SEED).integers(0, student.config.vocab_size, (1, sum(calls)))
+    total, done = 2 * len(calls) + len(student.layers), 0
+
+    def advance(*_: object) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    tapped = run(*open_graph(TAPPED), ids, calls, advance)
+    for layer in student.layers:
+        layer.register_forward_hook(advance)
+    follower = Follower(student, tapped, calls, compare)
+    logits = follower.run(taps, held, ids)
+    head = Tap("/lm_head", "logits", "", ("logits",))
+    compare(head, "logits", logits.numpy(), follower.tokens("logits"))
+    shipped = run(*open_graph(MODEL), ids, calls, advance)
+    return next((name for name in shipped if not all(map(np.array_equal, shipped[name], tapped[name]))), "")
+
+
+def _op_tolerance(op: str, output: str, student: DFSSMLM, state_dtype: str) -> Tolerance:
+    """What an op on equal inputs allows, with the sizes of this model."""
+    c = student.config
+    if op == "Embedding":
+        return reduction(1)
+    if op == "logits":
+        return op_tolerance("Int8MatMul", {})
+    sizes = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": TOKENS}
+    sizes |= {"state": STATE_DTYPES[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
+    return op_tolerance(op, sizes, output)
+
+
+def _layer_tolerances(name: str, student: DFSSMLM, state_dtype: str) -> tuple[Tolerance, Tolerance | None]:
+    """What a value may be off at worst, and typically, where a layer on equal inputs made it.
+
+    A state has no typical error: it adds up all tokens, those with a flipped activation among them.
+    """
+    noise = reduction(student.config.d_inner)
+    if name.endswith(".norm"):
+        return noise, noise  # nothing is rounded before it
+    worst = model_tolerance(1, student.config.d_model)
+    if "_state_out." not in name:
+        return worst, noise
+    if name.startswith("ssm_state_out."):
+        rounding = op_tolerance("SelectiveScanStep", {"T": 1, "state": STATE_DTYPES[state_dtype]}, "new_state")
+        worst = Tolerance(worst.relative + rounding.relative, f"{worst.reason}; {rounding.reason}")
+    return worst, None
+
+
+def _all_figures(difference: Difference) -> dict[str, Any]:
+    return difference.figures() | {
+        "typical_rel": difference.typical_rel,
+        "typical_tolerance": difference.typical and difference.typical.relative,
+        "passed": difference.passed,
+    }
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # A hard link, for ONNX Runtime refuses weights that a symbolic link fetches from another folder.
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,89 @@
+"""The bundle's side: a copy of its graph that shows the values inside, and running it from zero states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from dfssm.opset import DOMAIN
+from dfssm.targets.bundle import MODEL
+
+TAPPED = f"tapped.{MODEL}"
+"""The bundle's graph with the taps among its outputs: beside the bundle's files while they are verified."""
+
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
+Infer = Callable[[Feeds], Mapping[str, Array]]
+Values = dict[str, list[Array]]  # name of a graph's output -> its values, call by call
+
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A node whose outputs a module of the student computes too: `outputs` are its value, then its new states."""
+
+    node: str  # "/layers.0/scan"
+    op: str  # of ai.dfssm; "Embedding" and "Residual" for what standard ops compute
+    module: str  # of the student: "layers.0.scan"
+    outputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """`node` with dots."""
+        return _dotted(self.node)
+
+
+def write_tapped(source: Path, folder: Path) -> list[Tap]:
+    """Write the graph `source` with all its taps as outputs to `folder`/TAPPED. Returns the taps in its order.
+
+    The head has none: its value is the output `logits`.
+    """
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    taps = []
+    for node in graph.node:
+        if node.name == "/embed/mul":
+            taps.append(Tap("/embed", "Embedding", "embedding", tuple(node.output)))
+        elif node.name.endswith("/residual"):
+            layer = node.name.removesuffix("/residual")
+            taps.append(Tap(node.name, "Residual", _dotted(layer), tuple(node.output)))
+        elif node.domain == DOMAIN and node.op_type != "Int8MatMul":
+            taps.append(Tap(node.name, node.op_type, _dotted(node.name), tuple(node.output)))
+    inside = {name for tap in taps for name in tap.outputs}
+    graph.output.extend(value for value in graph.value_info if value.name in inside)
+    onnx.save(model, folder / TAPPED)
+    return taps
+
+
+def inference(session: Any) -> Infer:
+    """An ONNX Runtime session as a function from feeds to outputs."""
+    names = [value.name for value in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def zero_states(session: Any) -> Feeds:
+    """The inputs of `session` for one sequence that has read nothing, all but `input_ids`."""
+    inputs = [value for value in session.get_inputs() if value.name != "input_ids"]
+    return {value.name: np.zeros([1, *value.shape[1:]], _NUMPY_TYPES[value.type]) for value in inputs}
+
+
+def run(infer: Infer, states: Feeds, ids: Array, calls: list[int], advance: Callable[[], None]) -> Values:
+    """`ids` i64[1,T] in `calls` of so many tokens each, from `states` on. `advance` is called after each call."""
+    values: Values = {}
+    for piece in np.split(ids, np.cumsum(calls)[:-1], axis=1):
+        outputs = infer({"input_ids": piece} | states)
+        for name, value in outputs.items():
+            values.setdefault(name, []).append(value)
+        states = {name: outputs[name.replace(".", "_out.")] for name in states}  # ssm_state.3: ssm_state_out.3
+        advance()
+    return values
+
+
+def _dotted(name: str) -> str:
+    return name[1:].replace("/", ".")
