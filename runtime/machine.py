@@ -14,7 +14,7 @@ from .threads import default_threads
 PACKAGES = ("dfssm", "numpy", "onnxruntime", "tokenizers", "onnx", "torch", "polygraphy")
 
 
-def machine() -> dict:
+def machine() -> dict[str, str | int | None]:
     """CPU, cores and threads to use, memory in bytes, operating system."""
     return {
         "cpu": _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine(),
@@ -28,7 +28,7 @@ def machine() -> dict:
 
 def packages() -> dict[str, str | None]:
     """Versions of what dfssm uses; None = not installed."""
-    found = {}
+    found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -70,4 +70,4 @@ def _first(pattern: str, path: str) -> str | None:
 def _kilobytes(key: str, path: str) -> int | None:
     """The line `key: n kB` of a file in /proc, in bytes."""
     number = _first(rf"^{key}:\s*(\d+) kB$", path)
-    return number and int(number) * 1024
+    return None if number is None else int(number) * 1024
