@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from dfssm.model.config import DFSSMConfig, Mamba2Config
+from dfssm.model.tensors import FLOAT, LAYER, ROWS, SCAFFOLD, weights
 
 PAPER_TOKENS = 32_000_000  # of the published recipe, both stages
 
@@ -84,15 +85,19 @@ class Options:
 
 def parameters(config: Mamba2Config) -> dict[str, int]:
     """Numbers by part: of the student in training for a DFSSMConfig, of the teacher for a Mamba2Config."""
-    c = config
-    shapes = ((c.d_in_proj, c.d_model), (c.d_model, c.d_inner))
-    projections = sum(m * k for m, k in shapes)
-    if isinstance(c, DFSSMConfig):
-        scales = sum(m for m, _ in shapes)
-        projections = c.planes * (projections + scales) + c.rank * sum(m + k for m, k in shapes)
-    rest = c.d_model + c.d_inner + c.conv_dim * (c.d_conv + 1) + 3 * c.nheads
-    tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    return {"projections": c.n_layer * projections, "tables": tables, "rest": c.n_layer * rest + c.d_model}
+    counts = {"projections": 0, "tables": 0, "rest": 0}
+    for weight in weights(config):
+        size = math.prod(weight.shape(config))
+        if weight.form == SCAFFOLD and isinstance(config, DFSSMConfig):  # latents, scales, low rank
+            m, k = weight.shape(config)
+            size = config.planes * (size + m) + config.rank * (m + k)
+        counts[{SCAFFOLD: "projections", ROWS: "tables", FLOAT: "rest"}[weight.form]] += size
+    return counts
+
+
+def _projections(config: Mamba2Config) -> list[tuple[int, ...]]:
+    """Outputs and inputs of each projection of a layer."""
+    return [weight.shape(config) for weight in LAYER if weight.form == SCAFFOLD]
 
 
 def kept_of_layer(config: DFSSMConfig, tokens: int, bf16: bool = True, soft: bool = False) -> dict[str, float]:
@@ -151,8 +156,8 @@ class Work:
 def work(config: DFSSMConfig, options: Options) -> Work:
     """What a token of training costs."""
     c, o = config, options
-    weights = c.d_in_proj * c.d_model + c.d_model * c.d_inner
-    low_rank = c.rank * (c.d_in_proj + c.d_inner + 2 * c.d_model)
+    scaffold = sum(m * k for m, k in _projections(c))
+    low_rank = c.rank * sum(m + k for m, k in _projections(c))
     length, group = min(c.chunk_size, o.tokens), c.ngroups * c.d_state
     scan = 2 * length * (group + c.d_inner) + 4 * c.d_state * c.d_inner
     head = 2 * c.vocab_size * c.d_model
@@ -163,17 +168,17 @@ def work(config: DFSSMConfig, options: Options) -> Work:
         return {"bf16" if o.bf16 else "tf32": flops}
 
     # Codes are exact in TF32; gradients and the teacher's products are of the type of autocast; the scan's are fp32.
-    forward = Work(tf32=2 * (c.planes * weights + low_rank), fp32=scan, moved=moved["forward"])
-    backward = Work(**cast(2 * (c.planes + 1) * weights + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
+    forward = Work(tf32=2 * (c.planes * scaffold + low_rank), fp32=scan, moved=moved["forward"])
+    backward = Work(**cast(2 * (c.planes + 1) * scaffold + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
     layer = forward * (2 if o.checkpointing else 1) + backward
     total = Work(tf32=head) + Work(**cast(2 * head))
     if o.teacher:
-        layer += Work(**cast(2 * weights), fp32=scan, moved=moved["teacher"])
+        layer += Work(**cast(2 * scaffold), fp32=scan, moved=moved["teacher"])
         total += Work(**cast(head))
     table = _TABLE_MOVED / min(o.chunk, o.micro_tokens) + _TABLE_PREPARED / o.micro_tokens
     logits = _LOGITS_MOVED * c.vocab_size + table * c.vocab_size * c.d_model
     times = _SCAFFOLD_MOVED["forward"] * (2 if o.checkpointing else 1) + _SCAFFOLD_MOVED["backward"]
-    scaffolds = times * c.n_layer * c.planes * weights / o.micro_tokens
+    scaffolds = times * c.n_layer * c.planes * scaffold / o.micro_tokens
     return layer * c.n_layer + total + Work(moved=FP32 * (logits + scaffolds))
 
 
@@ -228,9 +233,10 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
     kept = kept_of_layer(config, o.tokens, o.bf16, o.soft)
     counts, n, logits = parameters(config), o.micro_tokens, FP32 * config.vocab_size * min(o.chunk, o.micro_tokens)
     trained, table = FP32 * sum(counts.values()), FP32 * config.vocab_size * config.d_model
-    projections = (config.d_in_proj + config.d_inner) * config.d_model
-    soft = projections * (config.planes * (FP32 + 1) + (2 if o.bf16 else FP32)) if o.soft else 0
-    layer = sum(kept.values()) * n + soft
+    layer = sum(kept.values()) * n
+    if o.soft:
+        scaffold = sum(m * k for m, k in _projections(config))
+        layer += scaffold * (config.planes * (FP32 + 1) + (2 if o.bf16 else FP32))
 
     memory = {
         "weights in training, fp32": trained / o.world,

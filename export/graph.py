@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dfssm.model.config import DFSSMConfig
+from dfssm.model.tensors import PARTS, SCAFFOLD
 from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
 from dfssm.opset.schema import LAYOUT_CANONICAL, STATE_DTYPES
@@ -135,10 +136,9 @@ class _StepGraph:
 
     def scaffold(self, x: ir.Value, tensors: str, rows: int, name: str) -> ir.Value:
         """The projection whose packed tensors are `tensors`.*: [B,T,K] -> [B,T,rows]."""
-        parts = ("bits", "scale", "down", "down_scale", "up", "up_scale")
         (y,) = self.g.dfssm(
             "BinaryScaffoldMatMul",
-            [x, *(self.g.weight(f"{tensors}.{part}") for part in parts)],
+            [x, *(self.g.weight(f"{tensors}.{part}") for part in PARTS[SCAFFOLD])],
             [(F32, ("B", "T", rows))],
             name,
             planes=self.config.planes,

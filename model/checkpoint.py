@@ -26,41 +26,14 @@ from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
 from .config import DFSSMConfig
+from .tensors import student_tensors
 
 FORMAT, VERSION = "dfssm", 1
 
 
 def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor of a student of this configuration, in the order of the file."""
-    planes = (config.planes,) if config.planes > 1 else ()
-    vocab, width, inner, rank = config.vocab_size, config.d_model, config.d_inner, config.rank
-    f32, i8, u8 = torch.float32, torch.int8, torch.uint8
-
-    def table(name: str) -> dict[str, tuple]:
-        return {f"{name}.weight": ((vocab, width), i8), f"{name}.scale": ((vocab,), f32)}
-
-    def projection(name: str, k: int, m: int) -> dict[str, tuple]:
-        return {
-            f"{name}.bits": ((*planes, m, k // 8), u8),
-            f"{name}.scale": ((*planes, m), f32),
-            f"{name}.down": ((rank, k), i8),
-            f"{name}.down_scale": ((rank,), f32),
-            f"{name}.up": ((m, rank), i8),
-            f"{name}.up_scale": ((m,), f32),
-        }
-
-    specs = table("embedding")
-    for i in range(config.n_layer):
-        layer = f"layers.{i}"
-        specs[f"{layer}.norm.weight"] = ((width,), f32)
-        specs |= projection(f"{layer}.in_proj", width, config.d_in_proj)
-        specs[f"{layer}.conv.weight"] = ((config.conv_dim, config.d_conv), f32)
-        specs[f"{layer}.conv.bias"] = ((config.conv_dim,), f32)
-        specs |= {f"{layer}.scan.{name}": ((config.nheads,), f32) for name in ("A_log", "D", "dt_bias")}
-        specs[f"{layer}.gated_norm.weight"] = ((inner,), f32)
-        specs |= projection(f"{layer}.out_proj", inner, width)
-    specs["norm_f.weight"] = ((width,), f32)
-    return specs if config.tie_embeddings else specs | table("lm_head")
+    return {name: (t.shape, getattr(torch, t.dtype)) for name, t in student_tensors(config).items()}
 
 
 def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) -> None:

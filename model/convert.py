@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from .config import DFSSMConfig, Mamba2Config
-from .quant import quantize
+from .quant import quantize_rows
 from .student import DFSSMLM, BinaryLinear
-from .teacher import Mamba2LM
+from .teacher import Mamba2LM, initial
+from .tensors import ROWS, SCAFFOLD, weights
 
 
 def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,11 +77,11 @@ def student_from_teacher(
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
     student = DFSSMLM(config).to(teacher.norm_f.weight.device)
     shared = dict(teacher.state_dict())
-    for i in range(config.n_layer):
-        for name in ("in_proj", "out_proj"):
-            path = f"layers.{i}.{name}"
-            linear = binary_linear_from(shared.pop(f"{path}.weight"), rank, planes, sizes and sizes[path])
-            setattr(student.layers[i], name, linear)
+    for weight in weights(config):
+        if weight.form == SCAFFOLD:
+            path = weight.name.removesuffix(".weight")
+            linear = binary_linear_from(shared.pop(weight.name), rank, planes, sizes[path] if sizes else None)
+            student.set_submodule(path, linear)
     student.load_state_dict(student.state_dict() | shared)
     return student
 
@@ -91,17 +93,17 @@ def convert(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> tuple[DFSSMCo
     Returns the configuration and the tensors of model.pt; one projection is held in fp32 at a time.
     """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
-    tensors = {}
-    for name, value in teacher.state_dict().items():
-        prefix, _, last = name.rpartition(".")
-        if prefix.endswith(("in_proj", "out_proj")):
+    floats, tensors = teacher.state_dict(), {}
+    for weight in weights(config):
+        value = floats[weight.name]
+        if weight.form == SCAFFOLD:
             exported = binary_linear_from(value, rank, planes).export_tensors()
-            tensors |= {f"{prefix}.{key}": tensor for key, tensor in exported.items()}
-        elif prefix in ("embedding", "lm_head") and last == "weight":
-            q, scale = quantize(value)
-            tensors |= {f"{prefix}.weight": q.to(torch.int8), f"{prefix}.scale": scale[:, 0].clone()}
+            tensors |= {weight.part(name): tensor for name, tensor in exported.items()}
+        elif weight.form == ROWS:
+            q, scale = quantize_rows(value)
+            tensors |= {weight.name: q.to(torch.int8), weight.part("scale"): scale.clone()}
         else:
-            tensors[name] = value.float().clone()
+            tensors[weight.name] = value.float().clone()
     return config, tensors
 
 
@@ -116,9 +118,8 @@ def init_student(
     """
     config = shape if isinstance(shape, DFSSMConfig) else DFSSMConfig.from_teacher(shape, rank, planes)
     g = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
 
-    def uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(shape).uniform_(low, high, generator=g)
 
     def codes(*shape: int) -> Tensor:
@@ -126,38 +127,35 @@ def init_student(
 
     code_std = 127 / math.sqrt(3)  # of the uniform codes
 
-    def table(name: str) -> None:
-        tensors[f"{name}.weight"] = codes(config.vocab_size, config.d_model)
-        std = 2 / math.sqrt(config.d_model)
-        tensors[f"{name}.scale"] = uniform((config.vocab_size,), 0.8, 1.2) * (std / code_std)
+    def rows(vocab: int, width: int) -> dict[str, Tensor]:
+        std = 2 / math.sqrt(width)
+        return {"weight": codes(vocab, width), "scale": uniform(0.8, 1.2, vocab) * (std / code_std)}
 
-    def projection(name: str, k: int, m: int, gain: float) -> None:
+    def scaffold(m: int, k: int, gain: float) -> dict[str, Tensor]:
         lead = (config.planes,) if config.planes > 1 else ()
         std = gain / math.sqrt(k)  # of a weight
-        tensors[f"{name}.bits"] = torch.randint(0, 256, (*lead, m, k // 8), dtype=torch.uint8, generator=g)
-        tensors[f"{name}.scale"] = uniform((*lead, m), 0.5, 1.5) * (std / math.sqrt(config.planes))
-        tensors[f"{name}.down"] = codes(config.rank, k)
-        tensors[f"{name}.down_scale"] = uniform((config.rank,), 0.5, 1.5) * (1 / math.sqrt(k) / code_std)
-        tensors[f"{name}.up"] = codes(m, config.rank)
         correction = 0.3 * gain / math.sqrt(max(config.rank, 1)) / code_std
-        tensors[f"{name}.up_scale"] = uniform((m,), 0.5, 1.5) * (correction if config.rank else 0.0)
+        return {
+            "bits": torch.randint(0, 256, (*lead, m, k // 8), dtype=torch.uint8, generator=g),
+            "scale": uniform(0.5, 1.5, *lead, m) * (std / math.sqrt(config.planes)),
+            "down": codes(config.rank, k),
+            "down_scale": uniform(0.5, 1.5, config.rank) * (1 / math.sqrt(k) / code_std),
+            "up": codes(m, config.rank),
+            "up_scale": uniform(0.5, 1.5, m) * (correction if config.rank else 0.0),
+        }
 
-    table("embedding")
-    for i in range(config.n_layer):
-        layer = f"layers.{i}"
-        step = uniform((config.nheads,), math.log(1e-3), math.log(0.1)).exp()
-        bound = 1 / math.sqrt(config.d_conv)
-        tensors[f"{layer}.norm.weight"] = torch.ones(config.d_model)
-        projection(f"{layer}.in_proj", config.d_model, config.d_in_proj, gain=1.0)
-        # fp16 numbers, as in the published checkpoints
-        tensors[f"{layer}.conv.weight"] = uniform((config.conv_dim, config.d_conv), -bound, bound).half().float()
-        tensors[f"{layer}.conv.bias"] = uniform((config.conv_dim,), -bound, bound).half().float()
-        tensors[f"{layer}.scan.A_log"] = uniform((config.nheads,), 1.0, 16.0).log()
-        tensors[f"{layer}.scan.D"] = torch.ones(config.nheads)
-        tensors[f"{layer}.scan.dt_bias"] = step + torch.log(-torch.expm1(-step))  # inverse of softplus
-        tensors[f"{layer}.gated_norm.weight"] = torch.ones(config.d_inner)
-        projection(f"{layer}.out_proj", config.d_inner, config.d_model, gain=1 / math.sqrt(config.n_layer))
-    tensors["norm_f.weight"] = torch.ones(config.d_model)
-    if not config.tie_embeddings:
-        table("lm_head")
+    tensors: dict[str, Tensor] = {}
+    for _, layer in groupby(weights(config), lambda weight: weight.name.split(".")[:2]):
+        # A layer's dt_bias is drawn first: it was when the seeds got their students.
+        for weight in sorted(layer, key=lambda weight: weight.init != "dt_bias"):
+            size = weight.shape(config)
+            if weight.form == SCAFFOLD:
+                gain = 1 / math.sqrt(config.n_layer) if weight.init == "residual" else 1.0
+                tensors |= {weight.part(name): tensor for name, tensor in scaffold(*size, gain).items()}
+            elif weight.form == ROWS:
+                tensors |= {weight.part(name): tensor for name, tensor in rows(*size).items()}
+            else:
+                value = initial(weight.init, size, config.d_conv, g)
+                # fp16 numbers, as in the published checkpoints
+                tensors[weight.name] = value.half().float() if weight.role == "convolution" else value
     return config, tensors

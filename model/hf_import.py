@@ -24,24 +24,10 @@ from .checkpoint import atomic_write
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
 from .teacher import Mamba2LM
+from .tensors import EMBEDDING, HEAD, weights
 
 CONFIG_FILE, WEIGHTS_FILE = paths.CONFIG, WEIGHTS[0]
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-# Ours -> theirs, inside a layer. The layouts agree but for the embedding: singular in mamba_ssm.
-_LAYER_NAMES = {
-    "norm.weight": "norm.weight",
-    "in_proj.weight": "mixer.in_proj.weight",
-    "conv.weight": "mixer.conv1d.weight",
-    "conv.bias": "mixer.conv1d.bias",
-    "scan.A_log": "mixer.A_log",
-    "scan.D": "mixer.D",
-    "scan.dt_bias": "mixer.dt_bias",
-    "gated_norm.weight": "mixer.norm.weight",
-    "out_proj.weight": "mixer.out_proj.weight",
-}
-_EMBEDDING, _EMBEDDING_MAMBA_SSM = "backbone.embeddings.weight", "backbone.embedding.weight"
-_HEAD = "lm_head.weight"
 
 
 def load_teacher(path: str | Path) -> Mamba2LM:
@@ -52,24 +38,24 @@ def load_teacher(path: str | Path) -> Mamba2LM:
     """
     path = paths.teacher(path)
     config, conv_bias = read_config(path / CONFIG_FILE)
-    with torch.device("meta"):
-        model = Mamba2LM(config)
     source = _weights_path(path)
     tensors = _read_weights(source)
-    if _EMBEDDING_MAMBA_SSM in tensors and _EMBEDDING not in tensors:
-        tensors[_EMBEDDING] = tensors.pop(_EMBEDDING_MAMBA_SSM)
+    if EMBEDDING.alias in tensors and EMBEDDING.source not in tensors:
+        tensors[EMBEDDING.source] = tensors.pop(EMBEDDING.alias)
     if config.tie_embeddings:
         _drop_tied_head(source, tensors)
-    weights = {}
-    for name, parameter in model.state_dict().items():
-        if name.endswith(".conv.bias") and not conv_bias:
-            weights[name] = torch.zeros(parameter.shape)
+    loaded = {}
+    for weight in weights(config):
+        if weight.name.endswith("conv.bias") and not conv_bias:
+            loaded[weight.name] = torch.zeros(weight.shape(config))
         else:
-            shape = _source_shape(name, parameter)
-            weights[name] = _take(source, tensors, _source_name(name), shape).view(parameter.shape)
+            tensor = _take(source, tensors, weight.source, weight.source_shape(config))
+            loaded[weight.name] = tensor.view(weight.shape(config))
     if tensors:
         raise DfssmError(f"{source}: tensor {min(tensors)} does not belong to the model of {CONFIG_FILE}")
-    model.load_state_dict(weights, assign=True)
+    with torch.device("meta"):
+        model = Mamba2LM(config)
+    model.load_state_dict(loaded, assign=True)
     return model
 
 
@@ -84,33 +70,15 @@ def save_teacher(model: Mamba2LM, path: str | Path, dtype: torch.dtype = torch.f
         raise DfssmError(f"{path}: the model is a DF-SSM student, not a teacher; save it as model.pt")
     if dtype not in _FLOATS:
         raise DfssmError(f"{path}: dtype {dtype} is not supported; choose {' or '.join(_FLOATS.values())}")
-    tensors = {}
-    for name, value in model.state_dict().items():
-        source = _source_name(name)
-        tensor = value.detach().to("cpu", dtype).reshape(_source_shape(name, value)).contiguous()
+    values, tensors = model.state_dict(), {}
+    for weight in weights(model.config):
+        tensor = values[weight.name].to("cpu", dtype).reshape(weight.source_shape(model.config)).contiguous()
         if not tensor.isfinite().all():
-            raise DfssmError(f"{path}: {source} has values that {_FLOATS[dtype]} cannot hold; use float32")
-        tensors[source] = tensor
+            raise DfssmError(f"{path}: {weight.source} has values that {_FLOATS[dtype]} cannot hold; use float32")
+        tensors[weight.source] = tensor
     config = json.dumps(hf_config(model.config, _FLOATS[dtype]), indent=2, sort_keys=True) + "\n"
     atomic_write(path / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     atomic_write(path / CONFIG_FILE, lambda temporary: temporary.write_text(config))
-
-
-def _source_name(name: str) -> str:
-    if name == "embedding.weight":
-        return _EMBEDDING
-    if name == "lm_head.weight":
-        return _HEAD
-    if name.startswith("layers."):
-        _, index, rest = name.split(".", 2)
-        return f"backbone.layers.{index}.{_LAYER_NAMES[rest]}"
-    return f"backbone.{name}"
-
-
-def _source_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Both layouts hold the convolution as nn.Conv1d does, [C,1,W]."""
-    shape = tuple(tensor.shape)
-    return (shape[0], 1, shape[1]) if name.endswith("conv.weight") else shape
 
 
 def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
@@ -130,9 +98,9 @@ def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int,
 
 def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:
     """A tied checkpoint may hold its embedding a second time, under the head's name."""
-    head, embedding = tensors.pop(_HEAD, None), tensors.get(_EMBEDDING)
+    head, embedding = tensors.pop(HEAD.source, None), tensors.get(EMBEDDING.source)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise DfssmError(f"{source}: {_HEAD} is not the embedding, yet {CONFIG_FILE} ties them; untie them there")
+        raise DfssmError(f"{source}: {HEAD.source} is not the embedding, yet {CONFIG_FILE} ties them; untie them there")
 
 
 def _weights_path(folder: Path) -> Path:

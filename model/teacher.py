@@ -75,34 +75,48 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
 
 
+def initial(init: str, shape: tuple[int, ...], d_conv: int, generator: torch.Generator | None = None) -> Tensor:
+    """Initial values of a weight that stays float, by its `init` in the table: those of mamba_ssm, f32[shape].
+
+    A uniform in [1, 16], step size log-uniform in [0.001, 0.1], the convolution as nn.Conv1d with one input channel a
+    group; all else is 1.
+    """
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    if init == "conv":
+        bound = 1 / math.sqrt(d_conv)
+        return uniform(-bound, bound)
+    if init == "A_log":
+        return uniform(1.0, 16.0).log()
+    if init == "dt_bias":
+        step = uniform(math.log(1e-3), math.log(0.1)).exp()
+        return step + torch.log(-torch.expm1(-step))  # inverse of softplus
+    return torch.ones(shape)
+
+
 class CausalConv1d(nn.Module):
     """functional.causal_conv1d, with SiLU, and its parameters: [B,T,channels] and a state to the same."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        bound = 1.0 / math.sqrt(width)  # what nn.Conv1d draws from for one input channel a group
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.weight = nn.Parameter(initial("conv", (channels, width), width))
+        self.bias = nn.Parameter(initial("conv", (channels,), width))
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return causal_conv1d(x, state, self.weight, self.bias)
 
 
 class SelectiveScan(nn.Module):
-    """The SSM of one layer: the recurrence for a single token, the chunked form for more.
-
-    Initial values as mamba_ssm: A uniform in [1, 16], step size log-uniform in [0.001, 0.1], D = 1.
-    """
+    """The SSM of one layer: the recurrence for a single token, the chunked form for more."""
 
     round_state: Callable[[Tensor], Tensor] | None = None  # of ssd_chunked, for training
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
-        heads = config.nheads
-        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
-        self.D = nn.Parameter(torch.ones(heads))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        dt_bias, A_log, D = (initial(init, (config.nheads,), config.d_conv) for init in ("dt_bias", "A_log", "ones"))
+        self.A_log, self.D, self.dt_bias = nn.Parameter(A_log), nn.Parameter(D), nn.Parameter(dt_bias)
         self.ngroups, self.dt_limit, self.chunk_size = config.ngroups, config.dt_limit, config.chunk_size
 
     def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
