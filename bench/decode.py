@@ -13,6 +13,7 @@ import numpy as np
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import instruction_sets, machine, packages
+from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
 from dfssm.targets.ledger import weight_bytes_of_step
 
@@ -61,7 +62,8 @@ def bench(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
             runners |= _open_peer(peer, engine, Path(folder))
         series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
-    on_gpu = engine.manifest.target == "trt"
+    backend = engine.backend
+    on_gpu = isinstance(backend, TensorRTBackend)
 
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
@@ -87,11 +89,11 @@ def bench(
             for name in runners
         },
         "gpu": _gpu(engine) if on_gpu else None,
-        "batches": bench_batches(engine, tokens, rounds, progress) if on_gpu else [],
+        "batches": bench_batches(engine, backend, tokens, rounds, progress) if on_gpu else [],
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,
-        "isa": get_target(engine.manifest.target).probe().uses.get("isa"),
+        "isa": _isa(engine),
         "prompt": prompt,
         "tokens": tokens,
         "rounds": rounds,
@@ -115,7 +117,7 @@ def check_outputs(bundle: str, engine: Engine) -> dict:
     actual = follow_script(engine, engine.new_state(), prompt, steps)
     with tempfile.TemporaryDirectory(prefix="dfssm-check-") as folder:
         file = str(Path(folder) / "logits.npy")
-        if engine.manifest.target == "ort-cpu":
+        if _isa(engine):
             reference = "scalar kernels"
             run_child(bundle, engine.threads, prompt, steps, logits=file, isa="scalar")
         else:
@@ -164,8 +166,14 @@ def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress
 def _probe(engine: Engine) -> Bandwidth | CopyBandwidth:
     """Of the memory that the bundle runs from."""
     size = weight_bytes_of_step(engine.config, engine.manifest.layout)
-    on_gpu = engine.manifest.target == "trt"
-    return CopyBandwidth(engine.backend.cuda, size) if on_gpu else Bandwidth(size, engine.threads)
+    if isinstance(engine.backend, TensorRTBackend):
+        return CopyBandwidth(engine.backend.cuda, size)
+    return Bandwidth(size, engine.threads)
+
+
+def _isa(engine: Engine) -> str | None:
+    """The instruction set of our kernels that run the bundle; None where it runs in others."""
+    return get_target(engine.manifest.target).probe().uses.get("isa")
 
 
 def _gpu(engine: Engine) -> dict:

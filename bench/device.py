@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dfssm.runtime import Engine
+from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import cuda
 from dfssm.targets.ledger import sizes, weight_bytes_of_step
 
@@ -67,10 +68,12 @@ def first_gpu() -> str:
     return gpus[0].name if gpus else "unknown GPU"
 
 
-def bench_batches(engine: Engine, tokens: int, rounds: int, progress: Callable[[int, int], None]) -> list[dict]:
+def bench_batches(
+    engine: Engine, backend: TensorRTBackend, tokens: int, rounds: int, progress: Callable[[int, int], None]
+) -> list[dict]:
     """For every batch size that the engine takes: the step alone, whose logits stay on the device, and its floor."""
-    batches = [batch for batch in BATCHES if batch <= engine.backend.max_batch]
-    probe = CopyBandwidth(engine.backend.cuda, weight_bytes_of_step(engine.config, engine.manifest.layout))
+    batches = [batch for batch in BATCHES if batch <= backend.max_batch]
+    probe = CopyBandwidth(backend.cuda, weight_bytes_of_step(engine.config, engine.manifest.layout))
     results = []
     for batch in batches:
         results.append(_bench(engine, probe, batch, tokens, rounds))

@@ -49,16 +49,16 @@ def _why_not(probes: dict) -> dict[str, str]:
     from dfssm.compiler.pipeline import PACKAGES as OF_COMPILER
     from dfssm.distill import PACKAGES as OF_TRAINING
     from dfssm.eval.suite import PACKAGES as OF_TASKS
-    from dfssm.targets import trt
+    from dfssm.targets import get_target
 
     cpu = probes["ort-cpu"].why_not
     return {
-        "run": cpu,
+        "run": get_target("ort-cpu").why_not_run(),
         "compile": lacking(*OF_COMPILER) or cpu,
         "train": lacking(OF_TRAINING),
         "evaluate": lacking(OF_TASKS) or cpu,
         "tensorrt_build": lacking(*OF_COMPILER, probes["trt"].needs) or probes["trt"].why_not,
-        "tensorrt_run": trt.why_not_run(),
+        "tensorrt_run": get_target("trt").why_not_run(),
     }
 
 

@@ -25,11 +25,10 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 def _bundle(folder: Path) -> dict:
-    from dfssm.targets.bundle import check_files, read_manifest
+    from dfssm.targets.bundle import open_bundle
     from dfssm.targets.ledger import model_bytes
 
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, hashes=False)
+    manifest = open_bundle(folder, hashes=False)
     return {
         "path": str(folder),
         "target": manifest.target,

@@ -2,21 +2,27 @@
 
 import json
 import sys
+from collections.abc import Callable
 
 import click
 from tqdm import tqdm
 
 from dfssm.opset import DfssmError
+from dfssm.targets import TARGETS, get_target
 
 from .pipeline import Report, Request, compile_model
 
-_OF_TARGET: list[str] = []  # names of the options that only some target has
 
-
-def _for_trt(flag: str, help: str, **attributes):
-    """An option that only target trt has; one that is not given does not count."""
-    _OF_TARGET.append(flag.strip("-").replace("-", "_"))
-    return click.option(flag, help=f"trt: {help}", **attributes)
+def _options_of_targets(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds a flag for every option that some target declares; one that is not given is None or False."""
+    declared = [(target, option) for target in TARGETS for option in get_target(target).OPTIONS]
+    for target, option in reversed(declared):  # as decorators are applied
+        is_flag, is_path = option.default is False, option.default is None
+        default = option.default_text or ("" if is_flag or is_path else option.default)
+        help = f"{target}: {option.help}" + (f"  [default: {default}]" if default else "")
+        kind = None if is_flag else click.Path() if is_path else type(option.default)
+        command = click.option(option.flag, is_flag=is_flag, type=kind, metavar=option.metavar, help=help)(command)
+    return command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,28 +30,19 @@ def _for_trt(flag: str, help: str, **attributes):
 @click.option(
     "--target",
     required=True,
-    help="ort-cpu: ONNX Runtime with our CPU kernels. onnx: portable, slow. trt: a TensorRT engine.",
+    help=" ".join(f"{name}: {get_target(name).SUMMARY}." for name in TARGETS),
 )
 @click.option("-o", "--output", type=click.Path(), help="Bundle to make.  [default: ./MODEL-TARGET]")
 @click.option("--state-dtype", help="fp32, fp16 or int8: how the SSM state is stored.  [default: by target]")
 @click.option("--tokenizer", type=click.Path(), help="[default: tokenizer.json beside MODEL, if any]")
 @click.option("--verify/--no-verify", default=True, help="Compare the bundle with the student.  [default: verify]")
 @click.option("--force", is_flag=True, help="Replace the output if it is a bundle.")
-@_for_trt("--builder", help="auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).  [default: auto]")
-@_for_trt("--sm", metavar="LIST", help="GPUs to build for, as 86,89.  [default: the one here, else all]")
-@_for_trt("--max-batch", type=int, metavar="N", help="Most sequences of a call.  [default: 1]")
-@_for_trt("--max-tokens", type=int, metavar="N", help="Most tokens of a call.  [default: 512]")
-@_for_trt("--lowering", help="plugin (our kernels) or native (no plugin, one token a call).  [default: plugin]")
-@_for_trt("--timing-cache", type=click.Path(), help="File of kernel timings to read and write.")
-@_for_trt("--version-compatible", is_flag=True, help="Runs in later versions of TensorRT, too.")
-@_for_trt("--hardware-compatible", is_flag=True, help="Runs on other GPUs from Ampere on, too (tensorrt).")
-@_for_trt("--embed-plugins", is_flag=True, help="The engine holds the plugin library.")
-@_for_trt("--strip-weights", is_flag=True, help="The engine holds no weights; refit it where it runs.")
+@_options_of_targets
 @click.version_option(package_name="dfssm")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(as_json: bool, **options) -> None:
     """Compile MODEL (model.pt or model.safetensors) into a bundle: a folder that dfssm runs."""
-    given = {name: options.pop(name) for name in _OF_TARGET}
+    given = {option.name: options.pop(option.name) for name in TARGETS for option in get_target(name).OPTIONS}
     of_target = {name: value for name, value in given.items() if value is not None and value is not False}
     with _Bars() as bars:
         report = compile_model(Request(**options, options=of_target), bars)

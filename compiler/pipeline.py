@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from dfssm.export import PACKAGES as OF_EXPORT
@@ -15,7 +14,7 @@ from dfssm.model import PACKAGES as OF_MODEL
 from dfssm.opset import DfssmError, paths
 from dfssm.opset.extras import require
 from dfssm.opset.schema import STATE_DTYPES
-from dfssm.targets import get_target
+from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MANIFEST, MODEL, TOKENIZER, Manifest, file_entry
 
 from .staging import check_output, staged, writing
@@ -63,7 +62,7 @@ class Job:
     """The state that the passes hand on. Each pass reads what earlier ones left and fills in its own part."""
 
     request: Request
-    target: ModuleType
+    target: Target
     state_dtype: str
     tokenizer: Path | None
     stage: Path
@@ -117,7 +116,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     if state_dtype not in STATE_DTYPES:
         raise DfssmError(f"unknown state dtype '{state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
     for name in request.options:
-        if name not in target.OPTIONS:
+        if name not in {option.name for option in target.OPTIONS}:
             raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")
     request = replace(request, model=paths.student(request.model))
     tokenizer = _find_tokenizer(request)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dfssm.targets import get_target, has_engine
 from dfssm.targets.bundle import Manifest
 
 from .state import Layout, State
@@ -45,10 +46,14 @@ class Backend(Protocol):
 
 def open_backend(folder: Path, manifest: Manifest, threads: int) -> Backend:
     """The backend of the bundle's target. DfssmError when it cannot run here."""
-    if manifest.target == "trt":
+    target = get_target(manifest.target)
+    if has_engine(target):
+        from .cuda import Cuda
         from .tensorrt import TensorRTBackend
 
-        return TensorRTBackend.open(folder, manifest)
+        target.check(folder, manifest)
+        cuda = Cuda()
+        return TensorRTBackend(target.open_engine(folder, manifest), cuda)
     from .ort import OrtBackend
 
-    return OrtBackend.open(folder, manifest, threads)
+    return OrtBackend(target.open_session(folder, threads=threads), in_place=target.IN_PLACE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
-from dfssm.targets.bundle import TOKENIZER, Manifest, check_files, read_manifest
+from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 
 from .backend import Backend, Binding, open_backend
 from .generation import Generation
@@ -53,8 +53,7 @@ class Engine:
         Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
         folder, threads = Path(path), threads or default_threads()
-        manifest = read_manifest(folder)
-        check_files(folder, manifest, hashes=verify_hashes)
+        manifest = open_bundle(folder, hashes=verify_hashes)
         return cls(folder, manifest, open_backend(folder, manifest, threads), threads)
 
     @cached_property

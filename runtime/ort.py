@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnxruntime
-
-from dfssm.targets import get_target
-from dfssm.targets.bundle import Manifest
 
 from .memory import trim
 from .state import Layout, State
@@ -33,11 +28,6 @@ class OrtBackend:
             for tensor in session.get_inputs()
             if tensor.name not in ("input_ids", "logits_to_keep")
         }
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest, threads: int) -> OrtBackend:
-        session = get_target(manifest.target).open_session(folder, threads=threads)
-        return cls(session, in_place=manifest.target == "ort-cpu")
 
     def bind(self, state: State) -> OrtBinding:
         return OrtBinding(self.session, state, self._in_place)

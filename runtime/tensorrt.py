@@ -8,17 +8,13 @@ the engine itself declares that an output lies on its input (the plugins' `getAl
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
-from dfssm.targets import get_target
-from dfssm.targets.bundle import Manifest
 
-from .cuda import Cuda
 from .state import Layout, State
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
@@ -46,14 +42,6 @@ class TensorRTBackend:
         self.max_batch, self.max_tokens = engine.get_tensor_profile_shape("input_ids", last)[2]
         # Contexts and the stream are one for all states, which may be run from several threads.
         self.lock = Lock()
-
-    @classmethod
-    def open(cls, folder: Path, manifest: Manifest) -> TensorRTBackend:
-        """Load the bundle's engine. DfssmError when this machine has no device, or the engine is not for it."""
-        target = get_target(manifest.target)
-        target.check(folder, manifest)
-        cuda = Cuda()
-        return cls(target.open_engine(folder, manifest), cuda)
 
     def step_context(self, batch: int) -> Any:
         """The context for T = 1 with `batch` rows, of the engine's first profile."""

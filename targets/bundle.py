@@ -13,7 +13,7 @@ from dfssm.opset import DfssmError, paths
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 
-from . import TARGETS
+from . import TARGETS, get_target
 
 FORMAT = "dfssm-bundle"
 VERSION = 1
@@ -46,7 +46,7 @@ class Manifest:
     @property
     def weights(self) -> str:
         """Name of the file that holds the weights: its hash tells one model from another."""
-        return ENGINE if self.target == "trt" else DATA
+        return get_target(self.target).WEIGHTS
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -90,11 +90,22 @@ def read_manifest(folder: str | Path) -> Manifest:
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
         if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise DfssmError(f"{path}: the entry of file '{name}' is not valid: compile the model again")
-    if bool(manifest.engine) != (manifest.target == "trt"):
-        raise DfssmError(f"{path}: key 'engine' is for target trt, and needed there: compile the model again")
-    for name in (ENGINE,) if manifest.target == "trt" else (MODEL, DATA):
+    target = get_target(manifest.target)
+    if bool(manifest.engine) != target.IS_ENGINE:
+        engines = ", ".join(name for name in TARGETS if get_target(name).IS_ENGINE)
+        raise DfssmError(f"{path}: key 'engine' is for target {engines}, and needed there: compile the model again")
+    for name in target.FILES:
         if name not in manifest.files:
             raise DfssmError(f"{path}: no entry for {name}: compile the model again")
+    return manifest
+
+
+def open_bundle(folder: str | Path, hashes: bool = True) -> Manifest:
+    """The manifest of a bundle whose files are those that it lists: `read_manifest`, then `check_files`. Whatever opens
+    a bundle begins here.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes)
     return manifest
 
 

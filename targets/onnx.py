@@ -3,17 +3,22 @@
 It runs wherever ONNX runs, through the function bodies: exact, and slow, since they unpack the bits at every step.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from __future__ import annotations
 
-import onnxruntime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from .bundle import DATA, MODEL
-from .session import Probe, create_session, session_options
+from .session import create_session, session_options
+from .target import Option, Probe, Progress, Tensors
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 NAME = "onnx"
+SUMMARY = "portable, slow"
 LAYOUT = LAYOUT_CANONICAL
 
 # What every ONNX backend has; nobody picks this target for its speed.
@@ -21,21 +26,33 @@ DEFAULT_STATE_DTYPE = "fp32"
 
 # A step of 1.3B takes half a minute through the bodies. Prefill, one call, is verified over as many tokens as ever.
 VERIFY_STEPS = 1
-OPTIONS = ()
 VERIFIED_BY = (NAME,)
+OPTIONS: tuple[Option, ...] = ()
+
+IS_ENGINE = False
+FILES = (MODEL, DATA)
+WEIGHTS = DATA
+IN_PLACE = False  # a function body in stock ops reads what it has written
 
 
-def probe() -> Probe:
+def probe(**options: Any) -> Probe:
     """Always usable: ONNX Runtime is a dependency of dfssm."""
+    import onnxruntime
+
     return Probe(NAME, {"onnxruntime": onnxruntime.__version__})
 
 
-def lower(tensors: Mapping) -> Mapping:
+def why_not_run() -> str:
+    """As `probe` says."""
+    return ""
+
+
+def lower(tensors: Tensors) -> Tensors:
     """The tensors as they are: model.pt holds the canonical layout."""
     return tensors
 
 
-def build(folder: Path, progress=None) -> tuple[list[str], dict]:
+def build(folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
     """Nothing to add to the graph."""
     return [MODEL, DATA], {}
 

@@ -3,13 +3,15 @@
 Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar kernels: right, and slow.
 """
 
+from __future__ import annotations
+
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 
 from dfssm.opset import DOMAIN, OPS, VERSION, DfssmError
 from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
@@ -18,9 +20,14 @@ from dfssm.opset.schema import LAYOUT_ROW16
 from .bundle import DATA, MODEL
 from .cpu_library import CpuLibrary
 from .library import locate
-from .session import Probe, create_session, one_line, session_options
+from .session import create_session, one_line, session_options
+from .target import Option, Probe, Progress, Tensors
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 NAME = "ort-cpu"
+SUMMARY = "ONNX Runtime with our CPU kernels"
 LAYOUT = LAYOUT_ROW16
 
 # Decode is bound by bytes moved, and the state is read and written at every token: fp16 halves the largest item of the
@@ -28,8 +35,13 @@ LAYOUT = LAYOUT_ROW16
 DEFAULT_STATE_DTYPE = "fp16"
 
 VERIFY_STEPS = 8
-OPTIONS = ()
 VERIFIED_BY = (NAME,)
+OPTIONS: tuple[Option, ...] = ()
+
+IS_ENGINE = False
+FILES = (MODEL, DATA)
+WEIGHTS = DATA
+IN_PLACE = True
 
 LIBRARY = "libdfssm_ort_cpu.so"
 LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
@@ -48,8 +60,10 @@ class _Relaid:
         return self._relay(np.asarray(self._source))
 
 
-def probe() -> Probe:
+def probe(**options: Any) -> Probe:
     """The op library and the instruction set that `open_session` would use here."""
+    import onnxruntime
+
     uses = {"onnxruntime": onnxruntime.__version__, "machine": platform.machine()}
     try:
         library = find_library()
@@ -58,6 +72,11 @@ def probe() -> Probe:
     except DfssmError as error:
         return Probe(NAME, uses, str(error))
     return Probe(NAME, uses)
+
+
+def why_not_run() -> str:
+    """What is wrong with the op library."""
+    return probe().why_not
 
 
 def find_library(folder: Path | None = None) -> Path:
@@ -78,10 +97,10 @@ def installed_library() -> CpuLibrary | None:
         return None
 
 
-def lower(tensors: Mapping) -> Mapping:
+def lower(tensors: Tensors) -> Tensors:
     """`tensors` (name -> array, canonical) with each `bits` and `up` in layout 1, re-laid when it is read."""
     relays = {"bits": to_row16, "up": up_to_row16}
-    lowered = dict(tensors)
+    lowered: dict[str, Any] = dict(tensors)
     for name, tensor in tensors.items():
         relay = relays.get(name.rpartition(".")[2])
         if relay:
@@ -89,7 +108,7 @@ def lower(tensors: Mapping) -> Mapping:
     return lowered
 
 
-def build(folder: Path, progress=None) -> tuple[list[str], dict]:
+def build(folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
     """Copies the op library into `folder`, so that the bundle runs where only ONNX Runtime is installed."""
     shutil.copyfile(find_library(), folder / LIBRARY)
     return [MODEL, DATA, LIBRARY], {}
@@ -129,6 +148,8 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        import onnxruntime
+
         raise DfssmError(
             f"{library} does not load into ONNX Runtime {onnxruntime.__version__} ({one_line(error)}): "
             f"reinstall dfssm, or compile the model again if this is a bundle's copy"

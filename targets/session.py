@@ -1,32 +1,20 @@
 """Opening a step graph in ONNX Runtime, the part that all targets running there share."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from __future__ import annotations
 
-import onnxruntime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dfssm.opset import DfssmError
-from dfssm.opset.extras import Needs
 
-
-@dataclass(frozen=True)
-class Probe:
-    """What this machine has for a target: `uses` maps parts to what would be used; `why_not` is "" if it is usable.
-    `needs`: the packages that building takes besides those of the compiler.
-    """
-
-    target: str
-    uses: dict[str, str] = field(default_factory=dict)
-    why_not: str = ""
-    needs: Needs = field(default_factory=dict)
-
-    @property
-    def usable(self) -> bool:
-        return not self.why_not
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Options for a step graph; `threads` = 0 lets ONNX Runtime take one a physical core."""
+    import onnxruntime
+
     if threads < 0:
         raise DfssmError(f"threads is {threads}: give 0 (one a core) or more")
     options = onnxruntime.SessionOptions()
@@ -44,8 +32,10 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def create_session(model: Path, options: onnxruntime.SessionOptions, **keywords) -> onnxruntime.InferenceSession:
+def create_session(model: Path, options: onnxruntime.SessionOptions, **keywords: Any) -> onnxruntime.InferenceSession:
     """The session of the graph `model` on the CPU. Raises DfssmError when ONNX Runtime refuses it."""
+    import onnxruntime
+
     if not model.is_file():
         raise DfssmError(f"{model} is missing: {model.parent} is not a complete bundle, compile the model again")
     try:

@@ -4,13 +4,14 @@ Built with TensorRT-RTX on any machine, or with TensorRT on one with a GPU; run 
 proves here is everything but the run: see `VERIFIED_BY` and docs/trt.md.
 """
 
+from __future__ import annotations
+
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dfssm.opset import DfssmError
 from dfssm.opset.extras import require
@@ -19,11 +20,16 @@ from dfssm.opset.schema import LAYOUT_CANONICAL
 from . import cuda
 from .bundle import ENGINE, MODEL, Manifest
 from .library import locate
-from .session import Probe
+from .target import Probe, Progress, Tensors
 from .trt_build import MODULES, Request
+from .trt_options import OPTIONS as OPTIONS
 from .trt_options import PACKAGES, SHIPPED, Options, Plan, installed, remedy, resolve
 
+if TYPE_CHECKING:
+    import onnxruntime
+
 NAME = "trt"
+SUMMARY = "a TensorRT engine"
 LAYOUT = LAYOUT_CANONICAL
 
 # As for ort-cpu: the state is the largest thing that a step reads and writes after the weights.
@@ -31,10 +37,13 @@ DEFAULT_STATE_DTYPE = "fp16"
 
 VERIFY_STEPS = 8
 
-OPTIONS = tuple(field.name for field in fields(Options))
-
 # The step graph from which the engine is built, run on the CPU: with our kernels where they are installed.
 VERIFIED_BY = ("ort-cpu", "onnx")
+
+IS_ENGINE = True
+FILES = (ENGINE,)
+WEIGHTS = ENGINE
+IN_PLACE = False  # as far as the target knows: the engine itself says which outputs lie on their inputs
 
 LIBRARY = "libdfssm_trt.so"
 LIBRARY_VARIABLE = "DFSSM_TRT_LIBRARY"
@@ -43,7 +52,7 @@ LOWERED = f"lowered.{MODEL}"
 """The graph that TensorRT's parser reads, beside the step graph while the engine is built."""
 
 
-def probe(**options) -> Probe:
+def probe(**options: Any) -> Probe:
     """The builder, library and GPU that these options of `dfcompile` come to here."""
     gpus, no_gpu = cuda.devices()
     uses = {"gpu": ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in gpus) or f"none, {no_gpu}"}
@@ -71,12 +80,12 @@ def find_library(folder: Path | None = None) -> Path:
     )
 
 
-def lower(tensors: Mapping) -> Mapping:
+def lower(tensors: Tensors) -> Tensors:
     """The tensors as they are: the plugins read the canonical layout."""
     return tensors
 
 
-def build(folder: Path, progress: Callable[[int, int], None] | None = None, **options) -> tuple[list[str], dict]:
+def build(folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
     """Lowers the step graph in `folder` and builds model.engine of it; copies the plugin library beside it.
 
     Returns the names of the bundle's files, which are these two, and the manifest's `engine`. Raises DfssmError when
@@ -132,7 +141,7 @@ def _request(plan: Plan, folder: Path) -> Request:
     )
 
 
-def _plan(options: dict) -> Plan:
+def _plan(options: dict[str, Any]) -> Plan:
     return resolve(Options(**options))
 
 
@@ -178,7 +187,7 @@ def check(folder: Path, manifest: Manifest) -> None:
         raise DfssmError(f"{made_for}; the GPU here is SM {sm}: compile with --sm {sm}")
 
 
-def open_engine(folder: Path, manifest: Manifest):
+def open_engine(folder: Path, manifest: Manifest) -> Any:
     """The bundle's engine as TensorRT's ICudaEngine, after `check`.
 
     Raises DfssmError when TensorRT refuses it or the plugin library.
@@ -197,7 +206,7 @@ def open_engine(folder: Path, manifest: Manifest):
     return opened
 
 
-def open_session(folder: str | Path, threads: int = 0, model: str = MODEL):
+def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
     """Raises DfssmError: what compares a graph's inner values asks for it, and an engine shows none."""
     raise DfssmError(f"{folder} is a TensorRT engine, not a graph for ONNX Runtime: use a bundle of --target ort-cpu")
 
@@ -209,15 +218,15 @@ def _load_plugins(trt: ModuleType, library: Path) -> None:
         raise DfssmError(f"{library} does not load into TensorRT {trt.__version__}: compile the model again")
 
 
-def _has_library(engine: dict) -> bool:
+def _has_library(engine: dict[str, Any]) -> bool:
     return engine["lowering"] == "plugin" and not engine["embed_plugins"]
 
 
-def _made_for(folder: Path, engine: dict) -> str:
+def _made_for(folder: Path, engine: dict[str, Any]) -> str:
     return f"{folder / ENGINE} is for {engine['builder']} {engine['version']}, SM {', '.join(map(str, engine['sm']))}"
 
 
-def _runs_in(engine: dict, version: str) -> bool:
+def _runs_in(engine: dict[str, Any], version: str) -> bool:
     """An engine runs in the TensorRT that built it; a version-compatible one in later ones of its major version."""
     # A wheel may have a suffix that TensorRT's own version has not: 10.14.1.48.post1.
     here, built = ([int(part) for part in text.split(".") if part.isdigit()] for text in (version, engine["version"]))

@@ -1,13 +1,15 @@
 """Options of `--target trt`, and what they come to on this machine: which builder, for which GPUs, why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dfssm.opset import DfssmError, paths
 
 from . import cuda
+from .target import Option
 from .trt_build import MODULES
 
 LOWERINGS = ("plugin", "native")
@@ -22,20 +24,28 @@ SHIPPED = "tensorrt-rtx"
 """The builder that dfssm[trt] holds."""
 
 
+def _option(default: str | int | bool | None, help: str, **texts: str) -> Any:
+    """A field of `Options`, with what makes an `Option` of it."""
+    return field(default=default, metadata={"default": default, "help": help, **texts})
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may choose; docs/trt.md says what each means. `sm` is a list as in "86,89"."""
 
-    builder: str = "auto"
-    sm: str = ""
-    lowering: str = "plugin"
-    max_batch: int = 1
-    max_tokens: int = 512
-    timing_cache: str | Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    embed_plugins: bool = False
-    strip_weights: bool = False
+    builder: str = _option("auto", "auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).")
+    sm: str = _option("", "GPUs to build for, as 86,89.", metavar="LIST", default_text="the one here, else all")
+    max_batch: int = _option(1, "Most sequences of a call.", metavar="N")
+    max_tokens: int = _option(512, "Most tokens of a call.", metavar="N")
+    lowering: str = _option("plugin", "plugin (our kernels) or native (no plugin, one token a call).")
+    timing_cache: str | Path | None = _option(None, "File of kernel timings to read and write.")
+    version_compatible: bool = _option(False, "Runs in later versions of TensorRT, too.")
+    hardware_compatible: bool = _option(False, "Runs on other GPUs from Ampere on, too (tensorrt).")
+    embed_plugins: bool = _option(False, "The engine holds the plugin library.")
+    strip_weights: bool = _option(False, "The engine holds no weights; refit it where it runs.")
+
+
+OPTIONS = tuple(Option(field.name, **field.metadata) for field in fields(Options))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
-from dfssm.targets import get_target
-from dfssm.targets.bundle import MODEL, check_files, read_manifest
+from dfssm.targets import Target, get_target
+from dfssm.targets.bundle import MODEL, open_bundle
 
 from .difference import Difference
 from .graph import TAPPED, Array, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
@@ -38,9 +37,7 @@ Open = Callable[[str], tuple[Infer, Feeds]]
 """Opens a graph of a bundle by its file name; also gives the states of one sequence that has read nothing."""
 
 
-def verify_bundle(
-    target: ModuleType, folder: Path, model: Path, state_dtype: str, progress: Progress
-) -> dict[str, Any]:
+def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, progress: Progress) -> dict[str, Any]:
     """Compare the graph in `folder`, opened by `target`, with the student in the file `model`, op by op.
 
     The bundle is given TOKENS seeded random tokens as a prefill and `target.VERIFY_STEPS` more as single steps. Each
@@ -51,7 +48,7 @@ def verify_bundle(
     it takes, a file lies in `folder`.
     """
     student = load_student(model, state_dtype)
-    config = cast(DFSSMConfig, student.config)  # the teacher's class has it as Mamba2Config
+    config = student.config
     found: dict[str, Difference] = {}
 
     def open_graph(name: str) -> tuple[Infer, Feeds]:
@@ -100,9 +97,9 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
-    if MODEL not in manifest.files:
+    manifest = open_bundle(bundle)
+    target = get_target(manifest.target)
+    if target.IS_ENGINE:
         raise DfssmError(
             f"{bundle} is a TensorRT engine, which shows no inner values: compare a bundle of another target"
         )
@@ -123,7 +120,6 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
         for pair in zip(np.split(bundle, cuts, axis=1), np.split(ours, cuts, axis=1), strict=True):
             found[name].add(*pair)
 
-    target = get_target(manifest.target)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
         for name in manifest.files:
@@ -185,7 +181,7 @@ def _op_tolerance(op: str, output: str, c: DFSSMConfig, state_dtype: str) -> Tol
         return reduction(1)
     if op == "logits":
         return op_tolerance("Int8MatMul", {})
-    sizes = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": TOKENS}
+    sizes: dict[str, Any] = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": TOKENS}
     sizes |= {"state": STATE_DTYPES[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
     return op_tolerance(op, sizes, output)
 

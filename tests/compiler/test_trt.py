@@ -17,7 +17,6 @@ from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, trt
 from dfssm.targets.bundle import check_files, read_manifest
-from dfssm.targets.trt_options import Options
 
 pytestmark = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
 
@@ -122,10 +121,3 @@ def test_errors_are_one_line(arguments, words, model, tmp_path, capsys, monkeypa
     status, out, err = run(capsys, model, "--target", "trt", "-o", tmp_path / "b", *arguments)
     assert status == 1 and out == "" and err.startswith("dfcompile: error: ") and err.count("\n") == 1
     assert words in err and not list(tmp_path.iterdir())
-
-
-def test_every_option_has_a_flag():
-    flags = {name for option in cli.command.params for name in option.opts}
-    assert {f"--{name.replace('_', '-')}" for name in trt.OPTIONS} <= flags
-    assert sorted(cli._OF_TARGET) == sorted(trt.OPTIONS)
-    assert Options().max_tokens == 512

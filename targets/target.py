@@ -1,0 +1,111 @@
+"""What a target of `dfcompile` is: an interface that one module a target has, its capabilities included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from dfssm.opset.extras import Needs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnxruntime import InferenceSession
+
+    from .bundle import Manifest
+
+Progress = Callable[[int, int], None]
+"""Called with how many steps are done, and of how many."""
+
+Tensors = Mapping[str, "np.ndarray[Any, Any]"]
+"""A model's tensors by their names in model.pt; an array may be made only when it is read."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that one target has, and so a flag of `dfcompile`. Its type is that of `default`; None: a path.
+
+    `default_text`: what the help says of the default where that is not the value.
+    """
+
+    name: str  # "max_batch" for --max-batch
+    default: str | int | bool | None
+    help: str
+    metavar: str | None = None
+    default_text: str = ""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What this machine has for a target: `uses` maps parts to what would be used; `why_not` is "" if it is usable.
+    `needs`: the packages that building takes besides those of the compiler.
+    """
+
+    target: str
+    uses: dict[str, str] = field(default_factory=dict)
+    why_not: str = ""
+    needs: Needs = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        return not self.why_not
+
+
+class Target(Protocol):
+    """A module of this folder, as `get_target` gives it. Importing one takes the standard library and NumPy only: the
+    runtime opens bundles through these modules, and help texts come from them.
+    """
+
+    NAME: str
+    SUMMARY: str  # for the help of --target
+    LAYOUT: int  # of the scaffold's bits, see `dfssm.opset.packing`
+    DEFAULT_STATE_DTYPE: str  # a --state-dtype
+    OPTIONS: tuple[Option, ...]
+    VERIFY_STEPS: int  # one-token steps that the verification runs, besides prefill
+    VERIFIED_BY: tuple[str, ...]
+    """Names of targets: the first one usable here runs the graph when it is verified. One whose bundles run on any
+    machine names itself."""
+    IS_ENGINE: bool
+    """Whether bundles hold an engine (then it is an `EngineTarget`) in the place of the step graph."""
+    FILES: tuple[str, ...]  # that every bundle has
+    WEIGHTS: str  # the one of them whose hash tells one model from another
+    IN_PLACE: bool  # a state may be written where it is read
+
+    def probe(self, **options: Any) -> Probe:
+        """What this machine has to build with these options, what would be used, why not."""
+
+    def why_not_run(self) -> str:
+        """What this machine lacks to run bundles; "" if nothing."""
+
+    def lower(self, tensors: Tensors) -> Tensors:
+        """The model's tensors as this target stores them, each made when it is read."""
+
+    def build(self, folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
+        """Makes what the bundle is to be of a folder that holds `model.onnx`: names of the bundle's files, and the
+        manifest's `engine`, {} without one. Raises DfssmError for options that cannot be met, or when building fails.
+        """
+
+    def open_session(self, folder: str | Path, threads: int = 0, model: str = ...) -> InferenceSession:
+        """The graph `model` of a built folder; `model` may name another graph over the same weights. Raises DfssmError
+        when it does not open, or when bundles of this target have none.
+        """
+
+
+class EngineTarget(Target, Protocol):
+    """A target whose bundles hold an engine for a device."""
+
+    def check(self, folder: Path, manifest: Manifest) -> None:
+        """Raises DfssmError naming what this machine lacks to run the bundle."""
+
+    def open_engine(self, folder: Path, manifest: Manifest) -> Any:
+        """The bundle's engine, after `check`. Raises DfssmError when its library refuses it."""
+
+
+def has_engine(target: Target) -> TypeGuard[EngineTarget]:
+    """Whether bundles of `target` hold an engine; else they hold the step graph."""
+    return target.IS_ENGINE
