@@ -73,8 +73,9 @@ class GraphBuilder:
             for spec, (dtype, shape) in zip(OPS[op].outputs, outputs, strict=False)
         ]
         if op not in self._functions:
-            state_dtype = values[1].dtype.numpy().name if op == "SelectiveScanStep" else "float32"
-            self._functions[op] = ir.from_proto(function_proto(op, state_dtype=state_dtype, **attributes))
+            state_dtype = outputs[1][0].numpy().name if op == "SelectiveScanStep" else "float32"
+            proto = function_proto(op, state_dtype=state_dtype, **attributes)
+            self._functions[op] = ir.serde.deserialize_function(proto)
         self._nodes.append(ir.node(op, inputs, attributes, domain=DOMAIN, outputs=values, name=name))
         return values
 

@@ -16,7 +16,7 @@ from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
 from dfssm.opset.schema import LAYOUT_CANONICAL, STATE_DTYPES
 
-from .builder import GraphBuilder
+from .builder import GraphBuilder, Shape
 
 FORMAT_VERSION = 1
 """Version of the graph's interface (names, dtypes, order of inputs and outputs); `dfssm.format_version` in the file."""
@@ -95,21 +95,21 @@ class _StepGraph:
         """
         g, c = self.g, self.config
         name = f"/layers.{i}"
-        x = self.rms_norm(h, f"layers.{i}.norm.weight", f"{name}/norm")
+        x = self.rms_norm(h, "T", f"layers.{i}.norm.weight", f"{name}/norm")
         zxBCdt = self.scaffold(x, f"layers.{i}.in_proj", c.d_in_proj, f"{name}/in_proj")
         xBC = self.conv(i, zxBCdt, f"{name}/conv")
         y = self.scan(i, xBC, zxBCdt, f"{name}/scan")
         (y,) = g.dfssm(
             "GatedRMSNorm",
             [y, zxBCdt, g.weight(f"layers.{i}.gated_norm.weight")],
-            [(F32, y.shape)],
+            [(F32, ("B", "T", c.d_inner))],
             f"{name}/gated_norm",
             eps=c.norm_eps,
             groups=c.norm_groups,
             z_start=0,
         )
         y = self.scaffold(y, f"layers.{i}.out_proj", c.d_model, f"{name}/out_proj")
-        return g.standard("Add", [h, y], F32, h.shape, f"{name}/residual")
+        return g.standard("Add", [h, y], F32, ("B", "T", c.d_model), f"{name}/residual")
 
     def head(self, h: ir.Value, keep: ir.Value) -> ir.Value:
         """Logits of the last `keep` tokens; a slice from -0 = 0 keeps all of them."""
@@ -119,7 +119,7 @@ class _StepGraph:
         start = g.standard("Neg", [keep], I64, (), "/keep/neg")
         start = g.standard("Reshape", [start, self.last_axis], I64, (1,), "/keep/reshape")
         h = g.standard("Slice", [h, start, end, tokens], F32, ("B", "keep", c.d_model), "/keep/slice")
-        h = self.rms_norm(h, "norm_f.weight", "/norm_f")
+        h = self.rms_norm(h, "keep", "norm_f.weight", "/norm_f")
         table = "embedding" if c.tie_embeddings else "lm_head"
         (logits,) = g.dfssm(
             "Int8MatMul",
@@ -130,9 +130,11 @@ class _StepGraph:
         )
         return logits
 
-    def rms_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
-        (out,) = self.g.dfssm("RMSNorm", [x, self.g.weight(weight)], [(F32, x.shape)], name, eps=self.config.norm_eps)
-        return out
+    def rms_norm(self, x: ir.Value, tokens: str, weight: str, name: str) -> ir.Value:
+        """Of x [B,tokens,D]."""
+        shape = ("B", tokens, self.config.d_model)
+        (y,) = self.g.dfssm("RMSNorm", [x, self.g.weight(weight)], [(F32, shape)], name, eps=self.config.norm_eps)
+        return y
 
     def scaffold(self, x: ir.Value, tensors: str, rows: int, name: str) -> ir.Value:
         """The projection whose packed tensors are `tensors`.*: [B,T,K] -> [B,T,rows]."""
@@ -149,11 +151,12 @@ class _StepGraph:
     def conv(self, i: int, zxBCdt: ir.Value, name: str) -> ir.Value:
         """xBC [B,T,conv_dim], convolved."""
         c = self.config
-        state = self.g.input(f"conv_state.{i}", F32, ("B", c.conv_dim, c.d_conv - 1))
+        shape = ("B", c.conv_dim, c.d_conv - 1)
+        state = self.g.input(f"conv_state.{i}", F32, shape)
         y, new_state = self.g.dfssm(
             "CausalConv1dStep",
             [zxBCdt, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
-            [(F32, ("B", "T", c.conv_dim)), (F32, state.shape)],
+            [(F32, ("B", "T", c.conv_dim)), (F32, shape)],
             name,
             rename={"new_state": f"conv_state_out.{i}"},
             activation="silu",
@@ -167,14 +170,15 @@ class _StepGraph:
         """The recurrence's y [B,T,d_inner]."""
         c = self.config
         shape = ("B", c.nheads, c.d_state, c.headdim)
-        states = [self.g.input(f"ssm_state.{i}", self.storage, shape)]
+        stored: dict[str, tuple[ir.DataType, Shape]] = {"ssm_state": (self.storage, shape)}
         if self.state_dtype == "int8":
-            states.append(self.g.input(f"ssm_scale.{i}", F32, shape[:3]))
+            stored["ssm_scale"] = (F32, shape[:3])
+        states = [self.g.input(f"{kind}.{i}", *what) for kind, what in stored.items()]
         parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
         y, *new_states = self.g.dfssm(
             "SelectiveScanStep",
             [xBC, zxBCdt, xBC, xBC, *parameters, *states],
-            [(F32, ("B", "T", c.d_inner)), *((s.dtype, s.shape) for s in states)],
+            [(F32, ("B", "T", c.d_inner)), *stored.values()],
             name,
             rename={"new_state": f"ssm_state_out.{i}", "new_state_scale": f"ssm_scale_out.{i}"},
             ngroups=c.ngroups,

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
     is missing, unexpected or has the wrong shape or dtype.
     """
     path = paths.student(path)
-    header, tensors = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
-    if header.get("format") != FORMAT:
+    header, tensors = _read(path)
+    if header.get("format") != FORMAT or not isinstance(tensors, dict):
         raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
     if header.get("version") != VERSION:
         raise DfssmError(
@@ -140,31 +141,35 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
-def _read_torch(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
+    """What a file of safetensors or torch.save holds, and the metadata of the former: tensors that are memory-mapped.
+
+    No code is run. Raises DfssmError with `remedy` for a file that cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+    except pickle.UnpicklingError:
+        raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DfssmError(f"{path}: cannot be read ({reason}); {remedy}") from None
+
+
+def _read(path: Path) -> tuple[dict, Any]:
+    """Header and tensors of a student's file, as far as it is one."""
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_tensors(path, "copy or export it again")
+        try:
+            version, config = int(metadata.get("version", 0)), json.loads(metadata.get("config", "null"))
+        except ValueError:
+            raise DfssmError(f"{path}: its metadata cannot be read; export the student again") from None
+        return {"format": metadata.get("format"), "version": version, "config": config}, tensors
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # torch.save writes a zip archive
-            raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise DfssmError(f"{path}: holds objects other than tensors, which are never loaded; give a student") from None
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DfssmError(f"{path}: is damaged or truncated ({reason}); copy or export it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("tensors", {}), dict):
-        raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
-    return content, content.get("tensors", {})
-
-
-def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise DfssmError(f"{path}: no model file, or truncated ({error}); copy or export it again") from None
-    try:
-        version, config = int(metadata.get("version", 0)), json.loads(metadata.get("config", "null"))
-    except ValueError:
-        raise DfssmError(f"{path}: its metadata cannot be read; export the student again") from None
-    return {"format": metadata.get("format"), "version": version, "config": config}, tensors
+            return {}, None
+    content = read_tensors(path, "copy or export it again")[0]
+    return (content, content.get("tensors", {})) if isinstance(content, dict) else ({}, None)

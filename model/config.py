@@ -80,7 +80,7 @@ class Mamba2Config:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: object) -> Self:
         """The inverse of to_dict. An unknown or missing key raises DfssmError that names it."""
         if not isinstance(values, dict):
             raise DfssmError(f"config: expected a mapping of names to values, found {type(values).__name__}")

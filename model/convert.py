@@ -12,7 +12,7 @@ from .config import DFSSMConfig, Mamba2Config
 from .quant import quantize_rows
 from .student import DFSSMLM, BinaryLinear
 from .teacher import Mamba2LM, initial
-from .tensors import ROWS, SCAFFOLD, weights
+from .tensors import FLOAT, ROWS, SCAFFOLD, weights
 
 
 def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +93,8 @@ def convert(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> tuple[DFSSMCo
     Returns the configuration and the tensors of model.pt; one projection is held in fp32 at a time.
     """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
-    floats, tensors = teacher.state_dict(), {}
+    floats = teacher.state_dict()
+    tensors: dict[str, Tensor] = {}
     for weight in weights(config):
         value = floats[weight.name]
         if weight.form == SCAFFOLD:
@@ -131,7 +132,7 @@ def init_student(
         std = 2 / math.sqrt(width)
         return {"weight": codes(vocab, width), "scale": uniform(0.8, 1.2, vocab) * (std / code_std)}
 
-    def scaffold(m: int, k: int, gain: float) -> dict[str, Tensor]:
+    def scaffold(m: int, k: int, *, gain: float) -> dict[str, Tensor]:
         lead = (config.planes,) if config.planes > 1 else ()
         std = gain / math.sqrt(k)  # of a weight
         correction = 0.3 * gain / math.sqrt(max(config.rank, 1)) / code_std
@@ -149,13 +150,14 @@ def init_student(
         # A layer's dt_bias is drawn first: it was when the seeds got their students.
         for weight in sorted(layer, key=lambda weight: weight.init != "dt_bias"):
             size = weight.shape(config)
-            if weight.form == SCAFFOLD:
-                gain = 1 / math.sqrt(config.n_layer) if weight.init == "residual" else 1.0
-                tensors |= {weight.part(name): tensor for name, tensor in scaffold(*size, gain).items()}
-            elif weight.form == ROWS:
-                tensors |= {weight.part(name): tensor for name, tensor in rows(*size).items()}
-            else:
+            if weight.form == FLOAT:
                 value = initial(weight.init, size, config.d_conv, g)
                 # fp16 numbers, as in the published checkpoints
                 tensors[weight.name] = value.half().float() if weight.role == "convolution" else value
+                continue
+            if weight.form == ROWS:
+                found = rows(*size)
+            else:
+                found = scaffold(*size, gain=1 / math.sqrt(config.n_layer) if weight.init == "residual" else 1.0)
+            tensors |= {weight.part(name): tensor for name, tensor in found.items()}
     return config, tensors

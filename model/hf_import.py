@@ -7,12 +7,9 @@ Pickled weights are read with weights_only, so no code runs.
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.paths import WEIGHTS
 
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, read_tensors
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
 from .teacher import Mamba2LM
@@ -112,7 +109,10 @@ def _weights_path(folder: Path) -> Path:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.name.endswith(".index.json"):
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        content = read_tensors(path, "copy the checkpoint again")[0]
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise DfssmError(f"{path}: is not a mapping of names to tensors; save the model's state_dict")
+        return dict(content)
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise DfssmError(f"{path}: weight_map is missing; copy the checkpoint again")
@@ -124,25 +124,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise DfssmError(f"{path.parent}: shard {name} is missing; copy the checkpoint again")
         tensors |= _read_weights(path.parent / name)
     return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise DfssmError(f"{path}: cannot be read ({error}); copy the checkpoint again") from None
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        # Files from before torch 1.6 are not zip archives and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DfssmError(f"{path}: cannot be read ({reason}); copy the checkpoint again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise DfssmError(f"{path}: is not a mapping of names to tensors; save the model's state_dict")
-    return dict(content)

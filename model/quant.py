@@ -69,11 +69,13 @@ def _product(a: Tensor, b: Tensor, fast: bool) -> Tensor:
 
     An op of its own, so that torch.compile keeps the layer around it in one piece: it does not trace the setting.
     """
-    backend = torch.backends.cuda.matmul if a.device.type == "cuda" else torch.backends.mkldnn.matmul
+    # The settings are from torch 2.9 on; the CPU's has no place before.
+    cuda = a.device.type == "cuda"
+    backend = torch.backends.cuda.matmul if cuda else getattr(torch.backends.mkldnn, "matmul", None)
     with torch.autocast(a.device.type, enabled=False):
-        if not (fast and hasattr(backend, "fp32_precision")):  # torch < 2.9
+        if not fast or backend is None or not hasattr(backend, "fp32_precision"):
             return a @ b
-        before, backend.fp32_precision = backend.fp32_precision, "tf32" if a.device.type == "cuda" else "bf16"
+        before, backend.fp32_precision = backend.fp32_precision, "tf32" if cuda else "bf16"
         try:
             return a @ b
         finally:

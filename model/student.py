@@ -30,7 +30,8 @@ from .quant import (
     trained_scaffold_matmul,
     unpack_bits,
 )
-from .teacher import FixedHead, Mamba2LM, Mamba2State
+from .teacher import FixedHead, Mamba2LM, Mamba2State, TokenTable
+from .tensors import FLOAT, weights
 
 
 class BinaryLinear(nn.Module):
@@ -69,6 +70,13 @@ class BinaryLinear(nn.Module):
 class PackedBinaryLinear(nn.Module):
     """A projection as model.pt holds it; unpacked for the length of a call."""
 
+    bits: Tensor
+    scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+    up: Tensor
+    up_scale: Tensor
+
     def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
         super().__init__()
         lead = (planes,) if planes > 1 else ()
@@ -85,7 +93,7 @@ class PackedBinaryLinear(nn.Module):
         )
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(TokenTable):
     """A token table in training, int8 a row in every forward pass."""
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -111,8 +119,10 @@ class Int8Embedding(nn.Module):
         return {"weight": codes["weight"], "scale": codes["weight_scale"]}
 
 
-class PackedInt8Embedding(nn.Module):
+class PackedInt8Embedding(TokenTable):
     """A token table as model.pt holds it."""
+
+    scale: Tensor
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
@@ -159,6 +169,8 @@ class DFSSMLM(Mamba2LM):
     Called as Mamba2LM is, with DFSSMState for the state; the SSM state is rounded at the end of a call.
     """
 
+    config: DFSSMConfig
+
     def __init__(self, config: DFSSMConfig, packed: bool = False, state_dtype: str = "fp32"):
         if state_dtype not in STATE_DTYPES:
             known = ", ".join(STATE_DTYPES)
@@ -174,7 +186,7 @@ class DFSSMLM(Mamba2LM):
     def new_state(self, batch: int) -> DFSSMState:
         return DFSSMState.narrow(super().new_state(batch), self.state_dtype)
 
-    def hidden_states(self, input_ids: Tensor, state: DFSSMState | None = None) -> tuple[Tensor, DFSSMState]:
+    def hidden_states(self, input_ids: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, DFSSMState]:
         state = self.new_state(input_ids.shape[0]) if state is None else state
         hidden, new = super().hidden_states(input_ids, state.widen())
         return hidden, DFSSMState.narrow(new, self.state_dtype)
@@ -184,17 +196,13 @@ class DFSSMLM(Mamba2LM):
         """The tensors of model.pt, by name: what a packed student holds, and what a trained one rounds to."""
         if self.packed:
             return dict(self.state_dict())
-        tensors, quantised = {}, []
+        tensors: dict[str, Tensor] = {}
         for prefix, module in self.named_modules():
             if isinstance(module, BinaryLinear | Int8Embedding):
-                quantised.append(f"{prefix}.")
                 tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.export_tensors().items()}
-        plain = {
-            name: value.detach().float().clone()
-            for name, value in self.state_dict().items()
-            if not name.startswith(tuple(quantised))
-        }
-        return tensors | plain
+        floats = self.state_dict()
+        kept = [weight.name for weight in weights(self.config) if weight.form == FLOAT]
+        return tensors | {name: floats[name].detach().float().clone() for name in kept}
 
     def to_packed(self) -> DFSSMLM:
         """The packed form of this student."""

@@ -21,7 +21,7 @@ from .config import Mamba2Config
 from .functional import causal_conv1d, gated_rms_norm, rms_norm, selective_scan_step, ssd_chunked
 
 LinearFactory = Callable[[int, int], nn.Module]  # (in, out) -> module mapping [..., in] to [..., out]
-EmbeddingFactory = Callable[[int, int], nn.Module]  # (vocab, d_model) -> module like Embedding below
+EmbeddingFactory = Callable[[int, int], "TokenTable"]  # (vocab, d_model) -> module
 
 
 @dataclasses.dataclass
@@ -49,6 +49,10 @@ class Mamba2State:
     def detach(self) -> Self:
         """The same values cut off from the graph: truncated back-propagation through time."""
         return type(self)([t.detach() for t in self.conv], [t.detach() for t in self.ssm])
+
+    def widen(self) -> Mamba2State:
+        """With the SSM state in the dtype of the arithmetic, as it is here."""
+        return self
 
 
 class RMSNorm(nn.Module):
@@ -120,13 +124,14 @@ class SelectiveScan(nn.Module):
         self.ngroups, self.dt_limit, self.chunk_size = config.ngroups, config.dt_limit, config.chunk_size
 
     def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = (x, dt, B, C, self.A_log, self.D, self.dt_bias, state)
-        options = {"ngroups": self.ngroups, "dt_limit": self.dt_limit}
+        inputs = x, dt, B, C, self.A_log, self.D, self.dt_bias, state
+        groups, limit = self.ngroups, self.dt_limit
         # A recurrence compounds the rounding of half types.
         with torch.autocast(x.device.type, enabled=False):
             if x.shape[1] == 1:
-                return selective_scan_step(*inputs, **options)
-            return ssd_chunked(*inputs, **options, chunk_size=self.chunk_size, round_state=self.round_state)
+                return selective_scan_step(*inputs, ngroups=groups, dt_limit=limit)
+            size, round_state = self.chunk_size, self.round_state
+            return ssd_chunked(*inputs, ngroups=groups, dt_limit=limit, chunk_size=size, round_state=round_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +145,10 @@ class FixedHead:
     weight: Tensor
 
 
-class Embedding(nn.Embedding):
-    """A token table that is also, transposed, a head: tied models use one module for both."""
+class TokenTable(nn.Module):
+    """Called with ids i64[...] it gives [...,D]; it is also, transposed, a head: tied models use one for both."""
+
+    weight: Tensor
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden[..., D] -> logits[..., V]."""
@@ -150,6 +157,10 @@ class Embedding(nn.Embedding):
     def fixed(self) -> FixedHead:
         """This table as a head for many products in a row."""
         return FixedHead(self.project, lambda hidden: hidden, self.weight)
+
+
+class Embedding(TokenTable, nn.Embedding):
+    """The teacher's, in float."""
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
@@ -183,8 +194,8 @@ class Mamba2Block(nn.Module):
 class Mamba2LM(nn.Module):
     """Mamba-2 language model, initialised as mamba_ssm does from torch's global generator.
 
-    `linear` and `embedding` make the projections and the token tables; a table is called with ids and has
-    `project(hidden) -> logits`. A tied model has no lm_head: its embedding projects.
+    `linear` and `embedding` make the projections and the token tables. A tied model has no lm_head: its embedding
+    projects.
     """
 
     def __init__(self, config: Mamba2Config, linear: LinearFactory = _linear, embedding: EmbeddingFactory = Embedding):
@@ -208,7 +219,7 @@ class Mamba2LM(nn.Module):
                 layer.out_proj.weight.div_(math.sqrt(self.config.n_layer))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> TokenTable:
         return self.embedding if self.lm_head is None else self.lm_head
 
     def new_state(self, batch: int) -> Mamba2State:

@@ -71,9 +71,10 @@ def text_of(row: object, where: str) -> str:
     """The document in a row of JSON lines, parquet or a data set. Raises DfssmError if it has none."""
     text = row.get(FIELD) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        kind = type(row).__name__
-        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) if kind == "dict" else kind
-        raise DfssmError(f"{where}: has no string {FIELD!r} but {found or 'nothing'}; give each document as one")
+        found = type(row).__name__
+        if isinstance(row, dict):
+            found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "nothing"
+        raise DfssmError(f"{where}: has no string {FIELD!r} but {found}; give each document as one")
     return text
 
 

@@ -8,6 +8,7 @@ import torch
 from dfssm.model.convert import init_student
 from dfssm.model.quant import pack_bits, quantize
 from dfssm.model.student import DFSSMLM, BinaryLinear, PackedBinaryLinear, from_tensors
+from dfssm.model.teacher import Mamba2State
 from dfssm.opset import DfssmError
 
 DTYPES = ("fp32", "fp16", "int8")
@@ -119,3 +120,11 @@ def test_training_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@torch.no_grad()
+def test_a_student_takes_the_state_of_a_teacher():
+    """In fp32, which both keep."""
+    model = trained(next(iter(student_ref.CONFIGS))).to_packed()
+    x = ids(model.config)
+    assert torch.equal(model(x, Mamba2State.zeros(model.config, len(x)))[0], model(x)[0])

@@ -176,3 +176,13 @@ def test_the_table_has_one_gradient():
         torch.set_num_threads(before)
     # About 200 terms a sum: fp32 rounding of their running total, far from the 1e0 of a lost term.
     torch.testing.assert_close(first.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_without_the_setting_of_newer_torch_products_are_the_same(monkeypatch):
+    """Before torch 2.9 the CPU's products have no precision to set."""
+    q, w = (torch.randint(-127, 128, (5, 64), dtype=torch.int8) for _ in range(2))
+    expected = q.long() @ w.long().T
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    monkeypatch.delattr(torch.backends.mkldnn, "matmul", raising=False)
+    assert not hasattr(torch.backends.mkldnn, "matmul")
+    assert torch.equal(quant.integer_matmul(q, w).long(), expected)
