@@ -106,6 +106,9 @@ def _print(report: Report) -> None:
         click.echo("not verified (--no-verify)")
     if engine := report.manifest.engine:
         sm = ", ".join(map(str, engine["sm"]))
+        for name, nodes in engine["refused"].items():
+            for node, why in nodes.items():
+                click.echo(f"{name} left {node} as it is: {why}")
         click.echo(f"built by {engine['builder']} {engine['version']} ({engine['why']}) for SM {sm}")
     click.echo(
         f"{report.output}: {report.bytes / 1e6:.1f} MB, target {report.manifest.target}, "

@@ -93,6 +93,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     """
     from .trt_child import build_engine
     from .trt_lowering import lower as lower_graph
+    from .trt_lowering.graph import Changes
     from .trt_proof import weights_in
 
     plan = _plan(options)
@@ -115,6 +116,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         "sm": list(plan.sm or built["sm"]),
         "lowering": choice.lowering,
         "passes": {name: len(names) for name, names in changed.items()},
+        "refused": {name: names.refused for name, names in changed.items() if isinstance(names, Changes)},
         "version_compatible": choice.version_compatible,
         "hardware_compatible": choice.hardware_compatible,
         "embed_plugins": choice.embed_plugins,

@@ -1,8 +1,9 @@
 """From the step graph to the graph that TensorRT's parser reads: passes over an onnx-graphsurgeon graph, in order.
 
-A pass is a module with `run(graph) -> list[str]`: it changes the graph and returns what it changed, by name. Weights
-stay where they are: a pass never reads the data file, it relabels or rewires tensors. (The `native` passes do read the
-scaffold, one matrix at a time, for they store it differently.)
+A pass is a module with `run(graph) -> list[str]`: it changes the graph and returns what it changed, by name; one that
+may refuse a node returns `Changes`, which say why. Weights stay where they are: a pass never reads the data file, it
+relabels or rewires tensors. (The `native` passes do read the scaffold, one matrix at a time, for they store it
+differently.)
 """
 
 from collections.abc import Callable

@@ -15,38 +15,59 @@ import onnx_graphsurgeon as gs
 from dfssm.opset import DOMAIN, OPS
 from dfssm.targets.trt_plugins import FUSED
 
-from .graph import ours, take_out
+from .graph import Changes, Refused, ours, take_out
 
 MOST_COLUMNS = 12288
 """A row of the product's input lies in shared memory, in fp32; every GPU has 48 KB a block."""
 
 
-def run(graph: gs.Graph) -> list[str]:
-    """Returns the names of the fused nodes: each is called what its product was called."""
-    changed = []
+def run(graph: gs.Graph) -> Changes:
+    """Returns the names of the fused nodes: each is called what its product was called. The others are refused."""
+    changes = Changes()
     for product in ours(graph, "BinaryScaffoldMatMul"):
-        if _norm_scaffold_conv(graph, product) or _gated_norm_scaffold_add(graph, product):
-            changed.append(product.name)
-    return changed
+        try:
+            _fuse(graph, product)
+            changes.append(product.name)
+        except Refused as why:
+            changes.refused[product.name] = str(why)
+    return changes
 
 
-def _norm_scaffold_conv(graph: gs.Graph, product: gs.Node) -> bool:
-    norm, (y,) = _normed(graph, product, "RMSNorm"), product.outputs
+def _fuse(graph: gs.Graph, product: gs.Node) -> None:
+    """Fuse `product` with the nodes before and after it; Refused, and nothing changed, where they are no such chain."""
+    x, y = product.inputs[0], product.outputs[0]
+    norm = x.inputs[0] if x.inputs else None
+    if norm is None or not (_is_ours(norm, "RMSNorm") or _is_ours(norm, "GatedRMSNorm")):
+        raise Refused(f"its x, {x.name}, comes from {_described(norm)}, not from RMSNorm or GatedRMSNorm")
+    _require_one_reader(graph, x)
+    (columns,) = norm.inputs[-1].shape
+    if columns > MOST_COLUMNS:
+        raise Refused(f"{_described(norm)} has {columns} columns, shared memory holds {MOST_COLUMNS}")
+    if _is_output(graph, y):
+        raise Refused(f"{y.name} is an output of the graph")
+    (_norm_scaffold_conv if norm.op == "RMSNorm" else _gated_norm_scaffold_add)(graph, norm, product)
+
+
+def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> None:
+    (y,) = product.outputs
     convolutions = [user for user, index in _uses(y) if _is_ours(user, "CausalConv1dStep") and index == 0]
-    if norm is None or len(convolutions) != 1 or _is_output(graph, y):
-        return False
+    if len(convolutions) != 1:
+        raise Refused(f"{y.name} is convolved by {len(convolutions)} CausalConv1dStep, not by one")
     (conv,) = convolutions
     channels, new_state = conv.outputs
     if _is_output(graph, channels):
-        return False
+        raise Refused(f"{channels.name} is an output of the graph")
     attributes = _attributes("NormScaffoldConv", norm, product, conv)
     start = attributes["x_start"] = max(attributes["x_start"], 0)
-    width = conv.inputs[2].shape[0]
-    others = [_columns(user, index) for user, index in _uses(y) if user is not conv]
-    if not all(columns and (columns.stop <= start or start + width <= columns.start) for columns in others):
-        return False
-    if not all(_start_attribute(user, index) for user, index in _uses(channels)):
-        return False
+    stop = start + conv.inputs[2].shape[0]
+    for user, index in _uses(y):
+        columns = _columns(user, index)
+        if user is not conv and (columns is None or columns.start < stop and start < columns.stop):
+            which = "all columns" if columns is None else f"columns {columns.start} to {columns.stop - 1}"
+            raise Refused(f"{_described(user)} reads {which} of {y.name}, of which {start} to {stop - 1} are convolved")
+    for user, index in _uses(channels):
+        if not _start_attribute(user, index):
+            raise Refused(f"{_described(user)} reads {channels.name} and has no attribute to read columns by")
 
     for user, index in _uses(channels):
         name = _start_attribute(user, index)
@@ -54,34 +75,35 @@ def _norm_scaffold_conv(graph: gs.Graph, product: gs.Node) -> bool:
         user.inputs[index] = y
     inputs = [*norm.inputs, *product.inputs[1:], *conv.inputs[1:]]
     _replace(graph, product, "NormScaffoldConv", (norm, conv), attributes, inputs, [y, new_state])
-    return True
 
 
-def _gated_norm_scaffold_add(graph: gs.Graph, product: gs.Node) -> bool:
-    norm, (y,) = _normed(graph, product, "GatedRMSNorm"), product.outputs
-    uses = _uses(y)
-    if norm is None or len(uses) != 1 or _is_output(graph, y):
-        return False
-    ((add, index),) = uses
+def _gated_norm_scaffold_add(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> None:
+    (y,) = product.outputs
+    _require_one_reader(graph, y)
+    ((add, index),) = _uses(y)
     if add.op != "Add" or add.domain not in (None, ""):
-        return False
+        raise Refused(f"{y.name} is read by {_described(add)}, not by an Add")
     residual = add.inputs[1 - index]
     if list(residual.shape or []) != list(y.shape or []) or residual.dtype != y.dtype:  # broadcast
-        return False
+        raise Refused(
+            f"{_described(add)} adds {residual.name} of {residual.dtype}{residual.shape} to {y.dtype}{y.shape}"
+        )
     attributes = _attributes("GatedNormScaffoldAdd", norm, product)
     inputs = [*norm.inputs, *product.inputs[1:], residual]
     _replace(graph, product, "GatedNormScaffoldAdd", (norm, add), attributes, inputs, list(add.outputs))
-    return True
 
 
-def _normed(graph: gs.Graph, product: gs.Node, op: str) -> gs.Node | None:
-    """The norm `op` that feeds `product` and nothing else."""
-    x = product.inputs[0]
-    norm = x.inputs[0] if x.inputs else None
-    if norm is None or not _is_ours(norm, op) or len(_uses(x)) != 1 or _is_output(graph, x):
-        return None
-    (columns,) = norm.inputs[-1].shape
-    return norm if columns <= MOST_COLUMNS else None
+def _require_one_reader(graph: gs.Graph, tensor: gs.Tensor) -> None:
+    """Refused unless one node reads `tensor`, once, and nothing else does."""
+    if _is_output(graph, tensor):
+        raise Refused(f"{tensor.name} is an output of the graph")
+    readers = [_described(user) for user, _ in _uses(tensor)]
+    if len(readers) != 1:
+        raise Refused(f"{tensor.name} is read by {' and '.join(readers) or 'nothing'}, not by one node alone")
+
+
+def _described(node: gs.Node | None) -> str:
+    return "nothing" if node is None else f"{node.op} {node.name}"
 
 
 def _attributes(fused: str, *nodes: gs.Node) -> dict:

@@ -14,6 +14,18 @@ NATIVE_DATA = "native.data"
 """Data file of the weights that the pass `native` stores anew."""
 
 
+class Refused(Exception):
+    """Why a pass leaves a node as it is: in one line, with the value that is in the way."""
+
+
+class Changes(list[str]):
+    """What a pass changed, by name. `refused`: node that it is for, but left as it was -> why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[str, str] = {}
+
+
 class Stored(LazyValues):
     """Values that lie in a data file beside the graph: mapped when they are read, never held."""
 

@@ -58,6 +58,7 @@ def test_plugin_bundle(model, tmp_path, capsys):
     check_files(out, manifest)
     engine = manifest.engine
     assert report["engine"] == engine and (engine["sm"], engine["why"]) == ([86, 89], "--builder")
+    assert engine["refused"] == {"fuse": {}}, "all of a layer is fused"
     assert engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 128]}]
     assert (manifest.state_dtype, manifest.layout) == (trt.DEFAULT_STATE_DTYPE, trt.LAYOUT)
     # What was proven, and that it is not the run of the engine.

@@ -279,3 +279,16 @@ def test_bundle_of_the_tiny_student(tmp_path):
     """tests/tiny.py makes bundles of any target by the same interface; without --sm, for all GPUs that there may be."""
     folder = tiny.write_bundle(tmp_path / "b", target="trt")
     assert set(read_manifest(folder).engine["sm"]) >= {75, 80, 86, 89, 120}
+
+
+@rtx
+@plugins
+def test_what_is_not_fused_is_in_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfssm.targets.trt_lowering.fuse.MOST_COLUMNS", 32)
+    write_step(tmp_path, "plain")
+    _, engine = trt.build(tmp_path, sm="86")
+    wide = [f"/layers.{i}/out_proj" for i in range(student_ref.config("plain").n_layer)]
+    assert list(engine["refused"]["fuse"]) == wide and engine["passes"]["fuse"] == len(wide)
+    assert engine["refused"]["fuse"][wide[0]] == (
+        "GatedRMSNorm /layers.0/gated_norm has 64 columns, shared memory holds 32"
+    )
