@@ -1,77 +1,97 @@
-"""Packing of the 1-bit scaffold: NumPy, any leading axes, M rows by K columns.
+"""Packing of the 1-bit scaffold: NumPy, any leading axes, M rows by K columns. layouts.py says where each bit goes."""
 
-layout 0 (canonical, the one in model.pt): `bits` u8 [M, K/8]; bit k of a row is byte k/8, position k%8, LSB first;
-1 is +1, 0 is -1. `up` i8 [M, R].
-
-layout 1 (row16, the one the CPU kernels stream): rows are padded with zero bits to Mp = 16*ceil(M/16) and cut into
-tiles of 16 rows x 32 columns = 64 bytes. In the tile (blk, c), byte 4*lane + b, bit j is row 16*blk + lane, column
-32*c + 4*j + b. So `tile & (1 << j)` holds, in the dword of each lane, four neighbouring columns of that lane's row,
-which is what VPDPBUSD multiplies with a broadcast dword of four neighbouring activations: no expansion and no shuffle.
-Tiles of one block of 16 rows are consecutive, so a block is one sequential stream. `up` is stored [Mp/16, R, 16]
-(then viewed as [Mp, R]) so that one row of 16 lanes takes one multiply-add a rank. Byte counts equal layout 0 padded.
-"""
+from typing import Any
 
 import numpy as np
 
 from .errors import DfssmError
+from .layouts import LAYOUT_ROW16, LAYOUTS, Layout
 
-ROWS, COLUMNS = 16, 32
-"""Tile of layout 1."""
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ROW16 = LAYOUTS[LAYOUT_ROW16]
 
 
-def pack_bits(signs: np.ndarray) -> np.ndarray:
+def pack_bits(signs: Array) -> Array:
     """Signs (> 0 is +1, anything else -1) [..., M, K] -> canonical bits u8 [..., M, K/8]. K % 8 == 0."""
     if signs.shape[-1] % 8:
         raise DfssmError(f"pack_bits: K is {signs.shape[-1]}, expected a multiple of 8")
     return np.packbits(signs > 0, axis=-1, bitorder="little")
 
 
-def unpack_bits(bits: np.ndarray) -> np.ndarray:
+def unpack_bits(bits: Array) -> Array:
     """Canonical bits u8 [..., M, K/8] -> signs int8 (+1, -1) [..., M, K]."""
     return np.unpackbits(bits, axis=-1, bitorder="little").astype(np.int8) * np.int8(2) - np.int8(1)
 
 
-def padded_rows(rows: int) -> int:
-    """Mp: `rows` rounded up to whole tiles of layout 1."""
-    return -(-rows // ROWS) * ROWS
+def padded_rows(rows: int, layout: Layout = ROW16) -> int:
+    """Mp: `rows` rounded up to whole tiles of a layout."""
+    return layout.padded(rows)
 
 
-def _pad_rows(a: np.ndarray) -> np.ndarray:
-    pad = padded_rows(a.shape[-2]) - a.shape[-2]
+def _pad_rows(a: Array, layout: Layout) -> Array:
+    pad = layout.padded(a.shape[-2]) - a.shape[-2]
     return np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, pad), (0, 0)])
 
 
-def to_row16(bits: np.ndarray) -> np.ndarray:
-    """Canonical bits u8 [..., M, K/8] -> layout 1, u8 [..., Mp, K/8]. K % 32 == 0."""
-    if bits.shape[-1] % 4:
-        raise DfssmError(f"to_row16: K is {bits.shape[-1] * 8}, expected a multiple of {COLUMNS}")
-    bits = _pad_rows(bits)
-    lead, (rows, width) = bits.shape[:-2], bits.shape[-2:]
-    # (blk, lane, c, j, b) -> (blk, c, lane, b, j): column 4*j + b of a tile becomes bit j of byte b.
-    columns = np.unpackbits(bits, axis=-1, bitorder="little")
-    columns = columns.reshape(*lead, rows // ROWS, ROWS, width // 4, 8, 4)
-    n = len(lead)
-    tiles = columns.transpose(*range(n), n, n + 2, n + 1, n + 4, n + 3)
-    return np.packbits(tiles, axis=-1, bitorder="little").reshape(*lead, rows, width)
+def _axes(layout: Layout, rows: int, columns: int) -> tuple[int, ...]:
+    """Sizes of (block, row, tile, *column) of a matrix of whole tiles."""
+    return rows // layout.rows, layout.rows, columns // layout.columns, *layout.split
 
 
-def from_row16(tiles: np.ndarray, rows: int) -> np.ndarray:
-    """Layout 1 u8 [..., Mp, K/8] -> canonical bits u8 [..., rows, K/8]; the inverse of `to_row16`."""
-    lead, (padded, width) = tiles.shape[:-2], tiles.shape[-2:]
-    n = len(lead)
-    bits = np.unpackbits(tiles.reshape(*lead, padded // ROWS, width // 4, ROWS, 4, 1), axis=-1, bitorder="little")
-    columns = bits.transpose(*range(n), n, n + 2, n + 1, n + 4, n + 3).reshape(*lead, padded, width * 8)
-    return np.packbits(columns, axis=-1, bitorder="little")[..., :rows, :]
+def _reorder(bits: Array, sizes: tuple[int, ...], order: tuple[int, ...]) -> Array:
+    """Bits u8 [..., rows, width], taken as axes of these `sizes`, in another order."""
+    n = bits.ndim - 2
+    axes = np.unpackbits(bits, axis=-1, bitorder="little").reshape(*bits.shape[:-2], *sizes)
+    moved = axes.transpose(*range(n), *(n + axis for axis in order))
+    return np.packbits(moved.reshape(*bits.shape, 8), axis=-1, bitorder="little")[..., 0]
 
 
-def up_to_row16(up: np.ndarray) -> np.ndarray:
-    """`up` i8 [M, R] -> layout 1: [Mp/16, R, 16] viewed as [Mp, R]."""
-    up = _pad_rows(up)
-    rows, rank = up.shape
-    return np.ascontiguousarray(up.reshape(rows // ROWS, ROWS, rank).transpose(0, 2, 1)).reshape(rows, rank)
+def to_layout(bits: Array, layout: Layout) -> Array:
+    """Canonical bits u8 [..., M, K/8] -> those of a layout, u8 [..., Mp, K/8]. K is in whole tiles."""
+    if bits.shape[-1] * 8 % layout.columns:
+        raise DfssmError(f"to_{layout.name}: K is {bits.shape[-1] * 8}, expected a multiple of {layout.columns}")
+    bits = _pad_rows(bits, layout)
+    return _reorder(bits, _axes(layout, bits.shape[-2], bits.shape[-1] * 8), layout.order)
 
 
-def up_from_row16(up: np.ndarray, rows: int) -> np.ndarray:
-    """Inverse of `up_to_row16`: i8 [Mp, R] -> [rows, R]."""
+def from_layout(stored: Array, rows: int, layout: Layout) -> Array:
+    """Bits of a layout u8 [..., Mp, K/8] -> canonical bits u8 [..., rows, K/8]; the inverse of `to_layout`."""
+    sizes = _axes(layout, stored.shape[-2], stored.shape[-1] * 8)
+    back = tuple(layout.order.index(axis) for axis in range(len(sizes)))
+    return _reorder(stored, tuple(sizes[axis] for axis in layout.order), back)[..., :rows, :]
+
+
+def up_to_layout(up: Array, layout: Layout) -> Array:
+    """`up` i8 [M, R] -> [Mp/rows, R, rows] viewed as [Mp, R]."""
+    up = _pad_rows(up, layout)
     padded, rank = up.shape
-    return np.ascontiguousarray(up.reshape(padded // ROWS, rank, ROWS).transpose(0, 2, 1)).reshape(padded, rank)[:rows]
+    blocks = up.reshape(padded // layout.rows, layout.rows, rank)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(padded, rank)
+
+
+def up_from_layout(up: Array, rows: int, layout: Layout) -> Array:
+    """Inverse of `up_to_layout`: i8 [Mp, R] -> [rows, R]."""
+    padded, rank = up.shape
+    blocks = up.reshape(padded // layout.rows, rank, layout.rows)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(padded, rank)[:rows]
+
+
+def to_row16(bits: Array) -> Array:
+    """Canonical bits u8 [..., M, K/8] -> layout row16, u8 [..., Mp, K/8]. K % 32 == 0."""
+    return to_layout(bits, ROW16)
+
+
+def from_row16(tiles: Array, rows: int) -> Array:
+    """Inverse of `to_row16`: u8 [..., Mp, K/8] -> canonical bits u8 [..., rows, K/8]."""
+    return from_layout(tiles, rows, ROW16)
+
+
+def up_to_row16(up: Array) -> Array:
+    """`up` i8 [M, R] -> layout row16: [Mp/16, R, 16] viewed as [Mp, R]."""
+    return up_to_layout(up, ROW16)
+
+
+def up_from_row16(up: Array, rows: int) -> Array:
+    """Inverse of `up_to_row16`: i8 [Mp, R] -> [rows, R]."""
+    return up_from_layout(up, rows, ROW16)

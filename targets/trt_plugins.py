@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from dfssm.opset.schema import OPS, Attribute, Op, Tensor
+from dfssm.opset import OPS
+from dfssm.opset.schema import Attribute, Op, Tensor, tensor
 
 
 def _inputs(op: str, **names: str) -> tuple[Tensor, ...]:
@@ -17,7 +18,7 @@ def _attributes(op: str, *names: str) -> tuple[Attribute, ...]:
 
 # As the pass `words` leaves them.
 _SCAFFOLD = (
-    Tensor("bits", ("int32",), ("planes", "M", "K // 32")),
+    tensor("bits", "int32", "planes M K / 32"),
     *(tensor for tensor in OPS["BinaryScaffoldMatMul"].inputs if tensor.name not in ("x", "bits")),
 )
 _OF_SCAFFOLD = _attributes("BinaryScaffoldMatMul", "planes", "layout")
@@ -26,12 +27,12 @@ _ALL = (
     Op(
         "NormScaffoldConv",
         inputs=(
-            Tensor("x", ("float32",), ("B", "T", "K")),
-            Tensor("norm_weight", ("float32",), ("K",)),
+            tensor("x", "float32", "B T K"),
+            tensor("norm_weight", "float32", "K"),
             *_SCAFFOLD,
             *_inputs("CausalConv1dStep", state="state", weight="conv_weight", bias="conv_bias"),
         ),
-        outputs=(Tensor("y", ("float32",), ("B", "T", "M")), OPS["CausalConv1dStep"].outputs[1]),
+        outputs=(tensor("y", "float32", "B T M"), OPS["CausalConv1dStep"].outputs[1]),
         attributes=(
             *_attributes("RMSNorm", "eps"),
             *_OF_SCAFFOLD,
@@ -42,13 +43,13 @@ _ALL = (
     Op(
         "GatedNormScaffoldAdd",
         inputs=(
-            Tensor("y", ("float32",), ("B", "T", "K")),
-            Tensor("z", ("float32",), ("B", "T", "K"), start="z_start"),
-            Tensor("norm_weight", ("float32",), ("K",)),
+            tensor("y", "float32", "B T K"),
+            tensor("z", "float32", "B T K", start="z_start"),
+            tensor("norm_weight", "float32", "K"),
             *_SCAFFOLD,
-            Tensor("residual", ("float32",), ("B", "T", "M")),
+            tensor("residual", "float32", "B T M"),
         ),
-        outputs=(Tensor("out", ("float32",), ("B", "T", "M")),),
+        outputs=(tensor("out", "float32", "B T M"),),
         attributes=(*_attributes("GatedRMSNorm", "eps", "groups", "z_start"), *_OF_SCAFFOLD),
     ),
 )

@@ -5,10 +5,10 @@ import onnx
 import onnxruntime
 from onnx import helper
 
+from dfssm.opset import DOMAIN, OPS, VERSION
 from dfssm.opset.cases import Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
 from dfssm.opset.reference import REFERENCES
-from dfssm.opset.schema import DOMAIN, OPS, VERSION
 from dfssm.opset.tolerances import op_tolerance
 
 ACTIVATIONS = {"x", "y", "z", "dt", "B", "C", "state", "state_scale"}

@@ -150,6 +150,6 @@ def _columns(node: gs.Node, index: int) -> range | None:
     sizes = op.defaults | node.attrs
     for spec, tensor in zip(op.inputs, node.inputs, strict=False):
         if not spec.start:
-            sizes |= dict(zip(spec.shape, tensor.shape, strict=True))
+            sizes |= dict(zip(map(str, spec.shape), tensor.shape, strict=True))
     start = node.attrs[name]
-    return range(start, start + prod(sizes[factor] for factor in op.inputs[index].shape[-1].split(" * ")))
+    return range(start, start + prod(sizes[factor] for factor in op.inputs[index].shape[-1].factors))

@@ -16,8 +16,8 @@ from dfssm.compiler import cli, pipeline
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.export.builder import GraphBuilder
 from dfssm.model.checkpoint import save_student
-from dfssm.opset import DfssmError
-from dfssm.opset.schema import OPS, STATE_DTYPES
+from dfssm.opset import OPS, DfssmError
+from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import TARGETS, get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
 from dfssm.verify.bundle import SEED, TOKENS

@@ -13,7 +13,8 @@ from onnx.reference import ReferenceEvaluator
 
 from dfssm.export.graph import FORMAT_VERSION, build_step_graph
 from dfssm.export.writer import PAGE, write_model
-from dfssm.opset.schema import OPS, STATE_DTYPES
+from dfssm.opset import OPS
+from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets import get_target
 

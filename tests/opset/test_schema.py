@@ -37,7 +37,7 @@ def scaffold_inputs():
             {"down": np.zeros((16, 255), np.int8)},
             r"input 'down' has shape \[16, 255\], expected \[R=16, K=256\]",
         ),
-        ({"bits": np.zeros((40, 31), np.uint8)}, r"'bits' has shape \[40, 31\], expected \[40, 32\]"),
+        ({"bits": np.zeros((40, 31), np.uint8)}, r"'bits' has shape \[40, 31\], expected \[Mp=40, K / 8=32\]"),
         ({"up_scale": np.zeros(41, np.float32)}, r"'up_scale' has shape \[41\], expected \[M=40\]"),
     ],
 )
@@ -53,9 +53,9 @@ SCAN = Case("SelectiveScanStep", dict(B=1, T=2, H=4, P=8, N=6), {"ngroups": 2, "
     ("change", "attributes", "message"),
     [
         ({}, {"dt_start": 4}, "input 'dt' has shape [1, 2, 7], expected [B=1, T=2, >= dt_start=4 + H=4]"),
-        ({}, {"x_start": 4}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, >= x_start=4 + 32]"),
-        ({}, {"B_start": 1}, "input 'B' has shape [1, 2, 12], expected [B=1, T=2, >= B_start=1 + 12]"),
-        ({}, {"x_start": -1}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, 32]"),
+        ({}, {"x_start": 4}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, >= x_start=4 + H * P=32]"),
+        ({}, {"B_start": 1}, "input 'B' has shape [1, 2, 12], expected [B=1, T=2, >= B_start=1 + ngroups * N=12]"),
+        ({}, {"x_start": -1}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, H * P=32]"),
         ({}, {"C_start": -2}, "attribute 'C_start' is -2, expected at least -1"),
         ({"dt": np.zeros((1, 1, 7), np.float32)}, {}, "input 'dt' has shape [1, 1, 7], expected [B=1, T=2, >= dt_"),
         ({"dt": np.zeros((1, 7), np.float32)}, {}, "input 'dt' has shape [1, 7], expected [B, T, >= dt_start=3 + H]"),
@@ -78,17 +78,17 @@ def test_a_wider_tensor_is_an_error_without_a_start():
 
 
 def test_row16_layout_expects_padded_rows():
-    with pytest.raises(DfssmError, match=r"'bits' has shape \[40, 32\], expected \[48, 32\]"):
+    with pytest.raises(DfssmError, match=r"'bits' has shape \[40, 32\], expected \[Mp=48, K / 8=32\]"):
         OPS["BinaryScaffoldMatMul"].check(scaffold_inputs(), {"layout": 1})
 
 
 def test_wrong_attributes_and_requirements():
     with pytest.raises(DfssmError, match="unknown attribute 'plane'"):
         OPS["BinaryScaffoldMatMul"].resolve({"plane": 2})
-    with pytest.raises(DfssmError, match="attribute 'activation' is 'relu', expected one of"):
+    with pytest.raises(DfssmError, match="attribute 'activation' is 'relu', expected 'silu' or 'none'"):
         OPS["CausalConv1dStep"].resolve({"activation": "relu"})
     x, one = np.zeros((1, 1, 8), np.float32), np.ones(8, np.float32)
-    with pytest.raises(DfssmError, match=r"GatedRMSNorm: .* multiple of groups \(got C=8, groups=3\)"):
+    with pytest.raises(DfssmError, match=r"GatedRMSNorm: input 'y' has C=8, expected a multiple of groups=3"):
         OPS["GatedRMSNorm"].check({"y": x, "z": x, "weight": one}, {"groups": 3})
 
 

@@ -35,7 +35,7 @@ SCAN_RANGES = Case(
 GATED_RANGE = Case("GatedRMSNorm", GATED.sizes, {"groups": 4, "z_start": 3})
 
 WRONG_SHAPES = [
-    (SCAFFOLD, "x", (1, 2, 96), "'bits' has shape [40, 8], expected [40, 12] from [(M + 15)"),
+    (SCAFFOLD, "x", (1, 2, 96), "'bits' has shape [40, 8], expected [40, 12] from [Mp, K / 8]"),
     (SCAFFOLD, "x", (1, 2, 48), "'x' has K=48, expected a multiple of 32"),
     (SCAFFOLD, "x", (1, 0, 64), "'x' has shape [1, 0, 64], expected [B, T, K], every dimension at least 1"),
     (SCAFFOLD, "bits", (39, 8), "'bits' has shape [39, 8], expected [40, 8]"),

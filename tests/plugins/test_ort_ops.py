@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from dfssm.opset import OPS
 from dfssm.opset.cases import CASES, Case, cases
-from dfssm.opset.schema import OPS
 
 ONE_OF_EACH = [
     *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in OPS],

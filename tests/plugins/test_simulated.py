@@ -9,8 +9,8 @@ import simulated_avx512
 from kernel_calls import F32, isas_to_test, native, run
 
 from dfssm import _native
+from dfssm.opset import OPS
 from dfssm.opset.cases import cases
-from dfssm.opset.schema import OPS
 
 REAL, SIMULATED = "avx512vnni", simulated_avx512.NAME
 where_real = pytest.mark.skipif(REAL not in _native.isas(), reason=f"this CPU cannot run {REAL} kernels")

@@ -5,9 +5,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from dfssm.opset import DOMAIN, OPS, VERSION
 from dfssm.opset.cases import CASES, Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
-from dfssm.opset.schema import DOMAIN, OPS, VERSION
 
 CANONICAL = [case for case in CASES if not case.attributes.get("layout")]
 """The plugins read the canonical layout only."""

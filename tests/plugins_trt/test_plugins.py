@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from plugins_trt import adapter, lowered
 
+from dfssm.opset import OPS
 from dfssm.opset.cases import Case
-from dfssm.opset.schema import OPS
 from dfssm.targets.trt_plugins import PLUGINS
 
 IDS = dict(ids=lambda case: case.id)
