@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
@@ -16,7 +18,7 @@ class Cuda:
     Raises DfssmError when `cuda-bindings` is missing, there is no driver or no device, or a call fails.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         require(PACKAGES)
         from cuda.bindings import runtime
 
@@ -54,23 +56,23 @@ class Cuda:
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
 
-    def end_capture(self):
+    def end_capture(self) -> Any:
         """The recording, ready for `launch`."""
         graph = self._call("cudaStreamEndCapture", self.stream)
         executable = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         return executable
 
-    def launch(self, executable) -> None:
+    def launch(self, executable: Any) -> None:
         self._call("cudaGraphLaunch", executable, self.stream)
 
-    def release(self, executable) -> None:
+    def release(self, executable: Any) -> None:
         self._call("cudaGraphExecDestroy", executable)
 
-    def _copy(self, to: int, source: int, size: int, kind) -> None:
+    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         self._call("cudaMemcpyAsync", to, source, size, kind, self.stream)
 
-    def _call(self, name: str, *arguments):
+    def _call(self, name: str, *arguments: Any) -> Any:
         error, *result = getattr(self._runtime, name)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
             reason = error.name.removeprefix("cudaError")

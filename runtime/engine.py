@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .memory import trim
 from .sampling import Sampling
 from .state import State, require_model
 from .threads import default_threads
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Tokens of one run of the graph while a prompt is read. Longer runs are no faster (1.3B: 32 to 256 tokens
 # within the noise), and take memory: 8 MB of activations at 64 tokens, 40 MB at 256.
@@ -57,7 +61,7 @@ class Engine:
         return cls(folder, manifest, open_backend(folder, manifest, threads), threads)
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         """The bundle's `tokenizers.Tokenizer`, read at the first use; DfssmError when the bundle has none."""
         if TOKENIZER not in self.manifest.files:
             raise DfssmError(f"{self.folder} has no {TOKENIZER}: compile with --tokenizer to work with text")
@@ -166,9 +170,10 @@ class Engine:
             state.pull()
             state.binding, state.engine = self.backend.bind(state), self
         state.share()
-        return state.binding
+        binding: Binding = state.binding
+        return binding
 
-    def _rows(self, ids) -> list[np.ndarray]:
+    def _rows(self, ids: Any) -> list[np.ndarray]:
         """Any accepted form of prompt as a list of checked i64 rows."""
         if isinstance(ids, np.ndarray):
             rows = list(ids) if ids.ndim == 2 else [ids]
@@ -180,7 +185,7 @@ class Engine:
                 raise DfssmError(f"row {index} of the prompt has no tokens: give every row at least one")
         return rows
 
-    def _ids(self, ids) -> np.ndarray:
+    def _ids(self, ids: Any) -> np.ndarray:
         array = np.asarray(ids)
         if array.size and array.dtype.kind not in "iu":
             raise DfssmError(f"token ids are {array.dtype}: give integers")

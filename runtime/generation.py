@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from dfssm.opset.errors import DfssmError
 from .sampling import Sampler, Sampling
 from .state import State
 from .text import StopFilter, TextStream
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 # As many tokens before the text as can influence how its first token is written.
 _CONTEXT = 8
@@ -29,7 +33,15 @@ class Generation:
             of the last piece has not been read yet.
     """
 
-    def __init__(self, engine, prompt, max_tokens: int, sampling: Sampling, stop: list[str], state: State | None):
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: str | Sequence[int] | np.ndarray,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: list[str],
+        state: State | None,
+    ):
         if max_tokens < 0:
             raise DfssmError(f"max_tokens is {max_tokens}: give a number >= 0")
         if state is not None and state.batch != 1:

@@ -22,7 +22,7 @@ class Sampling:
     top_p: float = 1.0  # keep the smallest set of largest tokens whose probability reaches p; 1 = all
     seed: int | None = None  # None = another draw every time
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise DfssmError(f"temperature is {self.temperature}: give a number >= 0 (0 = greedy)")
         if self.top_k < 0:

@@ -9,6 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class State:
             raise DfssmError(f"{path} is not a state that this dfssm can read ({error}): save it again") from None
 
     @classmethod
-    def _read(cls, file, size: int) -> State:
+    def _read(cls, file: BufferedReader, size: int) -> State:
         lead = file.read(8)
         length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1
         if length > min(_MAX_HEADER, size - 8):
@@ -175,7 +176,7 @@ class State:
             array = np.empty(entry["shape"], _DTYPES[entry["dtype"]]) if _fits(entry, size) else None
             if array is None or entry["data_offsets"] != [offset, offset + array.nbytes]:
                 raise ValueError(f"tensor '{name}' does not match its bytes")
-            if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+            if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
                 raise ValueError("the file is cut off")
             arrays[name], offset = array, offset + array.nbytes
         logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
@@ -210,7 +211,7 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
 
 
-def _fits(entry: dict, size: int) -> bool:
+def _fits(entry: dict[str, Any], size: int) -> bool:
     """Whether a tensor of the header fits a file of `size` bytes: a damaged one could ask for a terabyte."""
     shape = entry["shape"]
     return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) <= size

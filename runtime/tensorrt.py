@@ -104,7 +104,7 @@ class DeviceBinding:
         self._next = np.zeros((self._batch, 1), self._ids_dtype)
         self.push()
 
-    def __del__(self):
+    def __del__(self) -> None:
         for executable in getattr(self, "_graphs", {}).values():
             self._cuda.release(executable)
         for address in getattr(self, "_addresses", []):
@@ -180,7 +180,7 @@ class DeviceBinding:
         self._side = 1 - self._side
         self._stale = True
 
-    def _queue(self, context, shape: tuple[int, int]) -> None:
+    def _queue(self, context: Any, shape: tuple[int, ...]) -> None:
         """Queue the step from one side of the states to the other."""
         context.set_input_shape("input_ids", shape)
         context.set_tensor_address("input_ids", self._ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers import Tokenizer
+
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 # A UTF-8 character has at most four bytes. Byte-fallback decoders show a run of bytes that ends in half a
@@ -21,7 +23,7 @@ class TextStream:
     space of what they decode: with the context in front, a space between prompt and answer is kept.
     """
 
-    def __init__(self, tokenizer, context: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._decode = tokenizer.decode
         self._window = list(context)  # tokens that still influence what comes next
         self._clean = len(self._window)  # tokens of the window that ended on a whole character

@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dfssm.opset import DfssmError, paths
 from dfssm.opset.paths import MANIFEST
@@ -35,13 +36,13 @@ class Manifest:
     """
 
     target: str
-    config: dict
+    config: dict[str, Any]
     state_dtype: str
     layout: int
-    files: dict[str, dict]
+    files: dict[str, dict[str, Any]]
     tools: dict[str, str] = field(default_factory=dict)
-    verification: dict = field(default_factory=dict)
-    engine: dict = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
@@ -125,7 +126,7 @@ def check_files(folder: str | Path, manifest: Manifest, hashes: bool = True) -> 
             raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
 
 
-def file_entry(path: Path) -> dict:
+def file_entry(path: Path) -> dict[str, Any]:
     """The manifest's entry of one file: {"sha256": hex, "bytes": int}."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 

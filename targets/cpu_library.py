@@ -1,7 +1,9 @@
 """What libdfssm_ort_cpu.so says of this CPU, asked through its C functions (plugins/ort_cpu/machine.h)."""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dfssm.opset import DfssmError
 
@@ -25,18 +27,19 @@ class CpuLibrary:
 
     def isas(self) -> list[str]:
         """Instruction sets whose kernels this CPU can run, the plainest first."""
-        return self._isas().decode().split()
+        isas: bytes = self._isas()
+        return isas.decode().split()
 
     def isa(self) -> str:
         """The one in use: $DFSSM_ISA, else the best. Raises DfssmError when that names none of `isas`."""
-        name = self._isa()
+        name: bytes | None = self._isa()
         if name is None:
             raise DfssmError(f"{self._error().decode()}; unset DFSSM_ISA or name one of them")
         return name.decode()
 
     def read_bandwidth(self, size: int, threads: int) -> float:
         """GB/s of reading `size` bytes of memory (at least 1 MiB) once with `threads` threads."""
-        rate = self._read_bandwidth(size, threads)
+        rate: float = self._read_bandwidth(size, threads)
         if rate <= 0:
             raise DfssmError(
                 f"{size} bytes of memory could not be read with {threads} threads: free some, or give less"
@@ -44,7 +47,7 @@ class CpuLibrary:
         return rate
 
 
-def _function(library: ctypes.CDLL, name: str, result: type, *arguments: type):
+def _function(library: ctypes.CDLL, name: str, result: type, *arguments: type) -> Callable[..., Any]:
     function = library[name]  # by item: an object of its own, whose types nobody else sets
     function.restype, function.argtypes = result, arguments
     return function

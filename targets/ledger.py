@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dfssm.opset.packing import padded_rows
 from dfssm.opset.schema import LAYOUT_ROW16
 
@@ -26,7 +28,7 @@ def role(tensor: str) -> str:
     raise KeyError(tensor)
 
 
-def model_bytes(config: dict, layout: int = 0) -> dict[str, int]:
+def model_bytes(config: dict[str, Any], layout: int = 0) -> dict[str, int]:
     """Bytes of a student's tensors by role, from a config by its JSON keys; padding of files not counted."""
     D, V, L, R = config["d_model"], config["vocab_size"], config["n_layer"], config["rank"]
     inner, heads, channels, in_rows = sizes(config)
@@ -47,7 +49,7 @@ def model_bytes(config: dict, layout: int = 0) -> dict[str, int]:
     }
 
 
-def weight_bytes_of_step(config: dict, layout: int = 0) -> int:
+def weight_bytes_of_step(config: dict[str, Any], layout: int = 0) -> int:
     """Bytes of weights that a step reads, each once: all but the table of an untied embedding, of which it
     reads a row.
     """
@@ -55,7 +57,7 @@ def weight_bytes_of_step(config: dict, layout: int = 0) -> int:
     return sum(sizes_by_role.values()) - (0 if config["tie_embeddings"] else sizes_by_role["embedding"])
 
 
-def sizes(config: dict) -> tuple[int, int, int, int]:
+def sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
     """d_inner, nheads, conv_dim and d_in_proj of a config by its JSON keys."""
     inner = config["expand"] * config["d_model"]
     heads = inner // config["headdim"]

@@ -27,6 +27,6 @@ def installed(library: str) -> Path | None:
     path, one may be anybody's.
     """
     try:
-        return Path(distribution("dfssm").locate_file(f"dfssm/{library}"))
+        return Path(str(distribution("dfssm").locate_file(f"dfssm/{library}")))
     except PackageNotFoundError:
         return None

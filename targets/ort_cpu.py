@@ -50,13 +50,13 @@ LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
 class _Relaid:
     """A matrix [..., M, width] in another layout, made anew when it is read: holding all would double the model."""
 
-    def __init__(self, source, relay: Callable[[np.ndarray], np.ndarray]):
+    def __init__(self, source: np.ndarray, relay: Callable[[np.ndarray], np.ndarray]):
         *lead, rows, width = source.shape
         self._source, self._relay = source, relay
         self.shape = (*lead, padded_rows(rows), width)
         self.dtype = source.dtype
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self._relay(np.asarray(self._source))
 
 

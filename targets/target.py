@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with how many steps are done, and of how many."""
 
-Tensors = Mapping[str, "np.ndarray[Any, Any]"]
+Tensors = Mapping[str, "np.ndarray"]
 """A model's tensors by their names in model.pt; an array may be made only when it is read."""
 
 

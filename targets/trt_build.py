@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .trt_plugins import PLUGINS
 
@@ -65,7 +66,7 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def build(trt: ModuleType, request: Request) -> dict:
+def build(trt: ModuleType, request: Request) -> dict[str, Any]:
     """Build `request` with the module `trt` and write the engine. Returns figures and what the engine is for."""
     start = time.perf_counter()
     log = _logger(trt)
@@ -106,18 +107,18 @@ def known_sms(trt: ModuleType) -> list[int]:
     return sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit())
 
 
-def _flags(enum, *names: str) -> int:
+def _flags(enum: Any, *names: str) -> int:
     """The bits of those flags that this version still has: TensorRT 11 has strongly typed networks only."""
     return sum(1 << int(getattr(enum, name)) for name in names if hasattr(enum, name))
 
 
-def _load_plugins(trt: ModuleType, library: str, log) -> None:
+def _load_plugins(trt: ModuleType, library: str, log: Any) -> None:
     registry = trt.get_plugin_registry()
     if registry.load_library(library) is None:
         raise BuildError(f"{library} does not load into TensorRT {trt.__version__}: {log.last or 'no reason given'}")
 
 
-def _config(trt: ModuleType, builder, network, request: Request) -> tuple:
+def _config(trt: ModuleType, builder: Any, network: Any, request: Request) -> tuple[Any, list[dict[str, Any]]]:
     """The builder's configuration for `request`, and the bounds of its profiles as the manifest tells them."""
     config = builder.create_builder_config()
     for name, wanted in {
@@ -156,7 +157,7 @@ def _capabilities(trt: ModuleType, request: Request) -> Sequence[int]:
     return request.sm or [sm for sm in known_sms(trt) if request.library or sm >= 80]
 
 
-def _set_capabilities(trt: ModuleType, config, sm: Sequence[int]) -> None:
+def _set_capabilities(trt: ModuleType, config: Any, sm: Sequence[int]) -> None:
     known = known_sms(trt)
     unknown = [str(number) for number in sm if number not in known]
     if unknown:
@@ -169,7 +170,7 @@ def _set_capabilities(trt: ModuleType, config, sm: Sequence[int]) -> None:
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
 
 
-def _add_profile(builder, config, network, rows: int, best: int, tokens: int) -> dict:
+def _add_profile(builder: Any, config: Any, network: Any, rows: int, best: int, tokens: int) -> dict[str, Any]:
     """One optimisation profile; returns what it means for `input_ids`."""
     profile = builder.create_optimization_profile()
     sizes = {"min": (1, 1), "opt": (rows, best), "max": (rows, tokens)}
@@ -188,14 +189,14 @@ def _add_profile(builder, config, network, rows: int, best: int, tokens: int) ->
     return bounds
 
 
-def _parser_error(parser, log) -> str:
+def _parser_error(parser: Any, log: Any) -> str:
     if log.last.startswith(tuple(PLUGINS)) or not parser.num_errors:
-        return log.last
+        return str(log.last)
     error = parser.get_error(0)
     return f"{error.desc()} (node {error.node_name()})"
 
 
-def _logger(trt: ModuleType):
+def _logger(trt: Any) -> Any:
     """A TensorRT logger that says everything on stdout but details; `last` is the error to show.
 
     That is the last one, but an error of a plugin stays: it names the node and the shapes, and what TensorRT says
@@ -203,11 +204,11 @@ def _logger(trt: ModuleType):
     """
 
     class Logger(trt.ILogger):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.last = ""
 
-        def log(self, severity, text: str) -> None:
+        def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR and not self.last.startswith(tuple(PLUGINS)):
                 self.last = " ".join(text.split())
             if severity <= trt.ILogger.Severity.WARNING and _EXPECTED_WARNING not in text:
@@ -216,13 +217,13 @@ def _logger(trt: ModuleType):
     return Logger()
 
 
-def _monitor(trt: ModuleType):
+def _monitor(trt: Any) -> Any:
     """Tells how far the build is, by its outermost phase; None where this TensorRT has no progress monitor."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
     class Monitor(trt.IProgressMonitor):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.phase, self.steps = "", 0
 
@@ -242,7 +243,7 @@ def _monitor(trt: ModuleType):
     return Monitor()
 
 
-def _say(**message) -> None:
+def _say(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dfssm.opset import DfssmError
 
+from .target import Progress
 from .trt_build import MODULES, Request
 
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|bad_alloc|MEM_ALLOC_FAILED|MemoryError|Cannot allocate", re.I)
@@ -21,7 +23,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|bad_alloc|MEM_ALLOC_FAILE
 _VERSIONED = re.compile(r"(.+\.so)\.\d+$")
 
 
-def build_engine(request: Request, progress: Callable[[int, int], None] | None = None) -> dict:
+def build_engine(request: Request, progress: Progress | None = None) -> dict[str, Any]:
     """Have `request` built; returns its result. Raises DfssmError, in one line, for any other end of the process."""
     with tempfile.TemporaryDirectory(prefix="dfssm-trt-") as links:
         process = subprocess.Popen(
@@ -35,13 +37,15 @@ def build_engine(request: Request, progress: Callable[[int, int], None] | None =
         )
         try:
             with process:
+                assert process.stdin and process.stdout  # they are pipes
                 process.stdin.write(request.to_json())
                 process.stdin.close()
                 said, last = _follow(process.stdout, progress)
         finally:
             process.kill()
     if "result" in said:
-        return said["result"]
+        result: dict[str, Any] = said["result"]
+        return result
     raise DfssmError(f"{request.builder} built no engine: {_reason(process.returncode, said.get('error'), last)}")
 
 
@@ -60,9 +64,10 @@ def _environment(builder: str, links: Path) -> dict[str, str]:
     return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
-def _follow(lines, progress) -> tuple[dict, str]:
+def _follow(lines: Iterable[str], progress: Progress | None) -> tuple[dict[str, Any], str]:
     """Read the child's output to its end: (its `result` or `error`, the last other thing that it or a library said)."""
-    said, last = {}, ""
+    said: dict[str, Any] = {}
+    last = ""
     for line in lines:
         try:
             message = json.loads(line)

@@ -21,7 +21,7 @@ from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, open_bundle
 
 from .difference import Difference
-from .graph import TAPPED, Array, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
+from .graph import TAPPED, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
 from .student import Compare, Follower
 
 TOKENS = 64
@@ -55,7 +55,7 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         session = target.open_session(folder, model=name)
         return inference(session), zero_states(session)
 
-    def compare(tap: Tap, output: str, ours: Array, bundle: Array) -> None:
+    def compare(tap: Tap, output: str, ours: np.ndarray, bundle: np.ndarray) -> None:
         of_state = output in tap.outputs[1:]
         name = tap.op if output == "logits" else f"{tap.op}.{'new_state' if of_state else output.rpartition('/')[2]}"
         if name not in found:
@@ -111,7 +111,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     steps = min(STEPS, tokens // 2)
     calls = [tokens - steps] + [1] * steps
 
-    def compare(tap: Tap, output: str, ours: Array, bundle: Array) -> None:
+    def compare(tap: Tap, output: str, ours: np.ndarray, bundle: np.ndarray) -> None:
         of_state = output in tap.outputs[1:]
         name = output if of_state or output == "logits" else tap.name
         if name not in found:

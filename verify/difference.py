@@ -8,8 +8,6 @@ import numpy as np
 
 from dfssm.opset.tolerances import Tolerance
 
-from .graph import Array
-
 MANY = 16
 """Tokens of a run whose median over the tokens means something."""
 
@@ -27,7 +25,7 @@ class Difference:
         self.max_abs = self.max_rel = 0.0
         self.typical_rel: float | None = None  # None: not enough tokens, or no axis of them
 
-    def add(self, bundle: Array, student: Array) -> None:
+    def add(self, bundle: np.ndarray, student: np.ndarray) -> None:
         """Compare two arrays of one shape; with `typical` axis 1 is the tokens."""
         largest = float(np.abs(student).max()) or 1.0
         error = self.tolerance.error(bundle, student)  # infinite where a number is not finite

@@ -16,10 +16,9 @@ from dfssm.targets.bundle import MODEL
 TAPPED = f"tapped.{MODEL}"
 """The bundle's graph with the taps among its outputs: beside the bundle's files while they are verified."""
 
-Array = np.ndarray[Any, Any]
-Feeds = dict[str, Array]
-Infer = Callable[[Feeds], Mapping[str, Array]]
-Values = dict[str, list[Array]]  # name of a graph's output -> its values, call by call
+Feeds = dict[str, np.ndarray]
+Infer = Callable[[Feeds], Mapping[str, np.ndarray]]
+Values = dict[str, list[np.ndarray]]  # name of a graph's output -> its values, call by call
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
@@ -73,7 +72,7 @@ def zero_states(session: Any) -> Feeds:
     return {value.name: np.zeros([1, *value.shape[1:]], _NUMPY_TYPES[value.type]) for value in inputs}
 
 
-def run(infer: Infer, states: Feeds, ids: Array, calls: list[int], advance: Callable[[], None]) -> Values:
+def run(infer: Infer, states: Feeds, ids: np.ndarray, calls: list[int], advance: Callable[[], None]) -> Values:
     """`ids` i64[1,T] in `calls` of so many tokens each, from `states` on. `advance` is called after each call."""
     values: Values = {}
     for piece in np.split(ids, np.cumsum(calls)[:-1], axis=1):

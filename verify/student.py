@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dfssm.model.student import DFSSMLM, DFSSMState
 from dfssm.model.teacher import Mamba2State
 
-from .graph import Array, Tap, Values
+from .graph import Tap, Values
 
-Compare = Callable[[Tap, str, Array, Array], None]
+Compare = Callable[[Tap, str, np.ndarray, np.ndarray], None]
 """Called with a tap, one of its outputs, the student's values of it and the bundle's; both f32, states widened."""
 
 
@@ -36,7 +36,7 @@ class Follower:
     def __init__(self, student: DFSSMLM, values: Values, calls: list[int], compare: Compare):
         self.student, self.values, self.calls, self.compare = student, values, calls, compare
 
-    def run(self, taps: Iterable[Tap], held: Callable[[Tap], bool], ids: Array) -> Tensor:
+    def run(self, taps: Iterable[Tap], held: Callable[[Tap], bool], ids: np.ndarray) -> Tensor:
         """`ids` i64[1,T] -> the student's logits f32[1,T,V]."""
         for tap in taps:
             module = self.student.get_submodule(tap.module)
@@ -49,7 +49,7 @@ class Follower:
             logits: Tensor = self.student(torch.from_numpy(ids))[0]
         return logits
 
-    def tokens(self, name: str) -> Array:
+    def tokens(self, name: str) -> np.ndarray:
         """The value `name` [1,T,...] of all calls, end to end."""
         return np.concatenate(self.values[name], axis=1)
 

@@ -1,5 +1,7 @@
 """What lowering must leave as it was, looked up in what was written: the graph's inputs and outputs, and our nodes."""
 
+from typing import Any
+
 import onnx_graphsurgeon as gs
 
 from dfssm.opset import OPS
@@ -51,11 +53,11 @@ def _check_fused(step: gs.Graph, node: gs.Node, parts: set[str], moved: Moved) -
     attributes = norm.attrs | product.attrs
     if node.op == "NormScaffoldConv":
         last = next((user for user in y.outputs if user.op == "CausalConv1dStep"), None)
-        chain = (norm.op, last and last.op) == ("RMSNorm", "CausalConv1dStep")
+        first = "RMSNorm"
     else:
-        last = y.outputs[0]
-        chain = (norm.op, last.op) == ("GatedRMSNorm", "Add")
-    if not chain:
+        last = y.outputs[0] if y.outputs[0].op == "Add" else None
+        first = "GatedRMSNorm"
+    if norm.op != first or last is None:
         raise ValueError(f"{node.op} {node.name} was no such chain")
     outputs = last.outputs
     if node.op == "NormScaffoldConv":
@@ -85,7 +87,7 @@ def _check_node(before: gs.Node, after: gs.Node, moved: Moved) -> None:
     _check_tensors(after, expected)
 
 
-def _check_attributes(node: gs.Node, wanted: dict) -> None:
+def _check_attributes(node: gs.Node, wanted: dict[str, Any]) -> None:
     if not wanted.items() <= node.attrs.items():
         raise ValueError(f"{node.name} is {node.op} {node.attrs}, it should be {wanted}")
 

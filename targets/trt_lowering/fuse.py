@@ -9,6 +9,7 @@ reads the product must read others.
 """
 
 from math import prod
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -106,13 +107,21 @@ def _described(node: gs.Node | None) -> str:
     return "nothing" if node is None else f"{node.op} {node.name}"
 
 
-def _attributes(fused: str, *nodes: gs.Node) -> dict:
+def _attributes(fused: str, *nodes: gs.Node) -> dict[str, Any]:
     """What the nodes say of the attributes that `fused` has."""
     said = {name: value for node in nodes for name, value in (OPS[node.op].defaults | node.attrs).items()}
     return {name: said[name] for name in FUSED[fused].defaults}
 
 
-def _replace(graph: gs.Graph, product: gs.Node, op: str, others: tuple, attributes: dict, inputs, outputs) -> None:
+def _replace(
+    graph: gs.Graph,
+    product: gs.Node,
+    op: str,
+    others: tuple[gs.Node, ...],
+    attributes: dict[str, Any],
+    inputs: list[gs.Tensor],
+    outputs: list[gs.Tensor],
+) -> None:
     """Put a node of `op` in the place of `product`, and take out the `others` of its chain."""
     for node in (product, *others):
         take_out(node)
@@ -121,7 +130,7 @@ def _replace(graph: gs.Graph, product: gs.Node, op: str, others: tuple, attribut
 
 
 def _is_ours(node: gs.Node, op: str) -> bool:
-    return node.domain == DOMAIN and node.op == op
+    return bool(node.domain == DOMAIN and node.op == op)
 
 
 def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:

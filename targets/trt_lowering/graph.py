@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,8 +49,8 @@ def load(path: Path) -> gs.Graph:
     """The graph in `path`; weights in an external data file stay there."""
     graph = gs.import_onnx(onnx.load(path, load_external_data=False))
     for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Constant) and proto(tensor).external_data:
-            tensor.values = Stored(proto(tensor), path.parent)
+        if isinstance(tensor, gs.Constant) and (stored := proto(tensor)) and stored.external_data:
+            tensor.values = Stored(stored, path.parent)
     return graph
 
 
@@ -86,7 +87,8 @@ def view(constant: gs.Constant, dtype: int, shape: list[int]) -> None:
 
 def read(constant: gs.Constant) -> np.ndarray:
     """The values of `constant`, without keeping them in memory as graphsurgeon's `values` does."""
-    return constant._values.load() if isinstance(constant._values, LazyValues) else constant._values
+    values: np.ndarray = constant._values.load() if isinstance(constant._values, LazyValues) else constant._values
+    return values
 
 
 def raw_bytes(constant: gs.Constant) -> memoryview:
@@ -126,7 +128,7 @@ class Emitter:
         self._count = 0
         self._constants = {} if constants is None else constants
 
-    def __call__(self, op: str, *inputs, out: gs.Variable | None = None, **attributes) -> gs.Variable:
+    def __call__(self, op: str, *inputs: Any, out: gs.Variable | None = None, **attributes: Any) -> gs.Variable:
         self._count += 1
         name = f"{self.prefix}/{op}_{self._count}"
         out = gs.Variable(f"{name}/out") if out is None else out
@@ -139,7 +141,7 @@ class Emitter:
         name = f"{name}.{'x'.join(map(str, values.shape))}"
         return self._constants.setdefault(name, gs.Constant(name, values))
 
-    def _tensor(self, value, name: str) -> gs.Tensor:
+    def _tensor(self, value: Any, name: str) -> gs.Tensor:
         if isinstance(value, gs.Tensor):
             return value
         if isinstance(value, float):

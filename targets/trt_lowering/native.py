@@ -6,6 +6,9 @@ scaffold's never are larger). The scaffold's signs become INT4, four times the p
 DequantizeLinear whose scales are 1: the rows' scales are applied to the exact sum, as in the reference.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -18,13 +21,17 @@ from .graph import Emitter, ours, read, store, take_out
 
 FLOAT, INT8, INT4 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.INT4
 
+Attributes: TypeAlias = dict[str, Any]
+Outputs: TypeAlias = list[gs.Variable]
+
 BLOCKS = (128, 64, 32)
 """Columns that share one scale of a DequantizeLinear; the largest that divides K, and K % 32 == 0."""
 
 
 def run(graph: gs.Graph) -> list[str]:
     """Returns the names of the nodes that were replaced."""
-    changed, shared = [], {}
+    changed: list[str] = []
+    shared: dict[str, gs.Constant] = {}
     for node in ours(graph):
         emit = Emitter(graph, node.name, shared)
         inputs = [_columns(emit, node, i) for i in range(len(node.inputs))]
@@ -76,7 +83,8 @@ def _signs(emit: Emitter, bits: gs.Constant) -> gs.Tensor:
     return emit("DequantizeLinear", codes, ones, axis=1, block_size=block)
 
 
-def _scaffold(emit: Emitter, attrs: dict, outputs, x, bits, scale, down, down_scale, up, up_scale) -> None:
+def _scaffold(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    x, bits, scale, down, down_scale, up, up_scale = inputs
     (y,) = outputs
     (rows,), planes = up_scale.shape, attrs["planes"]
     q, s = _quantize(emit, x)
@@ -93,7 +101,8 @@ def _scaffold(emit: Emitter, attrs: dict, outputs, x, bits, scale, down, down_sc
     emit("Add", sums, emit("Mul", up_scale, _product(emit, h, up)), out=y)
 
 
-def _int8_matmul(emit: Emitter, attrs: dict, outputs, x, w, w_scale) -> None:
+def _int8_matmul(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    x, w, w_scale = inputs
     q, s = _quantize(emit, x)
     emit("Mul", emit("Mul", w_scale, s), _product(emit, q, w), out=outputs[0])
 
@@ -102,7 +111,8 @@ def _silu(emit: Emitter, x: gs.Tensor, out: gs.Tensor | None = None) -> gs.Tenso
     return emit("Div", x, emit("Add", 1.0, emit("Exp", emit("Neg", x))), out=out)
 
 
-def _conv(emit: Emitter, attrs: dict, outputs, x, state, weight, bias) -> None:
+def _conv(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    x, state, weight, bias = inputs
     y, new_state = outputs
     width = weight.shape[1]
     window = emit("Concat", state, emit("Transpose", x, perm=[0, 2, 1]), axis=2)  # [B,C,W]
@@ -125,7 +135,8 @@ def _softplus(emit: Emitter, x: gs.Tensor) -> gs.Tensor:
     return emit("Add", emit("Max", x, 0.0), emit("Where", lost, e, log1p))
 
 
-def _scan(emit: Emitter, attrs: dict, outputs, x, dt, B, C, A_log, D, dt_bias, state, state_scale=None) -> None:
+def _scan(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    x, dt, B, C, A_log, D, dt_bias, state, *scales = inputs
     y, new_state, *new_scale = outputs
     _, heads, d_state, headdim = state.shape
     groups = attrs["ngroups"]
@@ -140,15 +151,15 @@ def _scan(emit: Emitter, attrs: dict, outputs, x, dt, B, C, A_log, D, dt_bias, s
     B, C = (emit("Reshape", v, [0, groups, 1, d_state, 1]) for v in (B, C))
     x = emit("Reshape", x, [*split, 1, headdim])
     h = emit("Cast", state, to=FLOAT)
-    if state_scale is not None:
-        h = emit("Mul", h, emit("Unsqueeze", state_scale, [-1]))
+    if scales:
+        h = emit("Mul", h, emit("Unsqueeze", scales[0], [-1]))
     h = emit("Reshape", h, [*split, d_state, headdim])
     h = emit("Add", emit("Mul", decay, h), emit("Mul", emit("Mul", delta, B), x))
     total = emit("ReduceSum", emit("Mul", C, h), [3], keepdims=1)
     total = emit("Add", total, emit("Mul", emit("Reshape", D, [1, groups, heads // groups, 1, 1]), x))
     emit("Reshape", total, [0, 1, heads * headdim], out=y)
     h = emit("Reshape", h, [0, heads, d_state, headdim])
-    if state_scale is not None:
+    if scales:
         codes, scale = _quantize(emit, h)
         emit("Cast", codes, to=INT8, out=new_state)
         emit("Squeeze", scale, [-1], out=new_scale[0])
@@ -161,11 +172,13 @@ def _normed(emit: Emitter, v: gs.Tensor, eps: float) -> gs.Tensor:
     return emit("Div", v, emit("Sqrt", emit("Add", mean, eps)))
 
 
-def _rms_norm(emit: Emitter, attrs: dict, outputs, x, weight) -> None:
+def _rms_norm(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    x, weight = inputs
     emit("Mul", _normed(emit, x, attrs["eps"]), weight, out=outputs[0])
 
 
-def _gated_norm(emit: Emitter, attrs: dict, outputs, y, z, weight) -> None:
+def _gated_norm(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor) -> None:
+    y, z, weight = inputs
     channels, groups = weight.shape[0], attrs["groups"]
     gated = emit("Mul", y, _silu(emit, z))
     grouped = emit("Reshape", gated, [0, 1, groups, channels // groups])
@@ -173,7 +186,7 @@ def _gated_norm(emit: Emitter, attrs: dict, outputs, y, z, weight) -> None:
     emit("Mul", flat, weight, out=outputs[0])
 
 
-_OPS = {
+_OPS: dict[str, Callable[..., None]] = {
     "BinaryScaffoldMatMul": _scaffold,
     "Int8MatMul": _int8_matmul,
     "CausalConv1dStep": _conv,

@@ -14,7 +14,7 @@ def run(graph: gs.Graph) -> list[str]:
     changed = []
     for node in ours(graph, "BinaryScaffoldMatMul"):
         bits = node.inputs[1]
-        if proto(bits).data_type == onnx.TensorProto.UINT8:
+        if (stored := proto(bits)) and stored.data_type == onnx.TensorProto.UINT8:
             *lead, width = bits.shape
             view(bits, onnx.TensorProto.INT32, [*lead, width // 4])
             changed.append(bits.name)
