@@ -1,0 +1,271 @@
+"""Writing files and folders: there whole or not at all. The one place that does it; standard library only.
+
+A draft with a random name is made beside the target, synced to the disk, and renamed into place; then the folder is
+synced, so that the name survives a power cut too. Two writers of one target, threads or processes, in one container or
+two, never share a draft: the last one to finish wins. A draft is locked (flock) while its writer lives; one that nobody
+holds is what a killed writer left, and the next writer of the same target removes it.
+
+A folder is replaced by exchange (renameat2), so that there is a complete one at every moment. Where the file system has
+no exchange, it is two renames: a writer killed between them leaves the old folder beside the target, under a name that
+ends in .old, and the next writer puts it back. Where a folder cannot be renamed at all (overlay file systems, for one
+that came with the image), its files are replaced one by one: a writer killed on the way leaves a mixture, which the
+hashes in a bundle's manifest refuse, until the next writer completes it.
+
+What is no regular file, a device or a pipe, is written through, and a link is followed: what it names is replaced.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DfssmError
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
+_AT_FDCWD = -100
+
+# Answers of a file system that has no exchange, or none for this folder. EXDEV: overlayfs, a folder of a lower layer.
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM)
+
+
+def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """Write a file: bytes, text as UTF-8, or what `content(draft)` writes into the file `draft`.
+
+    The folder must exist. Raises DfssmError when the operating system refuses; the target is then as it was.
+    """
+    target = Path(path)
+    with writing(target):
+        target = target.resolve()
+        mode = _mode(target)
+        if mode is not None and not stat.S_ISREG(mode):
+            return _write_through(target, content)
+        with _draft_file(target) as draft:
+            _fill(draft, content)
+            draft.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
+            _sync(draft)
+            draft.replace(target)
+            _sync(target.parent)
+
+
+@contextmanager
+def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder in a `with` block, which becomes `path` when the block ends well.
+
+    With `replace` it takes the place of what is there; otherwise nothing but an empty folder may be there. Raises
+    DfssmError when it may not, or when the operating system refuses; `path` is then as it was.
+    """
+    target = Path(path)
+    with writing(target):
+        target = target.resolve()
+        _collect(target)
+        draft, lock = _make_draft(target, lambda draft: draft.mkdir())
+    try:
+        yield draft
+        with writing(target):
+            for inner in (*sorted(draft.rglob("*"), reverse=True), draft):
+                _sync(inner)
+            _put(draft, target, replace)
+            _sync(target.parent)
+    finally:
+        # Now this is what the target was before, or what came of the block that failed.
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write (permissions, a full disk) into a DfssmError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DfssmError(
+            f"cannot write {path}: {error.strerror or error}; check its folder or choose another"
+        ) from error
+
+
+def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:
+    if isinstance(content, bytes | str):
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
+    try:
+        content(draft)
+    except (OSError, DfssmError):
+        raise
+    except Exception:
+        # Libraries report a full disk in exceptions of their own. The next write meets the same.
+        with draft.open("ab") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+        raise
+
+
+def _write_through(target: Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """To a device or a pipe. A writer that wants a file gets one in the folder for temporary files."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "draft"
+        _fill(draft, content)
+        with draft.open("rb") as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+@contextmanager
+def _draft_file(target: Path) -> Iterator[Path]:
+    _collect(target)
+    draft, lock = _make_draft(target, lambda draft: draft.touch(0o600, exist_ok=False))
+    try:
+        yield draft
+    finally:
+        with contextlib.suppress(OSError):  # it is gone after the rename
+            draft.unlink()
+        os.close(lock)
+
+
+def _make_draft(target: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
+    """A new draft beside `target`, and the descriptor that holds its lock."""
+    while True:
+        draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+        make(draft)
+        # Who collects drafts at this moment may take it for a left one, as long as it is not locked: then another.
+        try:
+            lock = os.open(draft, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = draft.exists()
+        except BlockingIOError:
+            mine = False
+        except OSError:  # a file system without locks: there nobody collects drafts
+            mine = True
+        if mine:
+            return draft, lock
+        os.close(lock)
+
+
+def _collect(target: Path) -> None:
+    """Remove the drafts of `target` that a killed writer has left, and put back what it had taken away."""
+    name = re.compile(rf"\.{re.escape(target.name[:200])}\.[0-9a-f]{{16}}\.(tmp|old)")
+    with contextlib.suppress(OSError):
+        for left in sorted(target.parent.iterdir()):
+            if (found := name.fullmatch(left.name)) and (lock := _abandoned(left)) is not None:
+                if found[1] == "old" and not os.path.lexists(target):
+                    left.rename(target)
+                elif left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+                os.close(lock)
+
+
+def _abandoned(path: Path) -> int | None:
+    """A lock on `path` if no living writer has it, else None."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _put(draft: Path, target: Path, replace: bool) -> None:
+    """`draft` takes the place of the folder `target`, which then is where `draft` was."""
+    try:
+        draft.rename(target)  # it replaces an empty folder, too
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not replace:
+            raise DfssmError(f"{target} exists now: another program made it; choose another output") from None
+    try:
+        _exchange(draft, target)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        try:
+            _rename_twice(draft, target)
+        except OSError as refused:
+            if refused.errno not in _NO_EXCHANGE:
+                raise
+            _replace_files(draft, target)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Both names change places in one step. Raises OSError; ENOSYS where libc has no renameat2."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _rename_twice(draft: Path, target: Path) -> None:
+    old = draft.with_suffix(".old")
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        target.rename(old)
+        try:
+            draft.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        old.rename(draft)
+    finally:
+        os.close(lock)
+
+
+def _replace_files(draft: Path, target: Path) -> None:
+    """The files of `draft` one by one into `target`, manifest.json last: the old one refuses what is new until then."""
+    names = sorted((path.name for path in draft.iterdir()), key=lambda name: name == "manifest.json")
+    for name in names:
+        (draft / name).replace(target / name)
+    for path in target.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _sync(target)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _umask() -> int:
+    """The umask, without changing it: another thread may be making a file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync a folder
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,275 @@
+"""Files and folders that are there whole or not at all: what is left when a writer is refused, killed, or not alone."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dfssm.opset import files
+from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import new_folder, write_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def make(target: Path, text: str, replace: bool = True) -> None:
+    """A folder of two files that say `text`."""
+    with new_folder(target, replace) as draft:
+        for name in ("manifest.json", "model"):
+            (draft / name).write_text(text)
+
+
+@pytest.mark.parametrize("content", [b"\xff\x00", "é\n", lambda draft: draft.write_text("made")])
+def test_a_file_holds_what_it_is_given(tmp_path, content):
+    for _ in range(2):  # new, and replaced
+        write_file(tmp_path / "a", content)
+        expected = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else b"made"
+        assert (tmp_path / "a").read_bytes() == expected and names(tmp_path) == ["a"]
+
+
+def test_rights_are_those_of_any_new_file_or_of_the_replaced_one(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "new", b"")
+    finally:
+        os.umask(before)
+    (tmp_path / "old").touch()
+    (tmp_path / "old").chmod(0o604)
+    write_file(tmp_path / "old", b"")
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old")] == [0o640, 0o604]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere/file")
+    write_file(tmp_path / "link", "text")
+    assert os.readlink(tmp_path / "link") == "elsewhere/file"
+    assert (tmp_path / "elsewhere/file").read_text() == "text"
+    (tmp_path / "elsewhere/bundle").mkdir()
+    (tmp_path / "b").symlink_to("elsewhere/bundle")
+    make(tmp_path / "b", "new")
+    assert (tmp_path / "b").is_symlink() and contents(tmp_path / "elsewhere/bundle")["model"] == "new"
+
+
+@pytest.mark.parametrize("content", [b"text", lambda draft: draft.write_bytes(b"text")])
+def test_a_pipe_is_written_through(tmp_path, content):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    write_file(tmp_path / "pipe", content)
+    reader.join(timeout=10)
+    assert read == [b"text"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_device_stays_a_device_and_a_full_one_is_named():
+    write_file("/dev/null", b"x")
+    with pytest.raises(DfssmError, match="^cannot write /dev/full: No space left on device; "):
+        write_file("/dev/full", b"x")
+    assert Path("/dev/null").is_char_device() and Path("/dev/full").is_char_device()
+
+
+def test_a_failed_writer_leaves_what_was_there(tmp_path):
+    write_file(tmp_path / "a", "before")
+
+    def fail(draft):
+        draft.write_text("half")
+        raise ValueError("a bug keeps its traceback")
+
+    with pytest.raises(ValueError, match="a bug"):
+        write_file(tmp_path / "a", fail)
+    make(tmp_path / "b", "before")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "b", replace=True) as draft:
+        (draft / "model").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["a", "b"]
+    assert (tmp_path / "a").read_text() == "before" and contents(tmp_path / "b")["model"] == "before"
+
+
+def test_a_librarys_own_error_on_a_full_disk_is_that_of_the_disk(tmp_path, monkeypatch):
+    """safetensors and torch raise exceptions of their own: what the disk says comes out."""
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    def library(draft):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with pytest.raises(DfssmError, match="^cannot write .*: No space left on device; "):
+        write_file(tmp_path / "a", library)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_replaces_only_what_it_may(tmp_path):
+    make(tmp_path / "b", "one", replace=False)
+    with pytest.raises(DfssmError, match="b exists now: another program made it"):
+        make(tmp_path / "b", "two", replace=False)
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty", "three", replace=False)
+    assert contents(tmp_path / "b")["model"] == "one" and contents(tmp_path / "empty")["model"] == "three"
+    assert names(tmp_path) == ["b", "empty"]
+
+
+def refuse(*codes):
+    """An _exchange or rename that a file system answers with these errors, one a call; then with the last."""
+    left = list(codes)
+
+    def answer(*_):
+        code = left.pop(0) if len(left) > 1 else left[0]
+        raise OSError(code, os.strerror(code))
+
+    return answer
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EXDEV, errno.ENOSYS])
+def test_without_exchange_it_is_two_renames(tmp_path, monkeypatch, code):
+    make(tmp_path / "b", "one")
+    monkeypatch.setattr(files, "_exchange", refuse(code))
+    make(tmp_path / "b", "two")
+    assert contents(tmp_path / "b") == {"manifest.json": "two", "model": "two"} and names(tmp_path) == ["b"]
+
+
+def test_a_libc_without_renameat2(tmp_path, monkeypatch):
+    make(tmp_path / "b", "one")
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    make(tmp_path / "b", "two")
+    assert contents(tmp_path / "b")["model"] == "two" and names(tmp_path) == ["b"]
+
+
+def test_a_folder_that_cannot_be_renamed_gets_new_files(tmp_path, monkeypatch):
+    """overlayfs answers EXDEV for a folder of a lower layer, to exchange and rename alike."""
+    make(tmp_path / "b", "one")
+    (tmp_path / "b" / "left").write_text("over")
+    (tmp_path / "b" / "folder").mkdir()
+    inode = (tmp_path / "b").stat().st_ino
+    monkeypatch.setattr(files, "_exchange", refuse(errno.EXDEV))
+    monkeypatch.setattr(files, "_rename_twice", refuse(errno.EXDEV))
+    make(tmp_path / "b", "two")
+    assert contents(tmp_path / "b") == {"manifest.json": "two", "model": "two"} and names(tmp_path) == ["b"]
+    assert (tmp_path / "b").stat().st_ino == inode
+
+
+def test_another_refusal_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
+    make(tmp_path / "b", "one")
+    monkeypatch.setattr(files, "_exchange", refuse(errno.EROFS))
+    with pytest.raises(DfssmError, match="Read-only file system"):
+        make(tmp_path / "b", "two")
+    assert contents(tmp_path / "b")["model"] == "one" and names(tmp_path) == ["b"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dfssm.opset import files
+
+count, exchange = int(sys.argv[2]), sys.argv[3] == "exchange"
+events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "ctypes.dlopen"}
+
+def killer(event, _):
+    global count
+    if event in events:
+        count -= 1
+        if not count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def no_exchange(*_):
+    raise OSError(22, "no exchange")
+
+if not exchange:
+    files._exchange = no_exchange
+sys.addaudithook(killer)
+target = Path(sys.argv[1])
+with files.new_folder(target, replace=True) as draft:
+    for name in ("manifest.json", "model"):
+        (draft / name).write_text("two")
+count = 1 << 30
+print("done")
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_killed_at_any_event_nothing_is_lost_and_the_next_writer_cleans_up(tmp_path, way):
+    """At every event that Python's audit hooks report, from the first on until the writer gets through."""
+    whole = [{"manifest.json": text, "model": text} for text in ("one", "two")]
+    for count in range(1, 200):
+        place = tmp_path / f"{count}"
+        place.mkdir()
+        make(place / "b", "one")
+        done = subprocess.run([sys.executable, "-c", KILLED, place / "b", str(count), way], capture_output=True)
+        if way == "exchange":
+            assert contents(place / "b") in whole, f"killed at event {count}"
+        if done.returncode == 0:
+            assert contents(place / "b") == whole[1] and names(place) == ["b"]
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        # Whatever is left, the next writer, which is refused half-way, has the old or the new one in place.
+        with pytest.raises(ZeroDivisionError), new_folder(place / "b", replace=True):
+            raise ZeroDivisionError
+        assert contents(place / "b") in whole and names(place) == ["b"], f"killed at event {count}"
+    assert done.returncode == 0 and count > 10
+
+
+def test_threads_on_one_file_tear_nothing(tmp_path):
+    errors, stop = [], threading.Event()
+
+    def write(letter):
+        try:
+            for _ in range(100):
+                write_file(tmp_path / "a", letter * 10_000)
+        except Exception as error:
+            errors.append(error)
+
+    def read():
+        while not stop.is_set():
+            if (tmp_path / "a").exists():
+                text = (tmp_path / "a").read_text()
+                if len(text) != 10_000 or len(set(text)) != 1:
+                    errors.append(text[:10])
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    reader = threading.Thread(target=read)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    reader.join()
+    assert errors == [] and names(tmp_path) == ["a"]
+
+
+def test_processes_on_one_folder_tear_nothing(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from dfssm.opset.files import new_folder
+for _ in range(40):
+    with new_folder(Path(sys.argv[1]), replace=True) as draft:
+        for name in ("manifest.json", "model"):
+            (draft / name).write_text(sys.argv[2])
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "b", text]) for text in ("one", "two", "three")]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
+    found = contents(tmp_path / "b")
+    assert found.keys() == {"manifest.json", "model"} and len(set(found.values())) == 1
+    assert names(tmp_path) == ["b"]
+
+
+def test_the_draft_of_a_living_writer_stays(tmp_path):
+    with new_folder(tmp_path / "b") as draft:
+        write_file(tmp_path / "b.txt", "another target")
+        with new_folder(tmp_path / "b", replace=True) as second:
+            assert draft.is_dir() and second != draft
+    assert names(tmp_path) == ["b", "b.txt"]
