@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def follow_script(engine: Engine, state: State, prompt: int, steps: int) -> np.n
     return np.concatenate([engine.prefill(first, state), *(engine.step([token], state) for token in rest)])
 
 
-def run_child(bundle: str, threads: int, prompt: int, steps: int, logits: str = "", isa: str = "") -> dict:
+def run_child(bundle: str | Path, threads: int, prompt: int, steps: int, logits: str = "", isa: str = "") -> dict:
     """Run this module in a new process and return what it prints. `isa` forces an instruction set."""
     command = [sys.executable, "-m", __name__, str(bundle), f"--threads={threads}", f"--prompt={prompt}"]
     command += [f"--steps={steps}", f"--logits={logits}"]

@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 
 def bench(
-    bundle: str,
+    bundle: str | Path,
     threads: int = 0,
     prompt: int = 128,
     tokens: int = 32,
@@ -57,14 +57,16 @@ def bench(
     check = check_outputs(bundle, engine)
     process = run_child(bundle, engine.threads, prompt, tokens)
     with ExitStack() as stack:
-        runners = {}
+        runners: dict[str, Callable[[int], float]] = {}
         for peer in peers:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
             runners |= _open_peer(peer, engine, Path(folder))
         series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
     backend = engine.backend
-    on_gpu = isinstance(backend, TensorRTBackend)
 
+    batches = []
+    if isinstance(backend, TensorRTBackend):
+        batches = bench_batches(engine, backend, tokens, rounds, progress)
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
     floor_seconds = weights / (series["read_gb_s"] * 1e9) + 2 * state / (series["read_write_gb_s"] * 1e9)
@@ -88,8 +90,8 @@ def bench(
             }
             for name in runners
         },
-        "gpu": _gpu(engine) if on_gpu else None,
-        "batches": bench_batches(engine, backend, tokens, rounds, progress) if on_gpu else [],
+        "gpu": _gpu(engine) if isinstance(backend, TensorRTBackend) else None,
+        "batches": batches,
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,
@@ -107,7 +109,7 @@ def bench(
     }
 
 
-def check_outputs(bundle: str, engine: Engine) -> dict:
+def check_outputs(bundle: str | Path, engine: Engine) -> dict:
     """Compare the engine's logits on a few tokens with those of the scalar kernels, run in a new process.
 
     A bundle of a target without such kernels is compared with itself read token by token.

@@ -130,9 +130,9 @@ def main() -> None:
     products = (("in_proj", 2048, 8512, True), ("out_proj", 4096, 2048, True), ("head", 2048, 50288, False))
     rows = []
     for n in BATCHES:
-        for name, *shape in products:
-            times = [f"{product(gpu, n, *shape) * 1e6:.1f}" for gpu in GPUS]
-            rows.append([str(n), name, f"{product_bytes(n, *shape) / 1e6:.2f}", *times])
+        for name, K, M, bits in products:
+            times = [f"{product(gpu, n, K, M, bits) * 1e6:.1f}" for gpu in GPUS]
+            rows.append([str(n), name, f"{product_bytes(n, K, M, bits) / 1e6:.2f}", *times])
     _table("Products, us", ["n", "product", "MB", *names], rows)
     _table(
         "Scan of one layer, us",

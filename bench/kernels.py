@@ -15,10 +15,11 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from dfssm import _native
+import dfssm._native as _native
 from dfssm.opset.packing import from_row16, up_from_row16
 from dfssm.opset.reference import (
     binary_scaffold_matmul_ref,
@@ -194,28 +195,28 @@ def quantize(rng, isa, threads, name) -> Kernel:
     return Kernel(name, 5 * x.size, x.size, lambda: _native.quantize_activations(isa, x), check)
 
 
-DECODE = {
-    "in_proj": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 1, LAYERS),
-    "out_proj": lambda *a: scaffold(*a, D_MODEL, D_INNER, 1, LAYERS),
-    "lm_head": lambda *a: head(*a, 1),
-    "scan fp32": lambda *a: scan(*a, "float32", 1, LAYERS),
-    "scan fp16": lambda *a: scan(*a, "float16", 1, LAYERS),
-    "scan int8": lambda *a: scan(*a, "int8", 1, LAYERS),
-    "conv": lambda *a: conv(*a, 1),
-    "gated_rms_norm": lambda *a: norm(*a, True),
-    "rms_norm": lambda *a: norm(*a, False),
-    "quantize": lambda *a: quantize(*a),
+DECODE: dict[str, Callable[..., Kernel]] = {
+    "in_proj": partial(scaffold, rows=D_IN_PROJ, columns=D_MODEL, tokens=1, layers=LAYERS),
+    "out_proj": partial(scaffold, rows=D_MODEL, columns=D_INNER, tokens=1, layers=LAYERS),
+    "lm_head": partial(head, tokens=1),
+    "scan fp32": partial(scan, dtype="float32", tokens=1, layers=LAYERS),
+    "scan fp16": partial(scan, dtype="float16", tokens=1, layers=LAYERS),
+    "scan int8": partial(scan, dtype="int8", tokens=1, layers=LAYERS),
+    "conv": partial(conv, tokens=1),
+    "gated_rms_norm": partial(norm, gated=True),
+    "rms_norm": partial(norm, gated=False),
+    "quantize": quantize,
 }
-PREFILL = {
-    "in_proj, 2 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 2, LAYERS),
-    "in_proj, 8 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 8, 8),
-    "in_proj, 516 tokens": lambda *a: scaffold(*a, D_IN_PROJ, D_MODEL, 516, 1),
-    "out_proj, 516 tokens": lambda *a: scaffold(*a, D_MODEL, D_INNER, 516, 1),
-    "lm_head, 8 tokens": lambda *a: head(*a, 8),
-    "lm_head, 64 tokens": lambda *a: head(*a, 64),
-    "scan fp32, 512 tokens": lambda *a: scan(*a, "float32", 512, 1),
-    "scan int8, 512 tokens": lambda *a: scan(*a, "int8", 512, 1),
-    "conv, 64 tokens": lambda *a: conv(*a, 64),
+PREFILL: dict[str, Callable[..., Kernel]] = {
+    "in_proj, 2 tokens": partial(scaffold, rows=D_IN_PROJ, columns=D_MODEL, tokens=2, layers=LAYERS),
+    "in_proj, 8 tokens": partial(scaffold, rows=D_IN_PROJ, columns=D_MODEL, tokens=8, layers=8),
+    "in_proj, 516 tokens": partial(scaffold, rows=D_IN_PROJ, columns=D_MODEL, tokens=516, layers=1),
+    "out_proj, 516 tokens": partial(scaffold, rows=D_MODEL, columns=D_INNER, tokens=516, layers=1),
+    "lm_head, 8 tokens": partial(head, tokens=8),
+    "lm_head, 64 tokens": partial(head, tokens=64),
+    "scan fp32, 512 tokens": partial(scan, dtype="float32", tokens=512, layers=1),
+    "scan int8, 512 tokens": partial(scan, dtype="int8", tokens=512, layers=1),
+    "conv, 64 tokens": partial(conv, tokens=64),
 }
 
 
@@ -238,7 +239,9 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
         kernel.check()
         kernel.run()
     read_bandwidth = CpuLibrary(find_library()).read_bandwidth
-    reads, seconds, shares = [], {k.name: [] for k in kernels}, {k.name: [] for k in kernels}
+    reads: list[float] = []
+    seconds: dict[str, list[float]] = {k.name: [] for k in kernels}
+    shares: dict[str, list[float]] = {k.name: [] for k in kernels}
     read_bandwidth(READ_BYTES, threads)
     for _ in range(rounds):
         for kernel in kernels:

@@ -85,7 +85,10 @@ class _Graph:
         self.heads = self.d_inner // c.headdim
         self.bc = c.ngroups * c.d_state
         self.channels = self.d_inner + 2 * self.bc
-        self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
 
     def model(self, head_bits: int) -> onnx.ModelProto:
         c = self.c

@@ -25,7 +25,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
     The outputs are checked first, and a bundle that computes something else is not timed. docs/bench.md
     explains the figures.
     """
-    bundle = paths.bundle(bundle)
+    folder = paths.bundle(bundle)
     if settings["peers"]:
         require({"compile": ["onnx"]})
     from dfssm.bench.decode import bench as run
@@ -36,7 +36,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = run(bundle, progress=progress, **settings)
+        result = run(folder, progress=progress, **settings)
     print_result(result, as_json, _text)
 
 

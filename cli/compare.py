@@ -23,7 +23,7 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     The bundle runs as it is, most tokens as one prompt and the last ones step by step. The student's layers
     get what the bundle's layers got, so an error shows in the layer where it arises.
     """
-    bundle, model = paths.bundle(bundle), paths.student(model)
+    of_bundle, of_model = paths.bundle(bundle), paths.student(model)
     require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
     from dfssm.verify.bundle import compare_bundle
 
@@ -33,7 +33,7 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = compare_bundle(bundle, model, tokens, progress)
+        result = compare_bundle(of_bundle, of_model, tokens, progress)
     print_result(result, as_json, _text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)

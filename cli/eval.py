@@ -75,7 +75,7 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
         found = measure(scorer, text, window, stride, bar.update, wanted, chunk)
     keys = ("perplexity", "tokens", "nats", "bytes", "bits_per_byte", "window", "stride", "chunk")
     result = {key: getattr(found, key) for key in keys} | {"model": str(model), "kind": scorer.kind, "reference": None}
-    if found.against:
+    if wanted and found.against:
         theirs = math.exp(found.against.nats / found.tokens)
         result["reference"] = {
             **{"model": str(reference), "kind": wanted.kind, "perplexity": theirs, "ratio": found.perplexity / theirs},

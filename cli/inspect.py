@@ -20,8 +20,8 @@ _BAR = 40
 @json_option
 def inspect(path: str, as_json: bool) -> None:
     """Sizes by role, config and files of a model.pt (or .safetensors) or of a bundle."""
-    kind, path = paths.find(path, "student", "bundle")
-    print_result(_bundle(path) if kind == "bundle" else _model(path), as_json, _text)
+    kind, found = paths.find(path, "student", "bundle")
+    print_result(_bundle(found) if kind == "bundle" else _model(found), as_json, _text)
 
 
 def _bundle(folder: Path) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
@@ -28,7 +28,7 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:
+def table(rows: list[list[str]], right: Collection[int] = ()) -> str:
     """`rows` with aligned columns; those whose index is in `right` are set flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 import click
 
@@ -39,12 +40,13 @@ def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) ->
     engine = Engine.load(bundle, threads=threads)
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
     generation = engine.generate(prompt, state=state, **settings)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     for piece in generation:
         if not as_json:
             click.echo(piece, nl=False)
     if save_state:
-        state.save(save_state)
+        generation.state.save(save_state)
     figures = _figures(generation, engine)
     if as_json:
         print_result({"text": generation.text, "tokens": generation.tokens} | figures, True, str)

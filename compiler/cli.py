@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from typing import Self
 
 import click
 from tqdm import tqdm
@@ -71,14 +72,14 @@ def main(args: list[str] | None = None) -> None:
 class _Bars:
     """One progress bar a pass, on stderr and only where that is a terminal."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._name: str | None = None
         self._bar: tqdm | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -86,7 +87,8 @@ class _Bars:
         if self._name != name:
             self.__exit__()
             self._name, self._bar = name, tqdm(desc=name, total=total, disable=None, leave=False)
-        self._bar.update(done - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
 
 
 def _print(report: Report) -> None:

@@ -3,8 +3,8 @@
 import platform
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,10 @@ from dfssm.export import PACKAGES as OF_EXPORT
 from dfssm.model import PACKAGES as OF_MODEL
 from dfssm.opset import DfssmError, paths
 from dfssm.opset.extras import require
+from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target
-from dfssm.targets.bundle import MANIFEST, MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
 
 from .staging import check_output, staged, writing
 
@@ -62,6 +63,7 @@ class Job:
     """The state that the passes hand on. Each pass reads what earlier ones left and fills in its own part."""
 
     request: Request
+    model: Path
     target: Target
     state_dtype: str
     tokenizer: Path | None
@@ -69,7 +71,7 @@ class Job:
     progress: Progress
     config: Any = None  # DFSSMConfig
     tensors: dict[str, Any] = field(default_factory=dict)  # name -> array, canonical
-    lowered: dict[str, Any] = field(default_factory=dict)  # name -> array, in the target's layout
+    lowered: Mapping[str, Any] = field(default_factory=dict)  # name -> array, in the target's layout
     graph: Any = None  # onnx_ir.Model
     files: list[str] = field(default_factory=list)
     engine: dict = field(default_factory=dict)  # what the target says of the engine it built
@@ -118,9 +120,9 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     for name in request.options:
         if name not in {option.name for option in target.OPTIONS}:
             raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")
-    request = replace(request, model=paths.student(request.model))
-    tokenizer = _find_tokenizer(request)
-    output = f"{request.model.stem}-{request.target}" if request.output is None else request.output
+    model = paths.student(request.model)
+    tokenizer = _find_tokenizer(request, model)
+    output = f"{model.stem}-{request.target}" if request.output is None else request.output
     # Resolved, so that an output that is a link is replaced where it points.
     output = paths.output_folder(output).resolve()
     check_output(output, request.force)
@@ -131,11 +133,12 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
 
     records = []
     with staged(output) as stage:
-        job = Job(request, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
+        job = Job(request, model, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
         for run in (load, lower, export, write, build, verify, finish):
             start = time.perf_counter()
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
+    assert job.manifest  # finish made it
     return Report(output, job.manifest, records)
 
 
@@ -143,7 +146,7 @@ def load(job: Job) -> None:
     """Read and check the model: names, shapes and dtypes. The tensors stay in the mapped file until they are used."""
     from dfssm.model.checkpoint import load_student_tensors
 
-    job.config, tensors = load_student_tensors(job.request.model)
+    job.config, tensors = load_student_tensors(job.model)
     job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
     if job.tokenizer:
         _check_tokenizer(job.tokenizer, job.config.vocab_size)
@@ -185,7 +188,7 @@ def verify(job: Job) -> None:
     from dfssm.verify.bundle import verify_bundle
 
     runner = next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
-    found = verify_bundle(runner, job.stage, job.request.model, job.state_dtype, _step(job, "verify"))
+    found = verify_bundle(runner, job.stage, job.model, job.state_dtype, _step(job, "verify"))
     if runner is not job.target:
         why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {runner.NAME}"
         found = {"passed": None, "why_not": why_not, "graph": found}
@@ -214,10 +217,10 @@ def finish(job: Job) -> None:
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
 
 
-def _find_tokenizer(request: Request) -> Path | None:
+def _find_tokenizer(request: Request, model: Path) -> Path | None:
     """The tokenizer to bundle: the one asked for, else tokenizer.json beside the model, else none."""
     if request.tokenizer is None:
-        beside = request.model.with_name(TOKENIZER)
+        beside = model.with_name(TOKENIZER)
         return beside if beside.is_file() else None
     return paths.file(request.tokenizer, "a tokenizer.json", TOKENIZER)
 

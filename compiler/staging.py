@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dfssm.opset import DfssmError
-from dfssm.targets.bundle import MANIFEST
+from dfssm.opset.paths import MANIFEST
 
 
 def check_output(folder: Path, force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -45,10 +45,10 @@ def score_continuations(
     return results
 
 
-def _of_one_length(contexts: Iterator[tuple[int, ...]], batch: int) -> Iterator[list[tuple[int, ...]]]:
+def _of_one_length(contexts: Iterable[tuple[int, ...]], batch: int) -> Iterator[list[tuple[int, ...]]]:
     """Batches of contexts of equal lengths, the longest first: what needs the most memory and time comes first."""
-    for _, alike in groupby(sorted(contexts, key=len, reverse=True), key=len):
-        alike = list(alike)
+    for _, group in groupby(sorted(contexts, key=len, reverse=True), key=len):
+        alike = list(group)
         yield from (alike[begin : begin + batch] for begin in range(0, len(alike), batch))
 
 

@@ -43,7 +43,7 @@ class DfssmLM(TemplateLM):
             path = open_scorer(path, tokenizer, _usable(locate(path, tokenizer)[0], device))
         self.scorer = path
         # "auto", the harness's search for the largest batch that fits, means ours here.
-        wanted = int(batch_size) if str(batch_size or "").isdigit() else BATCH
+        wanted = int(batch_size or 0) if str(batch_size or "").isdigit() else BATCH
         self.batch_size = min(wanted, int(max_batch_size or wanted))
         self.max_gen_toks = int(max_gen_toks)
 

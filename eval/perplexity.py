@@ -127,8 +127,8 @@ def _pieces(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All tokens to be scored, some at a time: targets i64[B,t] and the logits f32[B,t,V] that are to predict them."""
     # Windows of one shape run together: all but the first and the last.
-    for (skip, _), alike in groupby(windows(len(text.ids), window, stride), lambda w: (w[1] - w[0] - 1, w[2] - w[1])):
-        alike = list(alike)
+    for (skip, _), group in groupby(windows(len(text.ids), window, stride), lambda w: (w[1] - w[0] - 1, w[2] - w[1])):
+        alike = list(group)
         for begin in range(0, len(alike), batch):
             rows = np.stack([text.ids[start:stop] for start, _, stop in alike[begin : begin + batch]])
             state = scorer.new_state(len(rows))

@@ -24,7 +24,7 @@ def json_lines(file: str, data: str | None = None, **_: Any) -> dict[str, datase
     Raises DfssmError when there is no such file, or a line is no object with the keys of the first.
     """
     path, text = _read(file, data)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
         try:
             row = json.loads(line)

@@ -102,15 +102,16 @@ def open_scorer(path: str | Path, tokenizer: str | Path | None = None, device: s
         given.
     Raises DfssmError when there is no model, no tokenizer, or no end-of-text token, or torch is needed and missing.
     """
-    kind, path, tokenizer = locate(path, tokenizer)
+    kind, place, file = locate(path, tokenizer)
     if kind == "bundle":
         if device:
             raise DfssmError(f"{path} is a bundle, which runs where it was compiled for: leave out the device {device}")
-        return EngineScorer(path, tokenizer and _read_tokenizer(tokenizer))
+        return EngineScorer(place, _read_tokenizer(file) if file else None)
     require(packages(kind))
     from .torch_scorer import TorchScorer
 
-    return TorchScorer(kind, path, _read_tokenizer(tokenizer), device)
+    assert file  # of these kinds `locate` knows one
+    return TorchScorer(kind, place, _read_tokenizer(file), device)
 
 
 def end_token(tokenizer: Tokenizer, configured: int | None) -> int:

@@ -34,12 +34,14 @@ def read_text(paths: Sequence[Path], scorer: Scorer, tokens: int | None = None) 
     Each document is followed by `scorer.end`. `tokens`: only so many tokens after the first. Raises DfssmError when a
     file cannot be read, the text has fewer than two tokens, or the model lacks one of them.
     """
-    ids, ends, size, missing = [], [], 0, np.inf if tokens is None else tokens + 1
+    ids: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
+    size, missing = 0, np.inf if tokens is None else tokens + 1
     for batch in batches(chain.from_iterable(map(documents, text_files(paths)))):
         for document, found in zip(batch, scorer.tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
             lengths = _byte_lengths(document)
-            ids += [np.array(found.ids, np.int64), [scorer.end]]
-            ends += [size + lengths[[end for _, end in found.offsets]], [size + lengths[-1]]]
+            ids.append(np.array([*found.ids, scorer.end], np.int64))
+            ends.append(size + lengths[[*(end for _, end in found.offsets), -1]])
             size += lengths[-1]
             missing -= len(found.ids) + 1
         if missing <= 0:

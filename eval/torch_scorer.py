@@ -42,9 +42,9 @@ class TorchScorer:
         return self.model.new_state(batch)
 
     def select(self, state: Mamba2State, rows: Sequence[int]) -> Mamba2State:
-        rows = torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, device=self.device)
         parts = (getattr(state, field.name) for field in dataclasses.fields(state))
-        return type(state)(*(part and [tensor[rows] for tensor in part] for part in parts))
+        return type(state)(*(part and [tensor[index] for tensor in part] for part in parts))
 
     def read(self, ids: np.ndarray, state: Mamba2State) -> tuple[np.ndarray, Mamba2State]:
         for start in range(0, ids.shape[1], _PIECE):
