@@ -129,8 +129,8 @@ def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
     size, result = math.ceil(2 * len(points) / limit), []
     for begin in range(0, len(points), size):
         run = range(begin, min(begin + size, len(points)))
-        there = [i for i in run if points[i][1] is not None]
-        kept = {min(there, key=lambda i: points[i][1]), max(there, key=lambda i: points[i][1])} if there else set()
+        there = {i: y for i in run if (y := points[i][1]) is not None}
+        kept = {min(there, key=there.__getitem__), max(there, key=there.__getitem__)} if there else set()
         if len(there) < len(run):
             kept.add(next(i for i in run if points[i][1] is None))
         result += [points[i] for i in sorted(kept)]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dfssm.opset.errors import DfssmError
@@ -53,7 +54,9 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             self.ranks.barrier()
             with _quiet():
-                dcp.save(_state(model, optimizer) | {f"rank-{self.ranks.rank}": own}, checkpoint_id=temporary)
+                state_dict_saver.save(
+                    _state(model, optimizer) | {f"rank-{self.ranks.rank}": own}, checkpoint_id=temporary
+                )
             if self.ranks.first:
                 _sync(temporary)
                 shutil.rmtree(final, ignore_errors=True)
@@ -61,7 +64,7 @@ class Checkpoints:
                 _sync(self.folder)
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self._folder(old))
-        except (OSError, dcp.CheckpointException) as error:
+        except (OSError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = str(error).strip().splitlines()[-1]
             raise DfssmError(f"{final}: cannot be written ({reason}); make room and go on with --resume") from None
@@ -74,14 +77,14 @@ class Checkpoints:
             names = FileSystemReader(source).read_metadata().state_dict_metadata
             mine = f"rank-{self.ranks.rank}"
             state = {mine if mine in names else "rank-0": ""}
-            dcp.load(state, checkpoint_id=source)
+            state_dict_loader.load(state, checkpoint_id=source)
         return next(iter(state.values()))
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load the checkpoint of `step` into model and optimiser. DfssmError if the files are damaged."""
         with _loading(self._folder(step)):
             state = _state(model, optimizer)
-            dcp.load(state, checkpoint_id=self._folder(step))
+            state_dict_loader.load(state, checkpoint_id=self._folder(step))
             set_state_dict(
                 model,
                 optimizer,
@@ -102,7 +105,7 @@ def _loading(source: Path) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, EOFError, dcp.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise DfssmError(f"{source}: cannot be loaded ({reason[0]}); remove it to use the one before") from None
 

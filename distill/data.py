@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class Tokens:
 
     train: np.ndarray
     held_out: np.ndarray
+
+
+class Source(Protocol):
+    """Where windows come from, i64[count, tokens + 1], and the position in it."""
+
+    def take(self, count: int) -> np.ndarray: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Windows:

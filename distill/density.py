@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from dfssm.model.quant import dequantized, sign
 from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding
+from dfssm.model.teacher import TokenTable
 
 LEVELS = 17  # of the published density field: -8/8 .. 8/8
 
@@ -47,6 +50,15 @@ class DensityLinear(BinaryLinear):
     float_activations = False
     low_rank = "int8"  # or "float", or "none" while the scaffold is trained without it
 
+    @classmethod
+    def of(cls, linear: BinaryLinear) -> Self:
+        """One that trains the parameters of `linear`."""
+        with torch.device("meta"):
+            module = cls(linear.latent.shape[-1], linear.latent.shape[-2], len(linear.down))
+        for name, parameter in linear.named_parameters():
+            setattr(module, name, parameter)
+        return module
+
     @property
     def ships(self) -> bool:
         return self.is_hard and (self.hard, self.float_activations, self.low_rank) == ("sign", False, "int8")
@@ -73,12 +85,17 @@ class DensityLinear(BinaryLinear):
 
 
 def densify(student: DFSSMLM, **attributes) -> list[DensityLinear]:
-    """Turn the projections of a student in training into DensityLinear with these attributes; returns them."""
-    found = [module for module in student.modules() if isinstance(module, BinaryLinear)]
-    for module in found:
-        module.__class__ = DensityLinear  # same parameters, other arithmetic
-        set_attributes([module], **attributes)
-    return found
+    """Put a DensityLinear with these attributes in the place of each projection, of its parameters; returns them."""
+    for path, module in list(student.named_modules()):
+        if isinstance(module, BinaryLinear):
+            student.set_submodule(path, DensityLinear.of(module))
+    layers = projections(student)
+    set_attributes(layers, **attributes)
+    return layers
+
+
+def projections(student: nn.Module) -> list[DensityLinear]:
+    return [module for module in student.modules() if isinstance(module, DensityLinear)]
 
 
 def set_attributes(modules: list[DensityLinear], **attributes) -> None:
@@ -110,8 +127,12 @@ def zero_low_rank(layers: list[DensityLinear]) -> None:
         nn.init.normal_(layer.down, std=layer.down.shape[-1] ** -0.5)
 
 
-class _FloatTable(Int8Embedding):
-    """The latents themselves; what they multiply is int8 still."""
+class _FloatTable(TokenTable):
+    """The latents of a table themselves; what they multiply is int8 still."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
@@ -120,20 +141,36 @@ class _FloatTable(Int8Embedding):
         return F.linear(dequantized(hidden), self.weight)
 
 
+@contextlib.contextmanager
+def _float_low_rank(layers: list[DensityLinear]) -> Iterator[None]:
+    set_attributes(layers, low_rank="float")
+    try:
+        yield
+    finally:
+        set_attributes(layers, low_rank="int8")
+
+
+@contextlib.contextmanager
+def _float_tables(student: DFSSMLM) -> Iterator[None]:
+    tables = {name: child for name, child in student.named_children() if isinstance(child, Int8Embedding)}
+    for name, table in tables.items():
+        setattr(student, name, _FloatTable(table.weight))
+    try:
+        yield
+    finally:
+        for name, table in tables.items():
+            setattr(student, name, table)
+
+
 def other_forms(student: DFSSMLM, layers: list[DensityLinear]) -> Iterator[tuple[str, DFSSMLM]]:
     """The student with one part softer than what ships, by name: what each rounding costs. One at a time is valid."""
     if not layers[0].ships:
         yield "as_trained", student
         return
-    set_attributes(layers, low_rank="float")
-    yield "float_low_rank", student
-    set_attributes(layers, low_rank="int8")
-    tables = [module for module in student.modules() if isinstance(module, Int8Embedding)]
-    for table in tables:
-        table.__class__ = _FloatTable
-    yield "float_embedding", student
-    for table in tables:
-        table.__class__ = Int8Embedding
+    with _float_low_rank(layers):
+        yield "float_low_rank", student
+    with _float_tables(student):
+        yield "float_embedding", student
 
 
 def trainable(student: nn.Module) -> dict[str, list[nn.Parameter]]:

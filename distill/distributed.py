@@ -83,8 +83,10 @@ def shard(model: Distillation, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    nothing = {p.requires_grad_(False) for p in model.student.parameters() if not p.numel()}  # a low rank of 0
-    whole = nothing | set(model.teacher.parameters() if model.teacher else ())
+    nothing = {p for p in model.student.parameters() if not p.numel()}  # a low rank of 0
+    for p in nothing:
+        p.requires_grad_(False)
+    whole = nothing | set(model.teacher.parameters() if isinstance(model.teacher, nn.Module) else ())
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for layer in model.student.layers:
         fully_shard(layer, mesh=mesh, ignored_params=nothing)
@@ -92,7 +94,19 @@ def shard(model: Distillation, ranks: Ranks) -> None:
     register_fsdp_forward_method(model, "logits")
 
 
+def gathered(model: Distillation) -> dict[str, torch.Tensor]:
+    """The parameters of a sharded student, whole on every rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    prefix = "student."
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
 def sum_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward pass sums gradients over the ranks: that can wait for a step's last micro-batch."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)

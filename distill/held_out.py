@@ -38,9 +38,10 @@ class Measured:
             found = [cross_entropy(logits, windows)]
             if self.teacher is not None and model is not self.teacher:
                 wanted = self.teacher(windows[:, :-1])[0].float()
-                # A window at a time: in fp32 there are three of each token's distributions.
-                pairs = ((x.log_softmax(-1), y.log_softmax(-1)) for x, y in zip(logits, wanted, strict=True))
-                found.append(sum(F.kl_div(p, q, log_target=True, reduction="sum").double() for p, q in pairs))
+                kl = torch.zeros_like(found[0])
+                for x, y in zip(logits, wanted, strict=True):  # in fp32 there are three of each token's distributions
+                    kl += F.kl_div(x.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="sum").double()
+                found.append(kl)
             return torch.stack(found)
 
         loss, *kl = held_out_means(sums, self.windows, self.ranks)
@@ -64,7 +65,7 @@ def cut_windows(ids: np.ndarray, tokens: int, most: int | None = None) -> np.nda
 
 def held_out_loss(model: Callable, windows: np.ndarray, ranks: Ranks, batch: int = 8) -> float:
     """Mean loss, nats a token, over windows i64[n,tokens+1]."""
-    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part), windows, ranks, batch)
+    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part)[None], windows, ranks, batch)[0]
 
 
 def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
@@ -74,14 +75,13 @@ def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_means(
-    sums: Callable[[Tensor], Tensor], windows: np.ndarray, ranks: Ranks, batch: int = 8
-) -> float | list[float]:
-    """Mean over tokens of what sums(i64[B,tokens+1]) gives, f64[] or f64[m] summed over the tokens of some windows.
+def held_out_means(sums: Callable[[Tensor], Tensor], windows: np.ndarray, ranks: Ranks, batch: int = 8) -> list[float]:
+    """Mean over tokens of what sums(i64[B,tokens+1]) gives, f64[m] summed over the tokens of some windows.
 
     Each window is for a zero state. They are shared among the ranks, and all get the mean.
     """
-    count, tokens, total = len(windows), windows.shape[1] - 1, 0.0
+    count, tokens = len(windows), windows.shape[1] - 1
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     # Not compiled: the last batch is smaller, and the programs for both would take longer than they save.
     with torch.compiler.set_stance("force_eager"):
         for begin in range(0, count, batch * ranks.world):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfssm.model.quant import gradient_dtype, product
 from dfssm.model.student import DFSSMLM
-from dfssm.model.teacher import Mamba2LM
+from dfssm.model.teacher import Mamba2LM, TokenTable
 
 CHUNK = 512  # tokens whose logits exist at a time: 100 MB of fp32 at 50 k entries
 
@@ -47,10 +47,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * to_hidden, gradient * to_weight, None, None, None, None, None
 
 
+class Target(Protocol):
+    """The teacher's distributions at the tokens of a batch."""
+
+    def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits."""
+        ...
+
+
 class TeacherLogits:
     """The target of a batch: the distribution that the teacher's head gives to hidden[n,D], after norm_f."""
 
-    def __init__(self, head: nn.Module, hidden: Tensor):
+    def __init__(self, head: TokenTable, hidden: Tensor):
         self.project, self.hidden = head.fixed().project, hidden
 
     def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,8 +70,8 @@ class TeacherLogits:
 
 def chunked_loss(
     hidden: Tensor,
-    head: nn.Module,
-    target,
+    head: TokenTable,
+    target: Target,
     labels: Tensor | None = None,
     cross_entropy: float = 0.0,
     chunk: int = CHUNK,
@@ -79,13 +87,13 @@ def chunked_loss(
 class Stored(Protocol):
     """A teacher's distributions computed before; see topk.TopK."""
 
-    def target(self, windows: Tensor) -> Any: ...
+    def target(self, windows: Tensor) -> Target: ...
 
 
 class Distillation(nn.Module):
     """Student and teacher side by side; called with ids it gives the loss. The unit that is sharded.
 
-    In place of the teacher may be what it gave before, `stored`; there is no `hidden` then.
+    In place of the teacher may be what it gave before; there is no `hidden` then.
 
     `hidden`: weight of the mean over layers of |student - teacher|^2 / |teacher|^2 of the layers' outputs.
     `recompute`: activation checkpointing, a layer at a time.
@@ -101,20 +109,18 @@ class Distillation(nn.Module):
         chunk: int = CHUNK,
     ):
         super().__init__()
-        self.student, self.teacher, self.stored = student, None, None
-        if isinstance(teacher, nn.Module):
-            self.teacher = teacher.requires_grad_(False).eval()
-        else:
-            self.stored = teacher
+        if isinstance(teacher, Mamba2LM):
+            teacher.requires_grad_(False).eval()
+        self.student, self.teacher = student, teacher
         self.hidden, self.cross_entropy, self.recompute, self.chunk = hidden, cross_entropy, recompute, chunk
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         """ids i64[B,T+1] -> {"loss", "kl", "ce", "hidden"}, nats a token; "loss" has a gradient."""
         inputs, labels = ids[:, :-1], ids[:, 1:].flatten()
-        student, teacher = self.student, self.teacher
+        student, teacher = self.student, self.teacher if isinstance(self.teacher, Mamba2LM) else None
         state = Mamba2LM.new_state(student, len(ids))
         with torch.no_grad():
-            target = teacher.embedding(inputs) if teacher else None
+            target = teacher.embedding(inputs) if teacher else inputs
         hidden, apart = student.embedding(inputs), []
         for i, layer in enumerate(student.layers):
             conv, ssm = state.conv[i], state.ssm[i]
@@ -128,11 +134,10 @@ class Distillation(nn.Module):
             if self.hidden:
                 apart.append((hidden.float() - target).square().mean() / target.float().square().mean())
         with torch.no_grad():
-            logits = (
-                TeacherLogits(teacher.head, teacher.norm_f(target).flatten(0, 1))
-                if teacher
-                else self.stored.target(ids)
-            )
+            if isinstance(self.teacher, Mamba2LM):
+                logits: Target = TeacherLogits(self.teacher.head, self.teacher.norm_f(target).flatten(0, 1))
+            else:
+                logits = self.teacher.target(ids)
         loss, kl, ce = chunked_loss(
             student.norm_f(hidden).flatten(0, 1), student.head, logits, labels, self.cross_entropy, self.chunk
         )
@@ -143,6 +148,11 @@ class Distillation(nn.Module):
             result["hidden"] = torch.stack(apart).mean()
             result["loss"] = loss + self.hidden * result["hidden"]
         return result
+
+    def compile_layers(self) -> None:
+        """By torch.compile, each on its own."""
+        for layer in [*(self.teacher.layers if isinstance(self.teacher, Mamba2LM) else ()), *self.student.layers]:
+            layer.compile()
 
     def logits(self, ids: Tensor) -> tuple[Tensor, object]:
         """The student's own call, which a sharded student answers through this module only."""

@@ -238,7 +238,7 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
         scaffold = sum(m * k for m, k in _projections(config))
         layer += scaffold * (config.planes * (FP32 + 1) + (2 if o.bf16 else FP32))
 
-    memory = {
+    memory: dict[str, float] = {
         "weights in training, fp32": trained / o.world,
         # Between the micro-batches of a step FSDP2 keeps them whole.
         "gradients": trained / o.world if o.parts <= 1 else trained,
@@ -250,7 +250,7 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
         memory["gathered by FSDP2"] = table + 5 * FP32 * counts["projections"] / config.n_layer
 
     # A pass through the model, and the update after it: their temporaries are not alive together.
-    passing = {}
+    passing: dict[str, float] = {}
     if o.checkpointing:
         state = (config.d_inner * config.d_state + config.conv_dim * (config.d_conv - 1)) / o.tokens
         passing["inputs of the layers"] = config.n_layer * (config.d_model + state) * FP32 * n
@@ -261,6 +261,6 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
     head = _TABLES_HELD * table + _LOGITS_HELD * logits
     backward = table + working_space(config, o.tokens) * n + (layer if o.checkpointing else 0)
     passing["space for the head" if head > backward else "space for a layer"] = max(head, backward)
-    update = {"space for AdamW": trained / o.world}
-    memory |= max(passing, update, key=lambda items: sum(items.values()))
-    return Plan(config, o, memory, kept)
+    update: dict[str, float] = {"space for AdamW": trained / o.world}
+    peak = max([passing, update], key=lambda items: sum(items.values()))
+    return Plan(config, o, memory | peak, kept)

@@ -128,8 +128,9 @@ def duration(seconds: float) -> str:
 
 
 def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """The values of `key` over tokens, of the lines that have it; None where it is not finite."""
-    return [(_number(line, "tokens"), _number(line, key)) for line in log if key in line]
+    """The values of `key` over tokens, of the lines that have both; None where it is not finite."""
+    positions = ((_number(line, "tokens"), line) for line in log if key in line)
+    return [(tokens, _number(line, key)) for tokens, line in positions if tokens is not None]
 
 
 def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
@@ -151,7 +152,7 @@ def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
         Chart("Speed", "tokens/s", [Series("speed", series(log, "tok_s"), noisy=True)], shows=(0,)),
         Chart("Gradient norm", "before clipping", [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
     ]
-    tokens = max(_number(line, "tokens") for line in log)
+    tokens = max((tokens for tokens, _ in series(log, "tokens")), default=0.0)
     figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(charts)]
     return f'<section class="charts" aria-label="Curves">{"".join(figures)}</section>'
 

@@ -119,6 +119,8 @@ class StreamedWindows:
 class _Documents:
     """A rank's documents of a stream, epoch after epoch, without those held out; the position can be saved."""
 
+    _batches: Iterator[list[str]]
+
     def __init__(
         self, source: str, dataset: IterableDataset, held_out: frozenset[str], seed: int, rank: int, world: int
     ):

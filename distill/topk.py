@@ -7,6 +7,7 @@ fp16 [T,k+1], the log-probabilities of those tokens and, last, of all others tog
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -64,7 +65,9 @@ class TopK:
     """What `write_topk` left in `folder`. Raises DfssmError if there is nothing, or a file is damaged."""
 
     def __init__(self, folder: Path):
-        self.folder, self._shards, self._places = folder, [], {}
+        self.folder = folder
+        self._shards: list[np.ndarray] = []
+        self._places: dict[int, tuple[int, int]] = {}  # key of a window -> shard, row
         if _read_record(folder) is None:
             raise DfssmError(f"{folder}: holds no {_RECORD}; precompute the teacher's logits")
         for file in sorted(folder.glob("topk-*.npy")):
@@ -81,8 +84,8 @@ class TopK:
 
     def target(self, windows: Tensor) -> TopKTarget:
         """windows i64[B,T+1] -> their target, on the same device. Raises DfssmError if one is not there."""
-        places = [self._places.get(_key(window)) for window in windows.cpu().numpy()]
-        if None in places:
+        places = [place for window in windows.cpu().numpy() if (place := self._places.get(_key(window)))]
+        if len(places) < len(windows):
             raise DfssmError(
                 f"{self.folder}: lacks a window of this run; its logits are of another text, --seed or --tokens, or of "
                 "fewer windows: precompute them anew"
@@ -139,7 +142,7 @@ def write_topk(
             part["key"] = [_key(window) for window in ids]
             part["ids"], part["log_q"] = _likeliest(teacher, ids[:, :-1], k, bf16)
             progress(part["ids"].size // k)
-        atomic_write(file, lambda path, shard=shard: _save(path, shard))
+        atomic_write(file, functools.partial(_save, shard=shard))
 
 
 def _likeliest(teacher: Mamba2LM, ids: np.ndarray, k: int, bf16: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,18 +19,11 @@ from dfssm.model.checkpoint import atomic_write
 from dfssm.opset.errors import DfssmError
 
 from .checkpoint import Checkpoints
+from .data import Source
 from .distributed import Ranks, sum_gradients
 
 BETAS = 0.9, 0.95
 MAX_NORM = 1.0  # of the gradient
-
-
-class Source(Protocol):
-    """Where windows come from; see data.Windows."""
-
-    def take(self, count: int) -> np.ndarray: ...
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -148,7 +140,7 @@ class Trainer:
                 self.log.write(self._position() | means | {"lr": max(rates.values()), "tok_s": speed} | extra)
                 self.sums, self.logged = {}, (self.step, self.seconds)
             if self.held_out and (self.step % schedule.evaluate_every == 0 or done):
-                self._evaluate()
+                self._evaluate(self.held_out)
             if self.step % schedule.save_every == 0 or done:
                 self.checkpoints.save(self.step, self.model, self.optimizer, json.dumps(self._own()))
             begin = time.perf_counter() - self.seconds  # measuring and saving are not training
@@ -177,9 +169,9 @@ class Trainer:
         self.optimizer.step()
         return found
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, held_out: Callable[[], float]) -> None:
         self.model.eval()
-        loss = self.held_out()
+        loss = held_out()
         self.model.train()
         self.log.write(self._position() | {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))})
 
@@ -241,7 +233,7 @@ class Log:
         except OSError as error:
             raise DfssmError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
         for sink in self.sinks:
-            sink(line["step"], line)
+            sink(int(line["step"]), line)
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`, and a last one that was cut short: the run goes on from there."""

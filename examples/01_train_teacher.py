@@ -35,7 +35,7 @@ from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.model.text import END_OF_TEXT, documents, packages, text_files
+from dfssm.model.text import END_OF_TEXT, documents, load_tokenizer, packages, text_files
 from dfssm.opset import paths
 
 WEIGHT_DECAY = 0.1
@@ -114,14 +114,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no type of its own
-        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give another or none") from None
+    tokenizer = load_tokenizer(file, "another or none")
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise DfssmError(f"{file}: has no token {END_OF_TEXT}; give another or none")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

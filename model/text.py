@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.opset.paths import file_or_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a plain text file
 FIELD = "text"  # of a JSON line, and column of a parquet file
@@ -52,6 +56,19 @@ def documents(path: Path) -> Iterator[str]:
         yield from filter(None, map(str.strip, read(path)))
     except OSError as error:
         raise DfssmError(f"{path}: cannot be read ({error.strerror or error}); give --data other files") from None
+
+
+def load_tokenizer(file: Path, give: str) -> Tokenizer:
+    """A tokenizer.json, which takes texts whole: no truncation, no padding. DfssmError with `give` if it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no type of its own
+        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give {give}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

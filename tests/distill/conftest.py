@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch
 
+from dfssm.distill import run
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.recipe import RECIPES, Recipe
+from dfssm.distill.run import Job
 from dfssm.distill.trainer import Schedule
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
@@ -68,22 +70,30 @@ SHORT = {"steps": 4, "batch": 4, "micro_batch": 4, "tokens": 32, "log_every": 1,
 
 
 @pytest.fixture
-def distill(teacher, corpus, one_thread):
-    """distill(output, resume=False, ...) -> the result of a short run; options are those of Job, Schedule and Recipe.
+def job(teacher, corpus, one_thread):
+    """job(output, recipe="binary", ...) -> the Job of a short run; options are those of Job, Schedule and Recipe.
 
     `data` and `teacher` replace the usual ones, `recipe` is a name.
     """
-    from dfssm.distill.run import Job
-    from dfssm.distill.run import distill as run
 
-    def distill(output, resume=False, recipe="binary", say=lambda line: None, **options):
+    def job(output, recipe="binary", **options):
         def those(kind):
             return {f.name: options.pop(f.name) for f in dataclasses.fields(kind) if f.name in options}
 
         schedule = Schedule(**SHORT | those(Schedule))
         recipe = dataclasses.replace(RECIPES[recipe], **{"rank": 4} | those(Recipe))
-        job = {"teacher": teacher, "data": [str(corpus)]} | options
-        return run(Job(output=output, recipe=recipe, schedule=schedule, **job), ALONE, resume, say)
+        inputs = {"teacher": teacher, "data": [str(corpus)]} | options
+        return Job(output=output, recipe=recipe, schedule=schedule, **inputs)
+
+    return job
+
+
+@pytest.fixture
+def distill(job):
+    """distill(output, resume=False, ...) -> the result of a short run; options are those of `job`."""
+
+    def distill(output, resume=False, say=lambda line: None, **options):
+        return run.distill(job(output, **options), ALONE, resume, say)
 
     return distill
 

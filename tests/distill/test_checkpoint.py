@@ -141,7 +141,7 @@ class TestAFullDisk:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.dcp, "save", save)
+            patch.setattr(checkpoint.state_dict_saver, "save", save)
             self.refuse(checkpoints, "No space left on device")
         self.check(checkpoints, before)
 
@@ -159,7 +159,7 @@ class TestAFullDisk:
 def test_a_crash_in_mid_save_leaves_the_one_before(checkpoints, monkeypatch, where):
     """As SIGKILL does: nothing is tidied up. The next save does that."""
     checkpoints.save(1, *trained(), "first")
-    dcp_save = checkpoint.dcp.save
+    dcp_save = checkpoint.state_dict_saver.save
 
     def crash(*arguments, **options):
         if where == "flushed":
@@ -169,7 +169,7 @@ def test_a_crash_in_mid_save_leaves_the_one_before(checkpoints, monkeypatch, whe
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.dcp, "save", crash)
+        patch.setattr(checkpoint.state_dict_saver, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(2, *trained(), "second")
     assert (checkpoints.folder / ".step-000002.tmp").exists()

@@ -31,8 +31,7 @@ def student(**options) -> DFSSMLM:
 
 def linear(planes=1, rank=3, **attributes) -> DensityLinear:
     """A projection of 32 inputs and 10 outputs, with latents on both sides of every threshold."""
-    module = BinaryLinear(32, 10, rank, planes)
-    module.__class__ = DensityLinear
+    module = DensityLinear(32, 10, rank, planes)
     torch.manual_seed(0)
     with torch.no_grad():
         module.latent.normal_()

@@ -17,7 +17,7 @@ from dfssm.distill.density import DensityLinear
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.recipe import RECIPES
-from dfssm.distill.run import CALIBRATION, _activation_sizes, prepare
+from dfssm.distill.start import CALIBRATION, activation_sizes, train_as
 from dfssm.eval.perplexity import measure
 from dfssm.eval.scorer import open_scorer
 from dfssm.eval.text import Text
@@ -281,9 +281,9 @@ class TestRecipes:
 
     def test_a_state_in_int8_is_rounded_in_training(self):
         student = DFSSMLM(DFSSMConfig(50, 32, 2, d_state=8, headdim=8, rank=4))
-        prepare(student, RECIPES["binary"])
+        train_as(student, RECIPES["binary"])
         assert all(block.scan.round_state is None for block in student.layers)
-        layers = prepare(student, dataclasses.replace(RECIPES["binary"], state_dtype="int8", ste_window=0.7))
+        layers = train_as(student, dataclasses.replace(RECIPES["binary"], state_dtype="int8", ste_window=0.7))
         assert all(block.scan.round_state is dequantized for block in student.layers)
         assert len(layers) == 4 and all(isinstance(m, DensityLinear) and m.window == 0.7 and m.ships for m in layers)
 
@@ -303,7 +303,7 @@ class TestActivationSizes:
 
         for rank, source in enumerate(sources):
             means.append([])
-            names = _activation_sizes(model, source, Rank(rank, world, torch.device("cpu"))).keys()
+            names = activation_sizes(model, source, Rank(rank, world, torch.device("cpu"))).keys()
             assert source.state_dict() == {"position": 0}
 
         inputs, windows = {name: [] for name in names}, Windows(ids, TOKENS, 0)

@@ -227,9 +227,8 @@ class TestRun:
         assert same_log(tmp_path / "b") == same_log(tmp_path / "a")
         assert (tmp_path / "b" / "model.pt").read_bytes() == (tmp_path / "a" / "model.pt").read_bytes()
 
-    def test_what_needs_the_teacher_or_knows_no_windows_is_refused(self, distill, tmp_path, monkeypatch):
+    def test_what_needs_the_teacher_or_knows_no_windows_is_refused(self, distill, tmp_path):
         with pytest.raises(DfssmError, match="hidden is 0.5, but with --top-k no teacher is there"):
             distill(tmp_path, top_k=5, hidden=0.5)
-        monkeypatch.setattr("dfssm.distill.run._open_data", lambda *_: (None, np.zeros(0, np.uint32)))
         with pytest.raises(DfssmError, match="--top-k: the windows of a stream are not known before"):
-            distill(tmp_path, top_k=5)
+            distill(tmp_path, top_k=5, data=["hf:a"])

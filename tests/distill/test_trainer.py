@@ -348,12 +348,12 @@ class TestLog:
 _SAVE = """
 from dfssm.distill import checkpoint
 import time
-save = checkpoint.dcp.save
+save = checkpoint.state_dict_saver.save
 def slow(state, checkpoint_id):
     save(state, checkpoint_id=checkpoint_id)
     if "8" in checkpoint_id.name:
         time.sleep(600)
-checkpoint.dcp.save = slow
+checkpoint.state_dict_saver.save = slow
 """
 
 
