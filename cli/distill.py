@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -42,64 +43,44 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _count(name: str, default: int | None = None, help: str = "", metavar: str = "N", lowest: int = 1) -> Callable:
+    """An option that takes a whole number."""
+    kind, shown = click.IntRange(lowest), default is not None
+    return click.option(name, type=kind, default=default, show_default=shown, metavar=metavar, help=help or None)
+
+
 @click.command()
 @click.argument("teacher", type=click.Path())
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="PATH",
-    help="Text, JSON lines, parquet, a folder of them, or hf:NAME[:CONFIG][@SPLIT]; may be given again.",
-)
+@click.option("--data", required=True, multiple=True, metavar="PATH", help="Text, JSON lines, parquet, a folder of "
+              "them, or hf:NAME[:CONFIG][@SPLIT]; may be given again.")  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="DIR")
 @click.option("--recipe", "recipe_name", type=click.Choice(["binary", "paper"]), default="binary", show_default=True)
-@click.option("--total-tokens", type=click.IntRange(1), default=32_000_000, show_default=True, metavar="N")
-@click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, metavar="N", help="Of a window.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Windows a step.")
-@click.option("--micro-batch", type=click.IntRange(1), metavar="N", help="Windows at once on a device; all of its own.")
+@_count("--total-tokens", 32_000_000)
+@_count("--tokens", 512, "Of a window.", lowest=2)
+@_count("--batch", 8, "Windows a step.")
+@_count("--micro-batch", help="Windows at once on a device; all of its own.")
 @recipe_options
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
-@click.option(
-    "--held-out",
-    type=click.FloatRange(0, 0.5),
-    default=0.02,
-    show_default=True,
-    metavar="SHARE",
-    help="Of each file, from its end.",
-)
-@click.option(
-    "--held-out-documents", type=click.IntRange(0), default=1000, show_default=True, metavar="N", help="Of a stream."
-)
-@click.option(
-    "--held-out-tokens",
-    type=click.IntRange(1),
-    default=2**17,
-    show_default=True,
-    metavar="N",
-    help="Of these at most so many are measured, in windows spread over all.",
-)
+@_count("--seed", 0, lowest=0)
+@click.option("--held-out", type=click.FloatRange(0, 0.5), default=0.02, show_default=True, metavar="SHARE",
+              help="Of each file, from its end.")  # fmt: skip
+@_count("--held-out-documents", 1000, "Of a stream.", lowest=0)
+@_count("--held-out-tokens", 2**17, "Of these at most so many are measured, in windows spread over all.")
 @click.option("--tokenizer", type=click.Path(), metavar="FILE", help="Other than the teacher's own.")
 @click.option("--device", metavar="NAME", help="cpu or cuda; a GPU where there is one.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU.")
-@click.option(
-    "--top-k",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    metavar="K",
-    help="Run the teacher before, once, and keep its K likeliest tokens on disk; 0: beside the student.",
-)
+@_count("--threads", help="Of a CPU.")
+@_count("--top-k", 0, "Run the teacher before, once, and keep its K likeliest tokens on disk; 0: beside the student.",
+        metavar="K", lowest=0)  # fmt: skip
 @click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
-@click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, metavar="STEPS")
-@click.option("--save-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, metavar="N", help="Newest checkpoints.")
-@click.option("--evaluate-every", type=click.IntRange(1), default=200, show_default=True, metavar="STEPS")
+@_count("--log-every", 10, metavar="STEPS")
+@_count("--save-every", 200, metavar="STEPS")
+@_count("--keep", 2, "Newest checkpoints.")
+@_count("--evaluate-every", 200, metavar="STEPS")
 @click.option("--tensorboard", is_flag=True, help="Log to DIR/tensorboard too.")
 @click.option("--wandb", metavar="PROJECT", help="Log to a project of Weights & Biases too.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the memory and time it takes, and stop.")
-@click.option("--devices", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="For --plan.")
+@_count("--devices", 1, "For --plan.")
 @json_option
 def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -> None:
     """Distil TEACHER, a Mamba-2 checkpoint folder, into a 1-bit student: DIR/model.pt.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -142,24 +142,16 @@ class _FloatTable(TokenTable):
 
 
 @contextlib.contextmanager
-def _float_low_rank(layers: list[DensityLinear]) -> Iterator[None]:
-    set_attributes(layers, low_rank="float")
+def _lent(modules: Sequence[nn.Module], **attributes) -> Iterator[None]:
+    """Give modules these attributes for a while."""
+    before = [(module, name, getattr(module, name)) for module in modules for name in attributes]
+    for module, name, _ in before:
+        setattr(module, name, attributes[name])
     try:
         yield
     finally:
-        set_attributes(layers, low_rank="int8")
-
-
-@contextlib.contextmanager
-def _float_tables(student: DFSSMLM) -> Iterator[None]:
-    tables = {name: child for name, child in student.named_children() if isinstance(child, Int8Embedding)}
-    for name, table in tables.items():
-        setattr(student, name, _FloatTable(table.weight))
-    try:
-        yield
-    finally:
-        for name, table in tables.items():
-            setattr(student, name, table)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def other_forms(student: DFSSMLM, layers: list[DensityLinear]) -> Iterator[tuple[str, DFSSMLM]]:
@@ -167,9 +159,10 @@ def other_forms(student: DFSSMLM, layers: list[DensityLinear]) -> Iterator[tuple
     if not layers[0].ships:
         yield "as_trained", student
         return
-    with _float_low_rank(layers):
+    with _lent(layers, low_rank="float"):
         yield "float_low_rank", student
-    with _float_tables(student):
+    tables = {name: child for name, child in student.named_children() if isinstance(child, Int8Embedding)}
+    with _lent([student], **{name: _FloatTable(table.weight) for name, table in tables.items()}):
         yield "float_embedding", student
 
 

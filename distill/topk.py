@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,16 +22,11 @@ from dfssm.model.checkpoint import atomic_write
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset.errors import DfssmError
 
+from .data import Windows
 from .objective import CHUNK
 
 _RECORD = "topk.json"
 _SHARD = 1 << 24  # bytes; what an interruption loses at most
-
-
-class Windows(Protocol):
-    """Windows by number; see data.Windows."""
-
-    def __getitem__(self, k: int) -> np.ndarray: ...
 
 
 class TopKTarget:

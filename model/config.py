@@ -30,7 +30,7 @@ class Mamba2Config:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
+        sizes = (
             "vocab_size",
             "d_model",
             "n_layer",
@@ -39,9 +39,10 @@ class Mamba2Config:
             "expand",
             "ngroups",
             "norm_groups",
-        ):
+            "chunk_size",
+        )
+        for name in sizes:
             self._require_int(name, 1)
-        self._require_int("chunk_size", 1)
         self._require_int("d_conv", 2, 4)
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name) is not None:

@@ -30,6 +30,18 @@ _SSM_ONLY = {
 _SSM_IGNORED = {"A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init"}
 _SSM_IGNORED |= {"chunk_size", "use_mem_eff_path", "sequence_parallel"}
 
+# Ours -> transformers' names of what both write as whole numbers, and its default.
+_SIZES: dict[str, tuple[str, int | None]] = {
+    "vocab_size": ("vocab_size", None),
+    "d_model": ("hidden_size", None),
+    "n_layer": ("num_hidden_layers", None),
+    "d_state": ("state_size", 128),
+    "headdim": ("head_dim", 64),
+    "expand": ("expand", 2),
+    "ngroups": ("n_groups", 8),
+    "d_conv": ("conv_kernel", 4),
+}
+
 
 def read_config(path: Path) -> tuple[Mamba2Config, bool]:
     """The Mamba2Config of a config.json of either layout, and whether its convolutions have a bias."""
@@ -54,16 +66,9 @@ def hf_config(config: Mamba2Config, dtype: str) -> dict[str, Any]:
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
         "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layer,
-        "state_size": config.d_state,
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in _SIZES.items()},
         "num_heads": config.nheads,
-        "head_dim": config.headdim,
-        "expand": config.expand,
-        "n_groups": config.ngroups,
         "norm_groups": config.norm_groups,
-        "conv_kernel": config.d_conv,
         "chunk_size": config.chunk_size,
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
@@ -131,27 +136,18 @@ def _from_transformers(options: _Options) -> tuple[dict[str, Any], bool]:
     options.only("hidden_act", "silu", "swish")
     options.only("rms_norm", True)
     options.only("quantization_config", None)
-    hidden, expand = options.integer("hidden_size"), options.integer("expand", 2)
-    heads, headdim = options.integer("num_heads"), options.integer("head_dim", 64)
-    if heads * headdim != expand * hidden:
-        sizes = f"num_heads * head_dim is {heads * headdim} and expand * hidden_size {expand * hidden}"
-        raise DfssmError(f"{options.source}: {sizes}; they must be equal")
-    groups = options.integer("n_groups", 8)
-    fields = {
-        "vocab_size": options.integer("vocab_size"),
-        "d_model": hidden,
-        "n_layer": options.integer("num_hidden_layers"),
-        "d_state": options.integer("state_size", 128),
-        "headdim": headdim,
-        "expand": expand,
-        "ngroups": groups,
-        "d_conv": options.integer("conv_kernel", 4),
+    sizes = {ours: options.integer(*theirs) for ours, theirs in _SIZES.items()}
+    heads, inner = options.integer("num_heads"), sizes["expand"] * sizes["d_model"]
+    if heads * sizes["headdim"] != inner:
+        found = f"num_heads * head_dim is {heads * sizes['headdim']} and expand * hidden_size {inner}"
+        raise DfssmError(f"{options.source}: {found}; they must be equal")
+    fields = sizes | {
         "norm_eps": options.values.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": options.only("tie_word_embeddings", False, True),
         "dt_limit": options.dt_limit("time_step_limit"),
         # One rms a group, as mamba_ssm trains, and as transformers does since it mended its one rms over all
         # groups. A model that was trained with the latter says so by a key of ours: "norm_groups": 1.
-        "norm_groups": options.integer("norm_groups", groups),
+        "norm_groups": options.integer("norm_groups", sizes["ngroups"]),
         "bos_token_id": options.token_id("bos_token_id"),
         "eos_token_id": options.token_id("eos_token_id"),
     }
