@@ -93,8 +93,7 @@ def _bench(engine: Engine, probe: CopyBandwidth, batch: int, tokens: int, rounds
         floors[index] = batch * probe.read() * 1e9 / moved
         start = time.perf_counter()
         for step in range(tokens):
-            state.binding.feed_token(ids[step % len(ids)])
-            state.binding.compute()
+            state.pool.compute(ids[step % len(ids)].reshape(-1, 1))
         rates[index] = batch * tokens / (time.perf_counter() - start)
     return {
         "batch": batch,
@@ -103,7 +102,7 @@ def _bench(engine: Engine, probe: CopyBandwidth, batch: int, tokens: int, rounds
         "floor_tok_s": float(np.median(floors)),
         "floor_share": float(np.median(rates / floors)),
         "predicted_tok_s": predicted(first_gpu(), engine.config, engine.manifest.state_dtype, batch),
-        "recorded": state.binding.recorded,
+        "recorded": state.pool.recorded,
     }
 
 

@@ -134,7 +134,7 @@ class EngineScorer:
         self.vocab_size = self.engine.vocab_size
         self.tokenizer = tokenizer or _whole(self.engine.tokenizer)
         self.end = end_token(self.tokenizer, self.engine.config.get("eos_token_id"))
-        self.max_batch = getattr(self.engine.backend, "max_batch", 1 << 16)  # a TensorRT engine is built for so many
+        self.max_batch = self.engine.backend.max_batch  # a TensorRT engine is built for so many
 
     def new_state(self, batch: int) -> Any:
         return self.engine.new_state(batch)

@@ -3,6 +3,7 @@
 from .engine import Engine
 from .generation import Generation
 from .sampling import Sampling
+from .slots import Slot, Slots
 from .state import State
 
-__all__ = ["Engine", "Generation", "Sampling", "State"]
+__all__ = ["Engine", "Generation", "Sampling", "Slot", "Slots", "State"]

@@ -1,7 +1,8 @@
-"""What the engine asks of the library that runs the step: a binding of each state, and what a state looks like."""
+"""What the engine asks of the library that runs the step: memory for states, and runs on rows of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -13,35 +14,55 @@ from dfssm.targets.bundle import Manifest
 from .state import Layout, State
 
 
-class Binding(Protocol):
-    """The buffers of one state, ready to run. The logits of the last token are in `state.logits` after each run."""
+class Pool(Protocol):
+    """Resident memory of the states of so many sequences, a row each, and the runs on it. A batch is a range of rows;
+    what touches one row leaves the others as they are. `logits` f32[rows,V] are those of the last token of each row.
+    """
 
-    def feed_token(self, ids: np.ndarray) -> None:
-        """Next run reads ids i64[B]."""
+    logits: np.ndarray
 
-    def feed_prompt(self, ids: np.ndarray) -> None:
-        """Next run reads ids i64[B,T], contiguous."""
+    def run(self, ids: np.ndarray, start: int = 0, release_memory: bool = False) -> None:
+        """Read ids i64[n,T], contiguous, into rows `start` to `start + n - 1`; then `logits` has theirs.
 
-    def run(self, release_memory: bool = False) -> None:
-        """Run the step. `release_memory`: keep nothing that only a prompt needs."""
+        `release_memory`: keep nothing that only a prompt needs. Raises DfssmError for more rows than a run may have.
+        """
 
-    def run_all_logits(self, ids: np.ndarray) -> np.ndarray:
-        """Run ids i64[B,T] and return the logits of all of them, f32[B,T,V]."""
+    def run_all_logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """`run` that returns the logits of all tokens, f32[n,T,V], and may leave those of the last out of `logits`."""
+
+    def reset(self, row: int) -> None:
+        """Row `row` has read nothing: its state and logits are zeros."""
+
+    def copy(self, source: int, to: int) -> None:
+        """Row `to` becomes row `source`, logits included."""
+
+    def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the state of row `row` to contiguous arrays [1,...], by the names of the graph's inputs."""
+
+    def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """The state of row `row` becomes that of such arrays."""
 
     def pull(self) -> None:
-        """Bring the state's arrays up to date, where the state lives elsewhere while it runs."""
+        """Bring the arrays of the `State` that the pool was made of up to date, where they are copies."""
 
     def push(self) -> None:
-        """The state's arrays were written: run from them."""
+        """These arrays were written: run from them."""
 
 
 class Backend(Protocol):
-    """A bundle's step, opened. `layout` is that of a state of one row, without logits."""
+    """A bundle's step, opened. `layout` is that of a state of one row, without logits; `max_batch` the most rows of a
+    run.
+    """
 
     layout: Layout
     vocab_size: int
+    max_batch: int
 
-    def bind(self, state: State) -> Binding: ...
+    def pool(self, rows: int) -> Pool:
+        """Memory for `rows` sequences that have read nothing."""
+
+    def bind(self, state: State) -> Pool:
+        """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
 
 
 def open_backend(folder: Path, manifest: Manifest, threads: int) -> Backend:

@@ -30,11 +30,15 @@ class Cuda:
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""
         address = int(self._call("cudaMalloc", max(size, 1)))
-        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+        self.zero(address, size)
         return address
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
+
+    def zero(self, address: int, size: int) -> None:
+        """Queue setting `size` bytes of device memory to 0."""
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
 
     def to_device(self, address: int, array: np.ndarray) -> None:
         """Queue a copy of a contiguous array; it must stay as it is until `synchronize`."""

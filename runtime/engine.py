@@ -12,10 +12,11 @@ import numpy as np
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 
-from .backend import Backend, Binding, open_backend
+from .backend import Backend, Pool, open_backend
 from .generation import Generation
 from .memory import trim
 from .sampling import Sampling
+from .slots import Slots
 from .state import State, require_model
 from .threads import default_threads
 
@@ -75,6 +76,10 @@ class Engine:
         """The state of `batch` sequences that have read nothing yet."""
         return State.zeros(self.model, self.backend.layout, self.vocab_size, batch)
 
+    def slots(self, capacity: int) -> Slots:
+        """Memory for up to `capacity` sequences that come and go, each in a slot, and run as batches."""
+        return Slots(self, capacity)
+
     def load_state(self, path: str | Path) -> State:
         """Read a saved state; DfssmError when it is of another model or of another state dtype."""
         state = State.load(path)
@@ -108,11 +113,8 @@ class Engine:
 
     def advance(self, ids: np.ndarray, state: State) -> None:
         """`step` without checks and copies: ids i64[B], in range; the logits are left in `state.logits`."""
-        binding = self._binding(state)
-        binding.feed_token(ids)
-        binding.run()
+        self._pool(state).run(ids.reshape(-1, 1), state.start)
         state.tokens += 1
-        state.share()
 
     def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
         """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state`."""
@@ -150,28 +152,27 @@ class Engine:
 
     def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
         """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
-        binding = self._binding(state)
+        pool = self._pool(state)
         total = ids.shape[1]
         for start in range(0, total, CHUNK):
             stop = min(start + CHUNK, total)
             part = np.ascontiguousarray(ids[:, start:stop])
             if out is None:
-                binding.feed_prompt(part)
-                binding.run(release_memory=stop == total > LONG)
+                pool.run(part, state.start, release_memory=stop == total > LONG)
             else:
-                out[:, start:stop] = binding.run_all_logits(part)
+                out[:, start:stop] = pool.run_all_logits(part, state.start)
                 state.logits[:] = out[:, stop - 1]
             state.tokens += stop - start
-        state.share()
 
-    def _binding(self, state: State) -> Binding:
-        if state.engine is not self:
-            require_model(state, self.model, self.backend.layout, self.vocab_size)
-            state.pull()
-            state.binding, state.engine = self.backend.bind(state), self
-        state.share()
-        binding: Binding = state.binding
-        return binding
+    def _pool(self, state: State) -> Pool:
+        """The pool that `state` is rows of, from `state.start` on."""
+        whole = state.whole
+        if whole.engine is not self:
+            require_model(whole, self.model, self.backend.layout, self.vocab_size)
+            whole.pull()
+            whole.pool, whole.engine = self.backend.bind(whole), self
+        pool: Pool = whole.pool
+        return pool
 
     def _rows(self, ids: Any) -> list[np.ndarray]:
         """Any accepted form of prompt as a list of checked i64 rows."""

@@ -42,10 +42,12 @@ class State:
 
     def __init__(self, model: str, tensors: dict[str, np.ndarray], logits: np.ndarray, tokens: np.ndarray):
         self.model, self._tensors, self.logits, self.tokens = model, tensors, logits, tokens
-        # Of the engine that ran it last: itself, and these buffers bound to its backend.
+        # Of the engine that ran it last: itself, and its backend's pool of these rows.
         self.engine: Any = None
-        self.binding: Any = None
-        self.whole: State | None = None  # of a row: the state whose memory it shares
+        self.pool: Any = None
+        # Of a row: the state whose memory it shares, and where it lies in that.
+        self._whole: State | None = None
+        self.start = 0
 
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
@@ -56,27 +58,24 @@ class State:
         return cls(model, tensors, np.zeros((batch, vocab), np.float32), np.zeros(batch, np.int64))
 
     @property
+    def whole(self) -> State:
+        """Of a row the state that it is of, else this one."""
+        return self._whole or self
+
+    @property
     def tensors(self) -> dict[str, np.ndarray]:
         self.pull()
         return self._tensors
 
     def pull(self) -> None:
         """Bring the arrays up to date with a device that runs them; nothing to do where they run in place."""
-        for state in (self.whole, self):
-            if state is not None and state.binding is not None:
-                state.binding.pull()
+        if self.whole.pool is not None:
+            self.whole.pool.pull()
 
     def push(self) -> None:
         """The arrays were written: the next run starts from them."""
-        for state in (self.whole, self):
-            if state is not None and state.binding is not None:
-                state.binding.push()
-
-    def share(self) -> None:
-        """A row and the whole state that it is of see each other's runs: called before and after a run of the row."""
-        if self.whole is not None:
-            self.pull()
-            self.push()
+        if self.whole.pool is not None:
+            self.whole.pool.push()
 
     @property
     def batch(self) -> int:
@@ -96,9 +95,9 @@ class State:
         if not 0 <= index < self.batch:
             raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
         rows = slice(index, index + 1)
-        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
         row = State(self.model, tensors, self.logits[rows], self.tokens[rows])
-        row.whole = self.whole or self
+        row._whole, row.start = self.whole, self.start + index
         return row
 
     def clone(self) -> State:
@@ -118,9 +117,13 @@ class State:
 
     def reset(self) -> None:
         """Forget everything: the state before the first token."""
-        for array in self._arrays().values():
-            array.fill(0)
-        self.push()
+        if self.whole.pool is None:
+            for array in self._arrays().values():
+                array.fill(0)
+        else:
+            for row in range(self.start, self.start + self.batch):
+                self.whole.pool.reset(row)
+            self.tokens.fill(0)
 
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file, atomically."""

@@ -1,13 +1,14 @@
 """The step in TensorRT: states live on the device, and decoding replays a CUDA graph where the engine can be recorded.
 
-The arrays of a `State` are copies on the host, brought up to date when they are asked for. A step writes its new states
-beside the old ones and the two sets of buffers change places, so there is a captured graph for either direction; where
-the engine itself declares that an output lies on its input (the plugins' `getAliasedInput`), there is one set.
+The arrays of a `State` are copies on the host, brought up to date when they are asked for. A step writes the new states
+of its rows beside the old ones and the two sides change places, so there is a captured graph for either direction;
+where the engine itself declares that an output lies on its input (the plugins' `getAliasedInput`), both sides are one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
@@ -72,37 +73,37 @@ class TensorRTBackend:
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(DTYPES[self.engine.get_tensor_dtype(name).name])
 
-    def bind(self, state: State) -> DeviceBinding:
-        if state.batch > self.max_batch:
-            raise DfssmError(
-                f"the state has {state.batch} rows, the engine was built for {self.max_batch}: "
-                f"compile with --max-batch {state.batch}"
-            )
-        return DeviceBinding(self, state)
+    def pool(self, rows: int) -> DevicePool:
+        return DevicePool(self, np.zeros((rows, self.vocab_size), np.float32))
+
+    def bind(self, state: State) -> DevicePool:
+        pool = DevicePool(self, state.logits, state.tensors)
+        pool.push()
+        return pool
 
 
-class DeviceBinding:
-    """The device's copy of one state, and what runs on it."""
+class DevicePool:
+    """Rows of states on the device, and what runs on them. `logits` f32[rows,V] is theirs on the host; `host`, name ->
+    [rows,...], are copies of the states there, for `pull` and `push`.
+    """
 
-    def __init__(self, backend: TensorRTBackend, state: State):
+    def __init__(self, backend: TensorRTBackend, logits: np.ndarray, host: dict[str, np.ndarray] | None = None):
         self._backend, self._cuda = backend, backend.cuda
-        self._host = dict(state.tensors)
-        self._logits_host = state.logits
-        self._batch = state.batch
+        self.logits, self._host = logits, host or {}
+        rows = len(logits)
         self._ids_dtype = backend.dtype("input_ids")
         self._addresses: list[int] = []
-        self._ids = self._allocate(self._batch * backend.max_tokens * self._ids_dtype.itemsize)
-        self._logits = self._allocate(state.logits.nbytes)
-        # Where each state lies: a step reads [self._side] and writes the other.
+        self._ids = self._allocate(rows * backend.max_tokens * self._ids_dtype.itemsize)
+        self._logits = self._allocate(logits.nbytes)
+        # Where each state lies: a run reads its rows on one side and writes them to the other.
+        self._sides = np.zeros(rows, np.int64)
         self._states = {}
-        for name, array in self._host.items():
-            first = self._allocate(array.nbytes)
-            self._states[name] = (first, first if name in backend.aliased else self._allocate(array.nbytes))
-        self._side = 0
-        self._graphs: dict[int, Any] = {}
+        self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
+        for name, size in self._row_bytes.items():
+            first = self._allocate(rows * size)
+            self._states[name] = (first, first if name in backend.aliased else self._allocate(rows * size))
+        self._graphs: dict[tuple[int, int, int], Any] = {}  # side, first row and number of rows -> their step, recorded
         self._stale = False
-        self._next = np.zeros((self._batch, 1), self._ids_dtype)
-        self.push()
 
     def __del__(self) -> None:
         for executable in getattr(self, "_graphs", {}).values():
@@ -110,88 +111,135 @@ class DeviceBinding:
         for address in getattr(self, "_addresses", []):
             self._cuda.free(address)
 
-    def feed_token(self, ids: np.ndarray) -> None:
-        self._next = ids.reshape(self._batch, 1).astype(self._ids_dtype)
-
-    def feed_prompt(self, ids: np.ndarray) -> None:
-        self._next = ids.astype(self._ids_dtype)
-
-    def run(self, release_memory: bool = False) -> None:
+    def run(self, ids: np.ndarray, start: int = 0, release_memory: bool = False) -> None:
+        rows = self.logits[start : start + len(ids)]
         with self._backend.lock:
-            self._compute()
-            self._cuda.to_host(self._logits_host, self._logits)
+            self._compute(ids, start)
+            self._cuda.to_host(rows, self._logits + start * self.logits[0].nbytes)
             self._cuda.synchronize()
 
     @property
     def recorded(self) -> bool:
-        """Whether the next step replays a graph."""
-        return self._side in self._graphs
+        """Whether the next step of all rows replays a graph."""
+        return (int(self._sides[0]), 0, len(self._sides)) in self._graphs
 
-    def compute(self) -> None:
+    def compute(self, ids: np.ndarray) -> None:
         """`run`, but the logits stay on the device: for measuring it alone."""
         with self._backend.lock:
-            self._compute()
+            self._compute(ids, 0)
 
-    def run_all_logits(self, ids: np.ndarray) -> np.ndarray:
+    def run_all_logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """Token by token: the engine gives the logits of the last token only."""
         out = np.empty((*ids.shape, self._backend.vocab_size), np.float32)
         for t in range(ids.shape[1]):
-            self.feed_token(ids[:, t])
-            self.run()
-            out[:, t] = self._logits_host
+            self.run(ids[:, t : t + 1], start)
+            out[:, t] = self.logits[start : start + len(ids)]
         return out
+
+    def reset(self, row: int) -> None:
+        with self._backend.lock:
+            for name, size in self._row_bytes.items():
+                self._cuda.zero(self._address(name, row, self._sides[row]), size)
+            self._cuda.synchronize()
+            self._stale = True
+        self.logits[row] = 0
+
+    def copy(self, source: int, to: int) -> None:
+        with self._backend.lock:
+            self._sides[to] = side = self._sides[source]
+            for name, size in self._row_bytes.items():
+                self._cuda.copy(self._address(name, to, side), self._address(name, source, side), size)
+            self._cuda.synchronize()
+            self._stale = True
+        self.logits[to] = self.logits[source]
+
+    def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        with self._backend.lock:
+            for name, tensor in tensors.items():
+                self._cuda.to_host(tensor, self._address(name, row, self._sides[row]))
+            self._cuda.synchronize()
+
+    def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        with self._backend.lock:
+            for name, tensor in tensors.items():
+                self._cuda.to_device(self._address(name, row, self._sides[row]), tensor)
+            self._cuda.synchronize()
+            self._stale = True
 
     def pull(self) -> None:
         with self._backend.lock:
             if self._stale:
+                side = self._align(0, len(self._sides))
                 for name, array in self._host.items():
-                    self._cuda.to_host(array, self._states[name][self._side])
+                    self._cuda.to_host(array, self._states[name][side])
                 self._cuda.synchronize()
                 self._stale = False
 
     def push(self) -> None:
         with self._backend.lock:
+            self._sides[:] = 0
             for name, array in self._host.items():
-                self._cuda.to_device(self._states[name][self._side], array)
+                self._cuda.to_device(self._states[name][0], array)
             self._cuda.synchronize()
             self._stale = False
 
-    def _compute(self) -> None:
-        """Run the fed tokens, a prompt in pieces that the engine was built for."""
-        for start in range(0, self._next.shape[1], self._backend.max_tokens):
-            self._run(np.ascontiguousarray(self._next[:, start : start + self._backend.max_tokens]))
+    def _compute(self, ids: np.ndarray, start: int) -> None:
+        """Read ids [n,T] into rows from `start` on, a prompt in pieces that the engine was built for."""
+        if len(ids) > self._backend.max_batch:
+            raise DfssmError(
+                f"the batch has {len(ids)} rows, the engine was built for {self._backend.max_batch}: "
+                f"compile with --max-batch {len(ids)}"
+            )
+        ids = ids.astype(self._ids_dtype, copy=False)
+        for first in range(0, ids.shape[1], self._backend.max_tokens):
+            self._run(np.ascontiguousarray(ids[:, first : first + self._backend.max_tokens]), start)
 
-    def _run(self, ids: np.ndarray) -> None:
+    def _run(self, ids: np.ndarray, start: int) -> None:
+        rows = len(ids)
+        side = self._align(start, rows)
         self._cuda.to_device(self._ids, ids)
         if ids.shape[1] > 1:
-            self._queue(self._backend.prompt_context, ids.shape)
-        elif self.recorded:
-            self._cuda.launch(self._graphs[self._side])
+            self._queue(self._backend.prompt_context, ids.shape, start, side)
+        elif graph := self._graphs.get((side, start, rows)):
+            self._cuda.launch(graph)
         else:
             # The first run of a shape may allocate, which a capture forbids: run, then record the same for the next.
-            context = self._backend.step_context(self._batch)
-            self._queue(context, ids.shape)
+            context = self._backend.step_context(rows)
+            self._queue(context, ids.shape, start, side)
             self._cuda.synchronize()
             if self._backend.recordable(context):
                 self._cuda.begin_capture()
-                self._queue(context, ids.shape)
-                self._graphs[self._side] = self._cuda.end_capture()
+                self._queue(context, ids.shape, start, side)
+                self._graphs[side, start, rows] = self._cuda.end_capture()
         self._cuda.synchronize()  # `ids` is ours until here
-        self._side = 1 - self._side
+        self._sides[start : start + rows] = 1 - side
         self._stale = True
 
-    def _queue(self, context: Any, shape: tuple[int, ...]) -> None:
-        """Queue the step from one side of the states to the other."""
+    def _align(self, start: int, rows: int) -> int:
+        """Bring rows from `start` on to one side, where most are; returns it. One that joins a batch is copied once."""
+        sides = self._sides[start : start + rows]
+        side = int(2 * sides.sum() > rows)
+        for row in (start + np.flatnonzero(sides != side)).tolist():
+            for name, size in self._row_bytes.items():
+                if name not in self._backend.aliased:
+                    self._cuda.copy(self._address(name, row, side), self._address(name, row, 1 - side), size)
+        sides[:] = side
+        return side
+
+    def _queue(self, context: Any, shape: tuple[int, ...], start: int, side: int) -> None:
+        """Queue the step of rows from `start` on, from one side of the states to the other."""
         context.set_input_shape("input_ids", shape)
         context.set_tensor_address("input_ids", self._ids)
-        context.set_tensor_address("logits", self._logits)
+        context.set_tensor_address("logits", self._logits + start * self.logits[0].nbytes)
         for name, out in self._backend.states.items():
-            sides = self._states[name]
-            context.set_input_shape(name, self._host[name].shape)
-            context.set_tensor_address(name, sides[self._side])
-            context.set_tensor_address(out, sides[1 - self._side])
+            context.set_input_shape(name, (shape[0], *self._backend.layout[name][1]))
+            context.set_tensor_address(name, self._address(name, start, side))
+            context.set_tensor_address(out, self._address(name, start, 1 - side))
         if not context.execute_async_v3(self._cuda.stream):
             raise DfssmError(f"TensorRT could not run the step for {math.prod(shape)} tokens: see its message above")
+
+    def _address(self, name: str, row: int, side: int) -> int:
+        return int(self._states[name][side] + row * self._row_bytes[name])
 
     def _allocate(self, size: int) -> int:
         self._addresses.append(self._cuda.allocate(size))

@@ -33,19 +33,29 @@ class FakeCuda:
     def free(self, address):
         del self.memory[address]
 
+    def at(self, address, size):
+        """The `size` bytes from `address` on, which lie in one allocation."""
+        start = max(start for start in self.memory if start <= address)
+        assert address - start + size <= len(self.memory[start]), "past the end of an allocation"
+        return self.memory[start][address - start :][:size]
+
+    def zero(self, address, size):
+        self._immediate()
+        self.at(address, size)[:] = 0
+
     def to_device(self, address, array):
         self._immediate()
-        assert array.flags.c_contiguous and array.nbytes <= len(self.memory[address])
-        self.memory[address][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        assert array.flags.c_contiguous
+        self.at(address, array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
 
     def to_host(self, array, address):
         self._immediate()
-        assert array.flags.c_contiguous and array.nbytes <= len(self.memory[address])
-        array.reshape(-1).view(np.uint8)[:] = self.memory[address][: array.nbytes]
+        assert array.flags.c_contiguous
+        array.reshape(-1).view(np.uint8)[:] = self.at(address, array.nbytes)
 
     def copy(self, to, source, size):
         self._immediate()
-        self.memory[to][:size] = self.memory[source][:size]
+        self.at(to, size)[:] = self.at(source, size)
 
     def synchronize(self):
         self._immediate()
@@ -136,7 +146,7 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream):
-        engine, memory = self.engine, self.engine.cuda.memory
+        engine, cuda = self.engine, self.engine.cuda
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         if "input_ids" in shapes:
             batch, tokens = shapes["input_ids"]
@@ -151,9 +161,9 @@ class FakeContext:
             for name in engine.inputs:
                 dtype = np.dtype(_NUMPY[engine.get_tensor_dtype(name).name])
                 size = int(np.prod(shapes[name])) * dtype.itemsize
-                feeds[name] = memory[addresses[name]][:size].view(dtype).reshape(shapes[name]).copy()
+                feeds[name] = cuda.at(addresses[name], size).view(dtype).reshape(shapes[name]).copy()
             for name, array in zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True):
-                memory[addresses[name]][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+                cuda.at(addresses[name], array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
 
         def recorded_work():
             assert self.shapes == shapes, "the context of a recording has other shapes now"

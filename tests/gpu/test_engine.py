@@ -84,11 +84,11 @@ def test_recorded_steps_are_those_that_are_not(device, rows, monkeypatch):
     ids = script(device, rows).T
     for step in ids:
         device.step(step, recorded)
-    assert recorded.binding.recorded, "TensorRT lets no step of this engine be recorded"
+    assert recorded.pool.recorded, "TensorRT lets no step of this engine be recorded"
     monkeypatch.setattr(device.backend, "recordable", lambda context: False)
     for step in ids:
         device.step(step, plain)
-    assert not plain.binding.recorded
+    assert not plain.pool.recorded
     equal(recorded, plain)
 
 

@@ -158,7 +158,7 @@ def test_memory_is_given_back(device):
     state = device.new_state()
     device.step([1], state)
     assert device.backend.cuda.memory
-    state.binding = None
+    state.pool = None
     assert not device.backend.cuda.memory
 
 

@@ -140,10 +140,9 @@ def test_states_in_place_are_those_that_are_not(target, bundle):
     apart, together = (OrtBackend(session, in_place) for in_place in (False, True))
     states = [State.zeros("m", apart.layout, apart.vocab_size, 2) for _ in range(2)]
     for backend, state in zip((apart, together), states, strict=True):
-        binding = backend.bind(state)
+        pool = backend.bind(state)
         for token in range(4):
-            binding.feed_token(np.array([token, 9 - token]))
-            binding.run()
+            pool.run(np.array([[token], [9 - token]]))
     assert np.array_equal(states[0].logits, states[1].logits)
     for name, tensor in states[0].tensors.items():
         assert np.array_equal(tensor, states[1].tensors[name]), name
