@@ -101,7 +101,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     target = get_target(manifest.target)
     if target.IS_ENGINE:
         raise DfssmError(
-            f"{bundle} is a TensorRT engine, which shows no inner values: compare a bundle of another target"
+            f"{bundle} holds an engine, which shows no values inside: compare the same model as --target ort-cpu"
         )
     student = load_student(model, manifest.state_dtype)
     if student.config.to_dict() != manifest.config:

@@ -96,6 +96,19 @@ def test_native_bundle(model, tmp_path, capsys):
     assert read_manifest(out).engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 1]}]
 
 
+def test_what_is_not_fused_is_told(model, tmp_path, capsys, monkeypatch):
+    try:
+        trt.find_library()
+    except DfssmError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("dfssm.targets.trt_lowering.fuse.MOST_COLUMNS", 32)
+    arguments = ("--target", "trt", "--sm", "86", "--no-verify", "-o", tmp_path / "b")
+    status, text, _ = run(capsys, model, *arguments)
+    why = "GatedRMSNorm /layers.0/gated_norm has 64 columns, shared memory holds 32"
+    assert status == 0 and f"fuse left /layers.0/out_proj as it is: {why}\n" in text
+    assert read_manifest(tmp_path / "b").engine["refused"]["fuse"]["/layers.0/out_proj"] == why
+
+
 def test_progress(model, tmp_path):
     seen = {}
 
