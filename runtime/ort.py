@@ -84,6 +84,8 @@ class OrtPool:
 
     def _batch(self, start: int, count: int) -> _Batch:
         if (start, count) not in self._batches:
+            if len(self._batches) > 2 * len(self.logits):  # more than all that begin in row 0, and each row alone
+                self._batches.clear()
             rows = slice(start, start + count)
             read = {name: tensor[rows] for name, tensor in self.tensors.items()}
             written = {name: tensor[rows] for name, tensor in self._written.items()}

@@ -21,6 +21,9 @@ from .state import Layout, State
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
 """Names of TensorRT's DataType -> what NumPy calls them."""
 
+ALIGNMENT = 256
+"""Bytes to which the address of a tensor must be aligned for TensorRT; those of CUDA's allocations are."""
+
 
 class TensorRTBackend:
     """An engine, a context of it for prompts, and one for the steps of each batch size: a graph that was recorded holds
@@ -97,25 +100,22 @@ class DevicePool:
         self._logits = self._allocate(logits.nbytes)
         # Where each state lies: a run reads its rows on one side and writes them to the other.
         self._sides = np.zeros(rows, np.int64)
-        self._states = {}
         self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
-        for name, size in self._row_bytes.items():
-            first = self._allocate(rows * size)
-            self._states[name] = (first, first if name in backend.aliased else self._allocate(rows * size))
+        self._states = {name: self._two_sides(name, rows) for name in backend.layout}
+        self._stage: dict[str, tuple[int, int]] = {}
         self._graphs: dict[tuple[int, int, int], Any] = {}  # side, first row and number of rows -> their step, recorded
         self._stale = False
 
     def __del__(self) -> None:
-        for executable in getattr(self, "_graphs", {}).values():
-            self._cuda.release(executable)
+        if hasattr(self, "_graphs"):
+            self._release_graphs()
         for address in getattr(self, "_addresses", []):
             self._cuda.free(address)
 
     def run(self, ids: np.ndarray, start: int = 0, release_memory: bool = False) -> None:
-        rows = self.logits[start : start + len(ids)]
         with self._backend.lock:
             self._compute(ids, start)
-            self._cuda.to_host(rows, self._logits + start * self.logits[0].nbytes)
+            self._cuda.to_host(self.logits[start : start + len(ids)], self._logits)
             self._cuda.synchronize()
 
     @property
@@ -197,23 +197,43 @@ class DevicePool:
     def _run(self, ids: np.ndarray, start: int) -> None:
         rows = len(ids)
         side = self._align(start, rows)
+        lie = {name: (self._address(name, start, side), self._address(name, start, 1 - side)) for name in self._states}
+        bound = lie if all(read % ALIGNMENT == 0 for read, _ in lie.values()) else self._staged()
         self._cuda.to_device(self._ids, ids)
+        if bound is not lie:
+            for name, size in self._row_bytes.items():
+                self._cuda.copy(bound[name][0], lie[name][0], rows * size)
         if ids.shape[1] > 1:
-            self._queue(self._backend.prompt_context, ids.shape, start, side)
+            self._queue(self._backend.prompt_context, ids.shape, bound)
         elif graph := self._graphs.get((side, start, rows)):
             self._cuda.launch(graph)
         else:
             # The first run of a shape may allocate, which a capture forbids: run, then record the same for the next.
             context = self._backend.step_context(rows)
-            self._queue(context, ids.shape, start, side)
+            self._queue(context, ids.shape, bound)
             self._cuda.synchronize()
             if self._backend.recordable(context):
+                if len(self._graphs) > 4 * len(self._sides):  # of both sides: all from row 0 on, and each row alone
+                    self._release_graphs()
                 self._cuda.begin_capture()
-                self._queue(context, ids.shape, start, side)
+                self._queue(context, ids.shape, bound)
                 self._graphs[side, start, rows] = self._cuda.end_capture()
+        if bound is not lie:
+            for name, size in self._row_bytes.items():
+                self._cuda.copy(lie[name][1], bound[name][1], rows * size)
         self._cuda.synchronize()  # `ids` is ours until here
         self._sides[start : start + rows] = 1 - side
         self._stale = True
+
+    def _release_graphs(self) -> None:
+        while self._graphs:
+            self._cuda.release(self._graphs.popitem()[1])
+
+    def _staged(self) -> dict[str, tuple[int, int]]:
+        """Room for rows that lie where TensorRT does not take them; of usual sizes none do."""
+        if not self._stage:
+            self._stage = {name: self._two_sides(name, len(self._sides) - 1) for name in self._states}
+        return self._stage
 
     def _align(self, start: int, rows: int) -> int:
         """Bring rows from `start` on to one side, where most are; returns it. One that joins a batch is copied once."""
@@ -226,20 +246,25 @@ class DevicePool:
         sides[:] = side
         return side
 
-    def _queue(self, context: Any, shape: tuple[int, ...], start: int, side: int) -> None:
-        """Queue the step of rows from `start` on, from one side of the states to the other."""
+    def _queue(self, context: Any, shape: tuple[int, ...], states: dict[str, tuple[int, int]]) -> None:
+        """Queue a run of the ids [n,T] that were copied; `states`: where each is read and where it is written."""
         context.set_input_shape("input_ids", shape)
         context.set_tensor_address("input_ids", self._ids)
-        context.set_tensor_address("logits", self._logits + start * self.logits[0].nbytes)
+        context.set_tensor_address("logits", self._logits)
         for name, out in self._backend.states.items():
+            read, written = states[name]
             context.set_input_shape(name, (shape[0], *self._backend.layout[name][1]))
-            context.set_tensor_address(name, self._address(name, start, side))
-            context.set_tensor_address(out, self._address(name, start, 1 - side))
+            context.set_tensor_address(name, read)
+            context.set_tensor_address(out, written)
         if not context.execute_async_v3(self._cuda.stream):
             raise DfssmError(f"TensorRT could not run the step for {math.prod(shape)} tokens: see its message above")
 
     def _address(self, name: str, row: int, side: int) -> int:
         return int(self._states[name][side] + row * self._row_bytes[name])
+
+    def _two_sides(self, name: str, rows: int) -> tuple[int, int]:
+        first = self._allocate(rows * self._row_bytes[name])
+        return first, first if name in self._backend.aliased else self._allocate(rows * self._row_bytes[name])
 
     def _allocate(self, size: int) -> int:
         self._addresses.append(self._cuda.allocate(size))

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import student_ref
+import tiny
 from fake_device import FakeCuda, FakeEngine
 
 from dfssm.opset import DfssmError
@@ -147,6 +149,36 @@ def test_decoding_of_a_changing_batch_replays_graphs(engine):
     for token in range(6):
         slots.run(batch, [[token], [token + 1]])
     assert run_by.backend.cuda.launches == launches + 6, "the graphs of two rows are still there"
+
+
+@pytest.mark.parametrize("kind", [{}, {"aliased": True}, {"rtx": True}], ids=["two_buffers", "aliased", "rtx"])
+def test_rows_at_addresses_that_tensorrt_does_not_take(kind, cpu_target, tmp_path):
+    """The stand-in refuses them, too: such rows run elsewhere, and come back."""
+    config = student_ref.config("odd")
+    engine = Engine.load(tiny.write_bundle(tmp_path / "b", config, cpu_target, "int8", tokenizer=False), threads=1)
+    assert config.conv_dim * (config.d_conv - 1) * 4 % 256
+    slots, alone = on_device(engine, **kind).slots(3), [Alone(engine) for _ in range(3)]
+    three = [slots.join() for _ in alone]
+    for token, some in enumerate(([0, 1, 2], [1], [1, 2], [2], [1, 2], [1, 2], [0, 1, 2], [2], [2])):
+        ids = np.array([[token + row, 3][: 1 + token % 2] for row in some])
+        logits = slots.run([three[row] for row in some], ids)
+        for row, found, read in zip(some, logits, ids, strict=True):
+            assert found.tolist() == alone[row].read(read).tolist()
+    for slot, other in zip(three, alone, strict=True):
+        equal(slots, slot, other)
+
+
+def test_what_is_bound_and_recorded_for_batches_is_bounded(engine):
+    for run_by, kept, most in ((engine, "_batches", 19), (on_device(engine, max_batch=8), "_graphs", 37)):
+        slots = run_by.slots(8)
+        eight, ranges, largest = [slots.join() for _ in range(8)], 0, 0
+        for start in range(8):
+            for stop in range(start + 1, 9):
+                for _ in range(2):  # from one side and from the other
+                    slots.run(eight[start:stop], [[1]] * (stop - start))
+                    largest = max(largest, len(getattr(slots.pool, kept)))
+                ranges += 1
+        assert ranges == 36 and 10 < largest <= most
 
 
 def test_memory_is_given_back(engine):
