@@ -64,7 +64,7 @@ def model_tolerance(n_layer: int, d_model: int) -> Tolerance:
 
     For shallow models and single layers only. Through many layers flips breed flips: two correct backends of a random
     1.3B (48 layers) had logits 6-12 % apart, and the student disturbed by 1e-7 was 16 % off itself. So dfcompile and
-    `dfssm compare` hold deep models to their ops and layers on equal inputs (compiler/verify.py, bench/comparison.py).
+    `dfssm compare` hold deep models to their ops and layers on equal inputs (verify/).
     """
     flip = 2 / (32 * d_model**0.5)
     walk = 4 * (2 * (2 * n_layer + 1)) ** 0.5

@@ -1,7 +1,7 @@
 """A CUDA device and a TensorRT engine made of NumPy and ONNX Runtime: what `runtime/tensorrt.py` does with real ones
-is then seen without a GPU. They refuse what real ones would: an unknown address, one that is not aligned, a copy past the
-end of an allocation, work queued on a stream that is being recorded but cannot be, a recording whose context has gone on
-to other shapes or other kernels.
+is then seen without a GPU. They refuse what real ones would: an unknown address, one that is not aligned, a copy past
+the end of an allocation, work queued on a stream that is being recorded but cannot be, a recording whose context has
+gone on to other shapes or other kernels.
 """
 
 from enum import Enum
