@@ -20,6 +20,7 @@ _JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
 _IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json there is mostly a configuration
 _PIECE = 1 << 24  # characters of a plain text file read at once
 _ROWS = 1024  # of a parquet file read at once
+_PROBE = "Once upon a time, 1 \u00e9\U0001f600\0"  # whatever a tokenizer may not have, and what most have
 _BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
 
 
@@ -55,7 +56,8 @@ def documents(path: Path) -> Iterator[str]:
     try:
         yield from filter(None, map(str.strip, read(path)))
     except OSError as error:
-        raise DfssmError(f"{path}: cannot be read ({error.strerror or error}); give --data other files") from None
+        reason = error.strerror or _line(error)
+        raise DfssmError(f"{path}: cannot be read ({reason}); give --data other files") from None
 
 
 def load_tokenizer(file: Path, give: str) -> Tokenizer:
@@ -64,10 +66,14 @@ def load_tokenizer(file: Path, give: str) -> Tokenizer:
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no type of its own
-        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give {give}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Much of what a file lacks shows only in use: an id for what is unknown, a token that a template names.
+        tokenizer.decode(tokenizer.encode(_PROBE).ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises no type of its own, and its panics are no Exception
+        raise DfssmError(f"{file}: is no tokenizer.json ({_line(error)}); give {give}") from None
     return tokenizer
 
 
@@ -91,7 +97,7 @@ def text_of(row: object, where: str) -> str:
         found = type(row).__name__
         if isinstance(row, dict):
             found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "nothing"
-        raise DfssmError(f"{where}: has no string {FIELD!r} but {found}; give each document as one")
+        raise DfssmError(f"{where}: has no string {FIELD!r} but {' '.join(found.split())}; give each document as one")
     return text
 
 
@@ -117,8 +123,9 @@ def _json_lines(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DfssmError(f"{path}, line {number}: is no JSON ({error.msg}); mend or remove the line") from None
+            except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else _line(error)
+                raise DfssmError(f"{path}, line {number}: is no JSON ({reason}); mend or remove the line") from None
             # Half a surrogate pair can be written in JSON, but is no text for a tokenizer.
             yield text_of(row, f"{path}, line {number}").encode(errors="replace").decode()
 
@@ -132,11 +139,16 @@ def _parquet(path: Path) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if FIELD not in columns:
-                raise DfssmError(f"{path}: has no column {FIELD!r} but {', '.join(columns)}; rename that of the text")
+                names = " ".join(", ".join(columns).split())
+                raise DfssmError(f"{path}: has no column {FIELD!r} but {names}; rename that of the text")
             batches = file.iter_batches(_ROWS, columns=[FIELD])
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield text_of(row, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DfssmError(f"{path}: is no parquet file that can be read ({reason}); give another") from None
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: bytes of a text that are not UTF-8
+        raise DfssmError(f"{path}: is no parquet file that can be read ({_line(error)}); give another") from None
+
+
+def _line(error: BaseException) -> str:
+    """What a library says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -66,31 +66,31 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = paths.bundle(folder) / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise DfssmError(f'{path} is not the manifest of a bundle: it lacks "format": "{FORMAT}"')
     version = document.pop("version", None)
     if version != VERSION:
         raise DfssmError(
-            f"{path} has bundle version {version}, this dfssm reads version {VERSION}: compile the model again"
+            f"{path} has bundle version {version!r}, this dfssm reads version {VERSION}: compile the model again"
         )
     document.setdefault("engine", {})
     expected = {f.name for f in fields(Manifest)}
     for key in sorted(expected ^ set(document)):
-        raise DfssmError(f"{path}: key '{key}' is {'missing' if key in expected else 'unknown'}: compile again")
+        raise DfssmError(f"{path}: key {key!r} is {'missing' if key in expected else 'unknown'}: compile again")
     for key in ("config", "files", "tools", "verification", "engine"):
         if not isinstance(document[key], dict):
             raise DfssmError(f"{path}: '{key}' is not an object: compile the model again")
     manifest = Manifest(**document)
     if manifest.target not in TARGETS:
-        raise DfssmError(f"{path}: unknown target '{manifest.target}', known are {', '.join(TARGETS)}")
-    if manifest.state_dtype not in STATE_DTYPES:
-        raise DfssmError(f"{path}: unknown state_dtype '{manifest.state_dtype}', known are {', '.join(STATE_DTYPES)}")
+        raise DfssmError(f"{path}: unknown target {manifest.target!r}, known are {', '.join(TARGETS)}")
+    if manifest.state_dtype not in tuple(STATE_DTYPES):  # what JSON holds need not be hashable
+        raise DfssmError(f"{path}: unknown state_dtype {manifest.state_dtype!r}, known are {', '.join(STATE_DTYPES)}")
     for name, entry in manifest.files.items():
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
         if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
-            raise DfssmError(f"{path}: the entry of file '{name}' is not valid: compile the model again")
+            raise DfssmError(f"{path}: the entry of file {name!r} is not valid: compile the model again")
     target = get_target(manifest.target)
     if bool(manifest.engine) != target.IS_ENGINE:
         engines = ", ".join(name for name in TARGETS if get_target(name).IS_ENGINE)
