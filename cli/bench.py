@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import click
-from tqdm import tqdm
 
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
-from .options import bundle_argument, json_option, megabytes, print_result, table, threads_option
+from .options import bundle_argument, json_option, megabytes, print_result, progress_bar, table, threads_option
 
 
 @click.command()
@@ -30,12 +29,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
         require({"compile": ["onnx"]})
     from dfssm.bench.decode import bench as run
 
-    with tqdm(desc="bench", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("bench") as progress:
         result = run(folder, progress=progress, **settings)
     print_result(result, as_json, _text)
 

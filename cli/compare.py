@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import click
-from tqdm import tqdm
 
 from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
-from .options import bundle_argument, json_option, print_result, table
+from .options import bundle_argument, json_option, print_result, progress_bar, table
 
 
 @click.command()
@@ -27,12 +26,7 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
     from dfssm.verify.bundle import compare_bundle
 
-    with tqdm(desc="compare", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("compare") as progress:
         result = compare_bundle(of_bundle, of_model, tokens, progress)
     print_result(result, as_json, _text)
     if not result["passed"]:
