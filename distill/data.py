@@ -20,6 +20,8 @@ from dfssm.opset.errors import DfssmError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .distributed import Ranks
+
 TOKEN = np.dtype("<u4")
 _TOKENS, _RECORD = "tokens.u32", "tokens.json"
 
@@ -125,6 +127,17 @@ def tokenize(
         atomic_write(folder / _TOKENS, write)
         atomic_write(record, lambda path: path.write_text(json.dumps({"source": source} | counts)))
     return open_tokens(folder)
+
+
+def open_files(
+    paths: Sequence[Path], folder: Path, ranks: Ranks, *, tokens: int, seed: int, **options
+) -> tuple[Windows, Tokens]:
+    """The training windows of this rank, and all tokens. The first rank calls `tokenize` with these `options`."""
+    if ranks.first:
+        tokenize(paths, folder=folder, **options)
+    ranks.barrier()
+    found = open_tokens(folder)
+    return Windows(found.train, tokens, seed, ranks.rank, ranks.world), found
 
 
 def open_tokens(folder: Path) -> Tokens:

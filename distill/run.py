@@ -13,14 +13,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from dfssm.model.checkpoint import atomic_write, save_student
-from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher
-from dfssm.model.student import DFSSMLM, from_tensors, load_student
+from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import END_OF_TEXT, load_tokenizer, text_files
 from dfssm.opset import paths
@@ -28,17 +25,17 @@ from dfssm.opset.errors import DfssmError
 
 from . import PREFIX
 from .checkpoint import Checkpoints
-from .data import Source, Windows, open_tokens, tokenize
+from .data import Source, Windows, open_files
 from .density import other_forms, projections, sign_export, trainable
-from .distributed import Ranks, gathered, shard
+from .distributed import Ranks, shard
 from .held_out import Measured, cut_windows, held_out_loss
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .sinks import Sink, open_sinks
-from .start import begin, move_to, train_as
+from .start import begin, data_free, finished, move_to
 from .stream import StreamedWindows
-from .topk import TopK, write_topk
+from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
 
 TOKENIZER = "tokenizer.json"
@@ -84,8 +81,8 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What is trained on what: the windows of this rank and those held out, the student, and its teacher as it is
-    trained by. `measured` has the teacher and its data-free conversion; `identity` is what makes a run the same run.
+    """What is trained on what: the windows of this rank, the student, and what it learns from. `measured` has the
+    held-out text and what teacher and data-free conversion are worth on it; `identity` is what makes two runs the same.
     """
 
     job: Job
@@ -93,7 +90,6 @@ class Prepared:
     resume: bool
     tokenizer: Tokenizer
     source: Source
-    held_out: np.ndarray
     student: DFSSMLM
     teacher: Mamba2LM | TopK
     bf16: bool
@@ -152,14 +148,29 @@ def prepare(opened: Opened) -> Prepared:
     """Tokenise the text, measure what is compared with, make the student, and run the teacher where it runs before."""
     job, ranks, schedule = opened.job, opened.ranks, opened.job.schedule
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
-    source, held_out, text = _windows(opened)
-    held_out = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
+    source: Source
+    if opened.stream:
+        source, held_out, text = opened.stream, opened.stream.held_out, None
+    else:
+        source, found = open_files(
+            [Path(name) for name in job.data],
+            job.output / "tokens",
+            ranks,
+            tokens=schedule.tokens,
+            seed=schedule.seed,
+            tokenizer=opened.tokenizer,
+            end=opened.end,
+            vocab_size=opened.teacher.config.vocab_size,
+            held_out=job.held_out,
+        )
+        held_out, text = found.held_out, {"sha256": hashlib.sha256(found.train.data).hexdigest()}
 
     teacher = opened.teacher.to(ranks.device)
     student = begin(teacher, job.recipe, source, schedule.seed, ranks)
-    measured = Measured(held_out, ranks, None if job.top_k else teacher)  # which would stay in memory
+    windows = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
+    measured = Measured(windows, ranks, None if job.top_k else teacher)  # which would stay in memory
     measured.add("teacher", teacher)
-    measured.add("data_free", from_tensors(*convert(teacher, job.recipe.rank, job.recipe.planes)).to(ranks.device))
+    measured.add("data_free", data_free(teacher, job.recipe))
 
     # What must be the same for a run to be resumed. Of the teacher's weights only the vectors are looked at.
     vectors = b"".join(p.numpy(force=True).tobytes() for p in teacher.parameters() if p.ndim == 1)
@@ -168,15 +179,18 @@ def prepare(opened: Opened) -> Prepared:
         **{name: getattr(schedule, name) for name in ("steps", "batch", "tokens", "seed")},
         "top_k": job.top_k,
         "teacher": {"sha256": hashlib.sha256(vectors).hexdigest()},
-        "data": text,
+        "data": text or list(job.data),
     }
     if ranks.device.type == "cuda":
         teacher = teacher.bfloat16()
     bf16 = ranks.agree(fast_bf16(ranks.device))
-    by = _stored(teacher, source, job, bf16, ranks) if isinstance(source, Windows) and job.top_k else teacher
+    by: Mamba2LM | TopK = teacher
+    if job.top_k and isinstance(source, Windows):
+        count, size = schedule.steps * schedule.batch, schedule.micro_batch
+        by = precompute(teacher, source, count, job.top_k, job.output / "topk", size, bf16, ranks)
     # Not `opened` itself: with its teacher, which may be done with, gigabytes would stay in memory.
     start = job, ranks, opened.resume, opened.tokenizer
-    return Prepared(*start, source, held_out, student, by, bf16, measured, identity, sinks)
+    return Prepared(*start, source, student, by, bf16, measured, identity, sinks)
 
 
 def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) -> dict:
@@ -184,20 +198,20 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     written and what its parts cost, and report. Returns what result.json holds.
     """
     job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
-    student, recipe, windows = prepared.student, job.recipe, prepared.held_out
-    model = Distillation(student, prepared.teacher, recipe.hidden, recipe.cross_entropy, job.recompute)
+    recipe, windows = job.recipe, measured.windows
+    model = Distillation(prepared.student, prepared.teacher, recipe.hidden, recipe.cross_entropy, job.recompute)
     if job.compiled:
         model.compile_layers()
     shard(model, ranks)
     trainer = Trainer(
         model,
-        trainable(student),  # after sharding, which replaces the parameters
+        trainable(model.student),  # after sharding, which replaces the parameters
         recipe.rates,
         prepared.source,
         job.schedule,
         ranks,
         job.output,
-        functools.partial(move_to, student=student, recipe=recipe),
+        functools.partial(move_to, student=model.student, recipe=recipe),
         (lambda: held_out_loss(model.logits, windows, ranks)) if len(windows) else None,
         bf16=prepared.bf16,
         identity=prepared.identity,
@@ -212,13 +226,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         say(f"{trained:,} parameters train, {windows[:, 1:].size:,} held-out tokens; {found}")
     trainer.train()
 
-    if ranks.world > 1:  # whole again, on every rank
-        student = DFSSMLM(student.config).to(ranks.device)
-        train_as(student, recipe)
-        student.load_state_dict(gathered(model))
-    student.eval()
-    move_to(1.0, student, recipe)
-    file = job.output / MODEL
+    student, file = finished(model, recipe, ranks), job.output / MODEL
     if ranks.first:
         save_student(
             file, student.config, sign_export(student) if recipe.hard == "levels" else student.export_tensors()
@@ -243,29 +251,3 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         write_report(job.output)
     ranks.barrier()
     return result
-
-
-def _windows(opened: Opened) -> tuple[Source, np.ndarray, object]:
-    """The training windows of this rank, the held-out tokens, and what tells this text from another."""
-    job, ranks = opened.job, opened.ranks
-    if opened.stream:
-        return opened.stream, opened.stream.held_out, list(job.data)
-    folder, vocab = job.output / "tokens", opened.teacher.config.vocab_size
-    if ranks.first:
-        tokenize([Path(name) for name in job.data], opened.tokenizer, opened.end, vocab, job.held_out, folder)
-    ranks.barrier()
-    found = open_tokens(folder)
-    windows = Windows(found.train, job.schedule.tokens, job.schedule.seed, ranks.rank, ranks.world)
-    return windows, found.held_out, {"sha256": hashlib.sha256(found.train.data).hexdigest()}
-
-
-def _stored(teacher: Mamba2LM, windows: Windows, job: Job, bf16: bool, ranks: Ranks) -> TopK:
-    """The teacher's likeliest tokens in every window of the run, in topk/ of the output."""
-    schedule, folder = job.schedule, job.output / "topk"
-    count = schedule.steps * schedule.batch
-    total, show = count * schedule.tokens // ranks.world, None if ranks.first else True
-    with tqdm(total=total, desc="teacher", unit="tok", unit_scale=True, mininterval=1.0, disable=show) as bar:
-        place = ranks.rank, ranks.world
-        write_topk(teacher, windows, count, job.top_k, folder, schedule.micro_batch, bf16, *place, bar.update)
-    ranks.barrier()
-    return TopK(folder)

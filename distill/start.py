@@ -1,4 +1,4 @@
-"""How a student begins, and what changes in its arithmetic along a run: what a recipe says of the student."""
+"""What a recipe says of the student: how it begins, what changes in its arithmetic along a run, and how it ends."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dfssm.model.convert import student_from_teacher
+from dfssm.model.convert import convert, student_from_teacher
 from dfssm.model.quant import dequantized
-from dfssm.model.student import DFSSMLM
+from dfssm.model.student import DFSSMLM, from_tensors
 from dfssm.model.teacher import Mamba2LM, SelectiveScan
 from dfssm.model.tensors import SCAFFOLD, weights
 
 from .data import Source
 from .density import DensityLinear, densify, projections, set_attributes, zero_low_rank
-from .distributed import Ranks
+from .distributed import Ranks, gathered
+from .objective import Distillation
 from .recipe import Recipe
 
 CALIBRATION = 16  # windows over which the sizes of activations are measured
@@ -53,6 +54,22 @@ def move_to(progress: float, student: DFSSMLM, recipe: Recipe) -> dict[str, floa
     share = blend if blend == 1.0 else torch.tensor(blend)
     set_attributes(projections(student), blend=share, low_rank=recipe.low_rank(progress))
     return {"blend": blend}
+
+
+def finished(model: Distillation, recipe: Recipe, ranks: Ranks) -> DFSSMLM:
+    """The trained student as the run ends with it, whole on every rank."""
+    student = model.student
+    if ranks.world > 1:
+        student = DFSSMLM(student.config).to(ranks.device)
+        train_as(student, recipe)
+        student.load_state_dict(gathered(model))
+    move_to(1.0, student, recipe)
+    return student.eval()
+
+
+def data_free(teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
+    """What a student of this shape is without training."""
+    return from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(teacher.norm_f.weight.device)
 
 
 @torch.no_grad()

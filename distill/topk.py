@@ -17,12 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from dfssm.model.checkpoint import atomic_write
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset.errors import DfssmError
 
 from .data import Windows
+from .distributed import Ranks
 from .objective import CHUNK
 
 _RECORD = "topk.json"
@@ -137,6 +139,17 @@ def write_topk(
             part["ids"], part["log_q"] = _likeliest(teacher, ids[:, :-1], k, bf16)
             progress(part["ids"].size // k)
         atomic_write(file, functools.partial(_save, shard=shard))
+
+
+def precompute(
+    teacher: Mamba2LM, windows: Windows, count: int, k: int, folder: Path, batch: int, bf16: bool, ranks: Ranks
+) -> TopK:
+    """What `write_topk` writes of the first `count` windows, all ranks together, behind a progress bar."""
+    total, hide = count * windows.tokens // ranks.world, None if ranks.first else True
+    with tqdm(total=total, desc="teacher", unit="tok", unit_scale=True, mininterval=1.0, disable=hide) as bar:
+        write_topk(teacher, windows, count, k, folder, batch, bf16, ranks.rank, ranks.world, bar.update)
+    ranks.barrier()
+    return TopK(folder)
 
 
 def _likeliest(teacher: Mamba2LM, ids: np.ndarray, k: int, bf16: bool) -> tuple[np.ndarray, np.ndarray]:

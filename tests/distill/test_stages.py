@@ -30,7 +30,7 @@ def test_prepared_there_are_tokens_and_a_student_that_ships(job, tmp_path):
     prepared = prepare(open(job(out, held_out=0.1), ALONE))
     assert names(out) == {"tokens"}
     tokens = open_tokens(out / "tokens")
-    assert prepared.held_out.shape[1] == 32 + 1 and len(prepared.held_out) == (len(tokens.held_out) - 1) // 32
+    assert prepared.measured.windows.shape == ((len(tokens.held_out) - 1) // 32, 32 + 1)
     assert list(prepared.measured.perplexity) == ["teacher", "data_free"]
     layers = projections(prepared.student)
     assert len(layers) == 4 and all(layer.ships for layer in layers)
