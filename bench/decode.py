@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dfssm.model.ledger import weight_bytes_of_step
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import instruction_sets, machine, packages
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
-from dfssm.targets.ledger import weight_bytes_of_step
 
 from .bandwidth import Bandwidth
 from .child import follow_script, run_child

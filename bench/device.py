@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dfssm.model.ledger import sizes, weight_bytes_of_step
 from dfssm.runtime import Engine
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import cuda
-from dfssm.targets.ledger import sizes, weight_bytes_of_step
 
 from . import gpu
 

@@ -25,8 +25,8 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 def _bundle(folder: Path) -> dict:
+    from dfssm.model.ledger import model_bytes
     from dfssm.targets.bundle import open_bundle
-    from dfssm.targets.ledger import model_bytes
 
     manifest = open_bundle(folder, hashes=False)
     return {
@@ -44,7 +44,7 @@ def _bundle(folder: Path) -> dict:
 def _model(path: Path) -> dict:
     require(PACKAGES)
     from dfssm.model.checkpoint import load_student_tensors
-    from dfssm.targets.ledger import ROLES, role
+    from dfssm.model.tensors import ROLES, role
 
     config, tensors = load_student_tensors(path)
     sizes = dict.fromkeys(ROLES, 0)

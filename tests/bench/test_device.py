@@ -11,10 +11,11 @@ from fake_device import FakeCuda, FakeEngine
 from dfssm.bench import decode, device, gpu
 from dfssm.bench.child import follow_script
 from dfssm.cli.main import dfssm
+from dfssm.model import ledger
 from dfssm.model.config import DFSSMConfig
 from dfssm.runtime import Engine
 from dfssm.runtime.tensorrt import TensorRTBackend
-from dfssm.targets import cuda, ledger
+from dfssm.targets import cuda
 
 SHAPE = DFSSMConfig(vocab_size=50288, d_model=2048, n_layer=48, d_state=128, headdim=64, rank=16).to_dict()
 

@@ -3,8 +3,8 @@
 import pytest
 
 from dfssm.bench import gpu
+from dfssm.model import ledger
 from dfssm.model.config import DFSSMConfig
-from dfssm.targets import ledger
 
 CONFIG = DFSSMConfig(vocab_size=50288, d_model=2048, n_layer=48, d_state=128, headdim=64, rank=16).to_dict()
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tiny
 
+from dfssm.model.ledger import model_bytes, weight_bytes_of_step
+from dfssm.model.tensors import ROLES, role
 from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16
 from dfssm.targets import get_target
-from dfssm.targets.ledger import ROLES, model_bytes, role, weight_bytes_of_step
 
 CONFIGS = [
     tiny.CONFIG,
