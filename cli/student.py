@@ -70,15 +70,16 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     """
     teacher, output = paths.teacher(teacher), paths.output_file(output)
     require(PACKAGES)
-    from dfssm.model.checkpoint import atomic_write, save_student
+    from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import convert as convert_teacher
     from dfssm.model.hf_import import load_teacher
+    from dfssm.opset.files import write_file
 
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
     tokenizer, beside = teacher / TOKENIZER, output.with_name(TOKENIZER)
     if tokenizer.is_file() and not beside.exists():
-        atomic_write(beside, lambda path: path.write_bytes(tokenizer.read_bytes()))
+        write_file(beside, tokenizer.read_bytes())
     print_result(_report(output, *student), as_json, _text)
 
 

@@ -13,12 +13,11 @@ from dfssm.export import PACKAGES as OF_EXPORT
 from dfssm.model import PACKAGES as OF_MODEL
 from dfssm.opset import DfssmError, paths
 from dfssm.opset.extras import require
+from dfssm.opset.files import new_folder, writing
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
-
-from .staging import check_output, staged, writing
 
 PACKAGES = (OF_MODEL, OF_EXPORT)
 """What compiling takes, besides what its target needs; see `dfssm.opset.extras`."""
@@ -125,14 +124,14 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     output = f"{model.stem}-{request.target}" if request.output is None else request.output
     # Resolved, so that an output that is a link is replaced where it points.
     output = paths.output_folder(output).resolve()
-    check_output(output, request.force)
+    _check_output(output, request.force)
     probe = target.probe(**request.options)
     require(*PACKAGES, probe.needs)
     if not probe.usable:
         raise DfssmError(f"target {request.target} cannot be used here: {probe.why_not}")
 
     records = []
-    with staged(output) as stage:
+    with new_folder(output, replace=request.force) as stage:
         job = Job(request, model, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
         for run in (load, lower, export, write, build, verify, finish):
             start = time.perf_counter()
@@ -215,6 +214,20 @@ def finish(job: Job) -> None:
             engine=job.engine,
         )
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
+
+
+def _check_output(folder: Path, force: bool) -> None:
+    """Refuse an output that could not be put in place, before any slow work.
+
+    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything that is not itself a
+    bundle, for replacing deletes.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not force:
+        raise DfssmError(f"{folder} exists: choose another output with -o, or replace it with --force")
+    if not (folder / MANIFEST).is_file():
+        raise DfssmError(f"{folder} exists and is not a bundle, so --force does not replace it: choose another -o")
 
 
 def _find_tokenizer(request: Request, model: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Distillation: from a Mamba-2 teacher to the 1-bit student that ships."""
 
-PACKAGES = {"distill": ("torch", "safetensors")}
+PACKAGES = {"distill": ("torch",)}
 """What training takes, its data and sinks aside; see `dfssm.opset.extras`."""
 
 PREFIX = "hf:"

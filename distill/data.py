@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dfssm.model.checkpoint import atomic_write
 from dfssm.model.text import batches, documents, text_files
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,8 +124,8 @@ def tokenize(
                 raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to train on; give --data more")
             record.unlink(missing_ok=True)  # it is of the file that this one replaces
 
-        atomic_write(folder / _TOKENS, write)
-        atomic_write(record, lambda path: path.write_text(json.dumps({"source": source} | counts)))
+        write_file(folder / _TOKENS, write, parents=True)
+        write_file(record, json.dumps({"source": source} | counts))
     return open_tokens(folder)
 
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dfssm.model.checkpoint import atomic_write
+from dfssm.opset.files import write_file
 
 from .chart import Chart, Point, Series, finite, label, svg
 
@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
     """
     path = folder / "report.html"
     text = page(folder.resolve().name, read_log(folder / "log.jsonl"), read_result(folder / "result.json"))
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, text)
     return path
 
 

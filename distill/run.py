@@ -15,13 +15,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dfssm.model.checkpoint import atomic_write, save_student
+from dfssm.model.checkpoint import save_student
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import END_OF_TEXT, load_tokenizer, text_files
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 from . import PREFIX
 from .checkpoint import Checkpoints
@@ -220,7 +221,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     if prepared.resume:
         trainer.resume()
     if ranks.first:
-        atomic_write(job.output / TOKENIZER, lambda path: path.write_text(prepared.tokenizer.to_str()))
+        write_file(job.output / TOKENIZER, prepared.tokenizer.to_str(), parents=True)
         found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items())
         trained = sum(p.numel() for parameters in trainer.groups.values() for p in parameters)
         say(f"{trained:,} parameters train, {windows[:, 1:].size:,} held-out tokens; {found}")
@@ -247,7 +248,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     if ranks.first:
-        atomic_write(job.output / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        write_file(job.output / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(job.output)
     ranks.barrier()
     return result

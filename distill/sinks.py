@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from dfssm.model.checkpoint import atomic_write
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
+from dfssm.opset.files import write_file
 
 Sink = Callable[[int, dict[str, float]], None]
 """Takes a step and the line written after it; see trainer.Log."""
@@ -54,7 +54,7 @@ def _wandb(folder: Path, project: str) -> Sink:
 
     kept = folder / "wandb.id"
     if not kept.is_file():
-        atomic_write(kept, lambda path: path.write_text(secrets.token_hex(4)))
+        write_file(kept, secrets.token_hex(4), parents=True)
     try:
         run = wandb.init(project=project, name=folder.name, id=kept.read_text(), resume="allow", dir=str(folder))
     except wandb.Error as error:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dfssm.model.checkpoint import atomic_write
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 from .data import Windows
 from .distributed import Ranks
@@ -123,7 +123,7 @@ def write_topk(
                 f"{folder}: holds logits with {name} {found.get(name)}, not {value}; remove it or choose another folder"
             )
     if not found:
-        atomic_write(folder / _RECORD, lambda path: path.write_text(json.dumps(record)))
+        write_file(folder / _RECORD, json.dumps(record), parents=True)
     dtype = _window(tokens, k, vocab)
     size = max(1, _SHARD // dtype.itemsize)
     for number in range(rank, -(-count // size), world):
@@ -138,7 +138,7 @@ def write_topk(
             part["key"] = [_key(window) for window in ids]
             part["ids"], part["log_q"] = _likeliest(teacher, ids[:, :-1], k, bf16)
             progress(part["ids"].size // k)
-        atomic_write(file, functools.partial(_save, shard=shard))
+        write_file(file, functools.partial(_save, shard=shard))
 
 
 def precompute(

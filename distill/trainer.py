@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dfssm.model.checkpoint import atomic_write
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 from .checkpoint import Checkpoints
 from .data import Source
@@ -244,7 +244,7 @@ class Log:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        atomic_write(self.path, lambda path: path.write_text("".join(kept)))
+        write_file(self.path, "".join(kept))
 
 
 def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:

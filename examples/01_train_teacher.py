@@ -31,12 +31,12 @@ from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
-from dfssm.model.checkpoint import atomic_write
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import END_OF_TEXT, documents, load_tokenizer, packages, text_files
 from dfssm.opset import paths
+from dfssm.opset.files import write_file
 
 WEIGHT_DECAY = 0.1
 PATIENCE = 3  # measurements without a new best, and the loss has stopped falling
@@ -156,7 +156,7 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
     kept = output / "tokenizer.json"
     given = kept if resume and kept.is_file() else tokenizer
     tokenizer = read_tokenizer(given) if given else train_tokenizer(beginnings(data, held_out), vocab_size)
-    atomic_write(kept, lambda path: path.write_text(tokenizer.to_str()))
+    write_file(kept, tokenizer.to_str(), parents=True)
     end = tokenizer.token_to_id(END_OF_TEXT)
     config = Mamba2Config(
         vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,  # padded as that of the published checkpoints

@@ -9,12 +9,9 @@ checkpoints, lies in the file as fp16: that loses nothing, and is fp32 again whe
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 from .config import DFSSMConfig
 from .tensors import student_tensors
@@ -74,14 +72,14 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
     header = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
     if path.suffix == ".safetensors":
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config.to_dict())}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_file(path, lambda draft: save_file(tensors, draft, metadata))
     else:
 
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:  # given a path, torch would write the temporary name into the file
+        def write(draft: Path) -> None:
+            with draft.open("wb") as file:  # given a path, torch would write the temporary name into the file
                 torch.save(header | {"tensors": tensors}, file)
 
-        atomic_write(path, write)
+        write_file(path, write)
 
 
 def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tensor]]:
@@ -119,26 +117,6 @@ def _narrow(tensor: Tensor) -> Tensor:
 def _widen(tensor: Tensor) -> Tensor:
     half = isinstance(tensor, Tensor) and tensor.dtype == torch.float16
     return tensor.float() if half else tensor
-
-
-def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file beside `path`, flush it to the disk and rename it; remove it if that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors makes its files readable by their owner only
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DfssmError(f"{path}: cannot be written ({reason}); choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone already after the rename
-            temporary.unlink()
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 from dfssm.opset.paths import WEIGHTS
 
-from .checkpoint import atomic_write, read_tensors
+from .checkpoint import read_tensors
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
 from .teacher import Mamba2LM
@@ -74,8 +75,8 @@ def save_teacher(model: Mamba2LM, path: str | Path, dtype: torch.dtype = torch.f
             raise DfssmError(f"{path}: {weight.source} has values that {_FLOATS[dtype]} cannot hold; use float32")
         tensors[weight.source] = tensor
     config = json.dumps(hf_config(model.config, _FLOATS[dtype]), indent=2, sort_keys=True) + "\n"
-    atomic_write(path / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-    atomic_write(path / CONFIG_FILE, lambda temporary: temporary.write_text(config))
+    write_file(path / WEIGHTS_FILE, lambda draft: save_file(tensors, draft, {"format": "pt"}), parents=True)
+    write_file(path / CONFIG_FILE, config)
 
 
 def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

@@ -36,14 +36,17 @@ _AT_FDCWD = -100
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM)
 
 
-def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write a file: bytes, text as UTF-8, or what `content(draft)` writes into the file `draft`.
+def write_file(path: str | Path, content: bytes | str | Callable[[Path], object], parents: bool = False) -> None:
+    """Write a file: bytes, text as UTF-8, or what `content(draft)` makes of the file `draft`.
 
-    The folder must exist. Raises DfssmError when the operating system refuses; the target is then as it was.
+    `parents`: make its folder if that is missing. Raises DfssmError when the operating system refuses; the target is
+    then as it was.
     """
     target = Path(path)
     with writing(target):
         target = target.resolve()
+        if parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode(target)
         if mode is not None and not stat.S_ISREG(mode):
             return _write_through(target, content)
@@ -86,9 +89,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DfssmError(
-            f"cannot write {path}: {error.strerror or error}; check its folder or choose another"
-        ) from error
+        raise DfssmError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
 def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:

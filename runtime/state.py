@@ -4,27 +4,22 @@ length.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import struct
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import write_file
 
 FORMAT = "dfssm-state"
 VERSION = 1
 
-# A state file is a .safetensors file; the names are that format's.
-_DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I64": np.int64}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 1 << 24
+_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int8", "int64")))  # of the tensors in a state file
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and shape of one row
 
@@ -126,68 +121,42 @@ class State:
             self.tokens.fill(0)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to `path`, a .safetensors file, atomically."""
-        path = Path(path)
-        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "model": self.model}}
-        offset = 0
-        for name, array in self._arrays().items():
-            header[name] = {
-                "dtype": _NAMES[array.dtype],
-                "shape": list(array.shape),
-                "data_offsets": [offset, offset := offset + array.nbytes],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(draft, "wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                for array in self._arrays().values():
-                    file.write(np.ascontiguousarray(array).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except OSError as error:
-            raise DfssmError(f"cannot write the state to {path}: {error.strerror}") from None
-        finally:
-            draft.unlink(missing_ok=True)
+        """Write the state to `path`, a .safetensors file: whole, or not at all."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
+        metadata = {"format": FORMAT, "version": str(VERSION), "model": self.model}
+        write_file(path, lambda draft: save_file(arrays, draft, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> State:
         """Read a state that `save` wrote. DfssmError when the file is not one, or is cut off or damaged."""
         path = paths.file(path, "a file that a state was saved to")
         try:
-            with open(path, "rb") as file:
-                return cls._read(file, path.stat().st_size)
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                    found = (
+                        f"{metadata['format']} version {metadata.get('version')}"
+                        if "format" in metadata
+                        else "no state"
+                    )
+                    raise ValueError(f"it is {found}, not {FORMAT} {VERSION}")
+                # A copy each: what the library returns cannot be written to.
+                arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+            return cls._of(metadata["model"], arrays)
         except OSError as error:
-            raise DfssmError(f"cannot read the state {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DfssmError(f"cannot read the state {path}: {error.strerror or error}") from None
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DfssmError(f"{path} is not a state that this dfssm can read ({error}): save it again") from None
 
     @classmethod
-    def _read(cls, file: BufferedReader, size: int) -> State:
-        lead = file.read(8)
-        length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        if metadata["format"] != FORMAT or metadata["version"] != str(VERSION):
-            raise ValueError(f"it is {metadata['format']} version {metadata['version']}, not {FORMAT} {VERSION}")
-        arrays, offset = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            array = np.empty(entry["shape"], _DTYPES[entry["dtype"]]) if _fits(entry, size) else None
-            if array is None or entry["data_offsets"] != [offset, offset + array.nbytes]:
-                raise ValueError(f"tensor '{name}' does not match its bytes")
-            if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-                raise ValueError("the file is cut off")
-            arrays[name], offset = array, offset + array.nbytes
+    def _of(cls, model: str, arrays: dict[str, np.ndarray]) -> State:
+        for name, array in arrays.items():
+            if array.dtype not in _DTYPES:
+                raise ValueError(f"tensor '{name}' is {array.dtype}")
         logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
-        if offset != size - 8 - length:
-            raise ValueError("there are bytes after the last tensor")
         if tokens.ndim != 1 or logits.ndim != 2 or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()]):
             raise ValueError("its tensors are not of one batch")
-        return cls(str(metadata["model"]), arrays, logits, tokens)
+        return cls(model, arrays, logits, tokens)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.tensors, "logits": self.logits, "tokens": self.tokens}
@@ -212,12 +181,6 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         )
     if state.logits.shape[1] != vocab:
         raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
-
-
-def _fits(entry: dict[str, Any], size: int) -> bool:
-    """Whether a tensor of the header fits a file of `size` bytes: a damaged one could ask for a terabyte."""
-    shape = entry["shape"]
-    return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) <= size
 
 
 def _describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:

@@ -16,7 +16,7 @@ from dfssm.opset import DfssmError, extras
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_train_teacher.py"
 LEAST = extras._declared()
-COMPILE = ["torch", "safetensors", "onnx", "onnx-ir"]
+COMPILE = ["torch", "onnx", "onnx-ir"]
 
 
 def lacks(*packages, install):
@@ -26,7 +26,7 @@ def lacks(*packages, install):
 
 
 INIT, DISTILL = "dfssm init --preset mamba2-130m -o new.pt", "dfssm distill teacher --data a.txt -o new"
-STUDENT = lacks("torch", "safetensors", install="'dfssm[compile]'")
+STUDENT = lacks("torch", install="'dfssm[compile]'")
 MISSING = {
     "dfcompile model.pt --target ort-cpu": lacks(*COMPILE, install="'dfssm[compile]'"),
     "dfcompile model.pt --target onnx -o new": lacks(*COMPILE, install="'dfssm[compile]'"),
@@ -36,20 +36,18 @@ MISSING = {
     INIT: STUDENT,
     "dfssm convert teacher -o new.pt": STUDENT,
     "dfssm inspect model.pt": STUDENT,
-    "dfssm compare b model.pt": lacks("torch", "safetensors", "onnx", "polygraphy", install="'dfssm[compile]'"),
+    "dfssm compare b model.pt": lacks("torch", "onnx", "polygraphy", install="'dfssm[compile]'"),
     "dfssm bench b --peer stock-ort": lacks("onnx", install="'dfssm[compile]'"),
-    DISTILL: lacks("torch", "safetensors", install="'dfssm[distill]'"),
-    "dfssm distill teacher --data a.txt --data more -o new": lacks(
-        "torch", "safetensors", "pyarrow", install="'dfssm[distill]'"
-    ),
+    DISTILL: lacks("torch", install="'dfssm[distill]'"),
+    "dfssm distill teacher --data a.txt --data more -o new": lacks("torch", "pyarrow", install="'dfssm[distill]'"),
     "dfssm distill teacher --data hf:a -o new --tensorboard --wandb p": lacks(
-        "torch", "safetensors", "datasets", "tensorboard", "wandb", install="'dfssm[distill]' tensorboard wandb"
+        "torch", "datasets", "tensorboard", "wandb", install="'dfssm[distill]' tensorboard wandb"
     ),
     "dfssm eval perplexity model.pt --data a.txt": STUDENT,
     "dfssm eval perplexity b --data a.txt --reference teacher": STUDENT,
     "dfssm eval perplexity b --data more": lacks("pyarrow", install=f"'pyarrow>={LEAST['distill']['pyarrow']}'"),
     "dfssm eval tasks b --tasks piqa": lacks("lm-eval", install="'dfssm[eval]'"),
-    "dfssm eval tasks teacher --tasks piqa": lacks("lm-eval", "torch", "safetensors", install="'dfssm[eval,compile]'"),
+    "dfssm eval tasks teacher --tasks piqa": lacks("lm-eval", "torch", install="'dfssm[eval,compile]'"),
 }
 """Every command that takes more than the packages of a bare install -> what it says there."""
 
@@ -99,7 +97,7 @@ def test_a_bare_install_names_all_that_a_command_takes(missing, command):
             ["-m", "dfssm.eval", "run", "--model", "dfssm"],
             f"dfssm: error: {MISSING['dfssm eval tasks b --tasks piqa']}\n",
         ),
-        ([EXAMPLE, "--data", "a.txt"], f"error: {lacks('torch', 'safetensors', install=repr('dfssm[distill]'))}\n"),
+        ([EXAMPLE, "--data", "a.txt"], f"error: {lacks('torch', install=repr('dfssm[distill]'))}\n"),
     ],
 )
 def test_so_do_the_other_programs(folder, bare, command, message):
@@ -187,7 +185,7 @@ def test_one_that_is_too_old_is_named_with_both_versions(folder, bare, tmp_path)
     for done, extra in ((init, "compile"), (distill, "distill")):
         least = LEAST[extra]["torch"]
         old = f"torch is 2.0.1+cpu, {least} or newer is needed"
-        assert done.err == f"dfssm: error: safetensors is not installed; {old}: pip install 'dfssm[{extra}]'\n"
+        assert done.err == f"dfssm: error: {old}: pip install 'dfssm[{extra}]'\n"
 
 
 def test_a_folder_of_the_name_is_no_package(folder, bare, tmp_path):

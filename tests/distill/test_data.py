@@ -80,7 +80,7 @@ class TestTokenize:
             run([write("hello")], vocab_size=END)
 
     def test_a_folder_that_cannot_be_written(self, write, tokenizer):
-        with pytest.raises(DfssmError, match="cannot be written"):
+        with pytest.raises(DfssmError, match="cannot write "):
             tokenize([write("hello")], tokenizer, END, VOCAB, 0.0, write("a file", "file"))
 
     @pytest.mark.parametrize("held_out", [0.0, 0.9])
@@ -89,9 +89,7 @@ class TestTokenize:
         (tmp_path / "tokens").mkdir()
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            with pytest.raises(
-                DfssmError, match=r"tokens.u32: cannot be written \(File too large\); choose another place"
-            ):
+            with pytest.raises(DfssmError, match=r"cannot write .*tokens.u32: File too large; choose another place"):
                 run([path], held_out=held_out)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -143,15 +141,15 @@ class TestReuse:
     ):
         first = run(paths).train.tolist()
         other = write("dcba", "c.txt")  # of as many tokens
-        atomic_write = data.atomic_write
+        write_file = data.write_file
 
-        def crash(path, write):
+        def crash(path, content, **options):
             if path.suffix == ".json":
                 raise KeyboardInterrupt
-            atomic_write(path, write)
+            write_file(path, content, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data, "atomic_write", crash)
+            patch.setattr(data, "write_file", crash)
             with pytest.raises(KeyboardInterrupt):
                 run([paths[0], other])
         with pytest.raises(DfssmError, match="holds no whole tokens.u32"):

@@ -153,7 +153,7 @@ def test_refused_tensors_leave_the_old_file(tmp_path, tensors):
     with pytest.raises(DfssmError, match="embedding.scale is missing"):
         save_student(path, CONFIG, {k: v for k, v in tensors.items() if k != "embedding.scale"})
     assert path.read_bytes() == before
-    with pytest.raises(DfssmError, match="cannot be written"):
+    with pytest.raises(DfssmError, match="cannot write "):
         save_student(path / "below.pt", CONFIG, tensors)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
