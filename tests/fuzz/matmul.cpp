@@ -1,0 +1,110 @@
+// BinaryScaffoldMatMul and Int8MatMul with the quantisation before them, in ranges, on every table, against the scalar one.
+#include <vector>
+
+#include "input.h"
+#include "packing.h"
+
+using namespace dfssm;
+using namespace dfssm::fuzz;
+
+namespace {
+
+struct Quantised {
+  Array<int8_t> q;
+  Array<float> s;
+  Array<int32_t> sum;
+
+  Quantised(int64_t n, int64_t K) : q(n * K, n % 4), s(n, 1), sum(n, 1) {}
+};
+
+// As the scalar table does it, with `table`, which must agree in every bit.
+Quantised quantise(const KernelTable& table, const Array<float>& x, int64_t n, int64_t K) {
+  Quantised found(n, K), expected(n, K);
+  table.quantize_activations(x, n, K, found.q, found.s, found.sum);
+  kernels_for("scalar")->quantize_activations(x, n, K, expected.q, expected.s, expected.sum);
+  require(std::equal(found.q.begin(), found.q.end(), expected.q.begin()), table.name, "q differs");
+  require(std::equal(found.sum.begin(), found.sum.end(), expected.sum.begin()), table.name, "sum differs");
+  for (int64_t t = 0; t < n; ++t) {
+    const float a = found.s[t], b = expected.s[t];
+    require(a == b || (std::isnan(a) && std::isnan(b)), table.name, "s differs");
+  }
+  return found;
+}
+
+}  // namespace
+
+int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Input in(data, size);
+  const int64_t n = in.size(1, 9), M = in.size(1, 70), R = in.size(0, 17);
+  const bool scaffold = in.flag();
+  const int64_t K = scaffold ? 32 * in.size(1, 6) : in.size(1, 150);
+  const int planes = static_cast<int>(in.size(1, 3));
+  const int64_t ldy = M + in.size(0, 5), cut = std::min(M, 16 * in.size(0, 4));
+
+  const Array<float> x = in.floats(n * K);
+  const Array<uint8_t> bits = in.bytes<uint8_t>(scaffold ? planes * M * (K / 8) : 0);
+  const Array<int8_t> w = in.bytes<int8_t>(M * (scaffold ? R : K));
+  const Array<float> scale = in.floats(planes * M), up_scale = in.floats(M), h = in.floats(n * R);
+
+  const int64_t Mp = padded_rows(M);
+  Array<uint8_t> tiles(scaffold ? planes * Mp * (K / 8) : 0, 1);
+  Array<int8_t> up16(scaffold ? Mp * R : 0, 1);
+  if (scaffold) {
+    for (int64_t p = 0; p < planes; ++p) interleave16(bits + p * M * (K / 8), M, K, tiles + p * Mp * (K / 8));
+    interleave_up16(w, M, R, up16);
+  }
+
+  Array<float> expected(n * ldy, 0);
+  bool first = true;
+  for (const KernelTable* table : usable_kernels()) {  // scalar first
+    const Quantised a = quantise(*table, x, n, K);
+    const double s = a.s.largest();
+    for (int layout = 0; layout < (scaffold ? 2 : 1); ++layout) {
+      Array<float> y(n * ldy, 1);
+      double bound = s * scale.largest() * 128 * 127 * static_cast<double>(K);
+      if (scaffold) {
+        const size_t bytes = layout == 1 ? table->scaffold_pack_bytes(n, K) : 0;
+        Array<uint8_t> packed(static_cast<int64_t>(bytes), 0);
+        if (bytes > 0) table->scaffold_pack(a.q, n, K, packed);
+        const ScaffoldArgs args = {.q = a.q,
+                                   .packed = bytes > 0 ? static_cast<uint8_t*>(packed) : nullptr,
+                                   .s = a.s,
+                                   .sum = a.sum,
+                                   .bits = layout == 0 ? bits : tiles,
+                                   .scale = scale,
+                                   .up = layout == 0 ? w : up16,
+                                   .up_scale = up_scale,
+                                   .h = h,
+                                   .y = y,
+                                   .ldy = ldy,
+                                   .n = n,
+                                   .K = K,
+                                   .M = M,
+                                   .R = R,
+                                   .planes = planes,
+                                   .layout = layout};
+        table->scaffold_matmul(args, 0, cut);
+        table->scaffold_matmul(args, cut, M);
+        bound = 3 * bound / 128 * planes + up_scale.largest() * 128 * static_cast<double>(R) * h.largest();
+      } else {
+        const Int8Args args = {.q = a.q,
+                               .s = a.s,
+                               .sum = a.sum,
+                               .w = w,
+                               .w_scale = scale,
+                               .y = y,
+                               .ldy = ldy,
+                               .n = n,
+                               .K = K,
+                               .M = M};
+        table->int8_matmul(args, 0, cut);
+        table->int8_matmul(args, cut, M);
+      }
+      if (first) std::copy(y.begin(), y.end(), expected.begin());
+      first = false;
+      require_close(in, table->name, scaffold ? (layout == 0 ? "layout 0" : "layout 1") : "int8", y, expected,
+                    y.size, 1e-6 * bound);
+    }
+  }
+  return 0;
+}
