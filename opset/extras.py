@@ -87,14 +87,14 @@ def _declared() -> dict[str, dict[str, str]]:
         requirement, _, marker = line.partition(";")
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
         least = re.search(r">=\s*([\d.]+)", requirement)
-        name = re.match(r"[\w.-]+", requirement)[0]
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         declared.setdefault(extra[1] if extra else "", {})[name] = least[1] if least else ""
     return declared
 
 
 def _release(version: str) -> list[int]:
     """The numbers of a version without zeros at the end: 2.13.0+cpu is [2, 13]."""
-    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]
+    numbers = [int(number) for number in re.split(r"[^\d.]", version, maxsplit=1)[0].split(".") if number]
     while numbers and not numbers[-1]:
         numbers.pop()
     return numbers

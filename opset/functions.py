@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from onnx import helper, parser
 
-from .ops import OPS
+from .ops import FUSED, OPS
 from .schema import DOMAIN, VERSION, Op, Tensor, Value, in_wider
 
 ONNX_OPSET = 21
@@ -57,16 +57,18 @@ def function_proto(name: str, state_dtype: str = "float32", **attributes: Value)
     `attributes` are the op's attributes at the node (`layout`, `activation` and whether a start is -1 choose the
     variant, the others stay references to the node's attributes); `state_dtype` (NumPy name) chooses the variant of
     SelectiveScanStep. An input that is read as a range of columns is called `<name>_all` in the body.
+    The body of a fused op has nodes of the others; whoever uses it adds theirs.
     """
-    op = OPS[name]
+    op = (OPS | FUSED)[name]
     resolved = op.resolve(attributes)
     wanted = [t for t in op.inputs if not t.optional or state_dtype == "int8"]
     made = [t for t in op.outputs if not t.optional or state_dtype == "int8"]
-    wider = [t for t in wanted if in_wider(t, resolved)]
+    wider = [t for t in wanted if name in OPS and in_wider(t, resolved)]
     body = "".join(_columns(op, t) for t in wider) + op.body(resolved, state_dtype)
     inputs = ", ".join(f"{t.name}_all" if t in wider else t.name for t in wanted)
     outputs = ", ".join(t.name for t in made)
-    text = f'<domain: "{DOMAIN}", opset_import: ["": {ONNX_OPSET}]>\n{name} ({inputs}) => ({outputs}) {{{body}}}'
+    imports = f'"": {ONNX_OPSET}' + (f', "{DOMAIN}": {VERSION}' if name in FUSED else "")
+    text = f'<domain: "{DOMAIN}", opset_import: [{imports}]>\n{name} ({inputs}) => ({outputs}) {{{body}}}'
     function = parser.parse_function(text)
     function.attribute_proto.extend(helper.make_attribute(a.name, a.default) for a in op.attributes)
     function.doc_string = f"{DOMAIN} version {VERSION}, {name} in standard ops; semantics in docs/ops.md"

@@ -102,9 +102,9 @@ class Dim:
         return size
 
     def show(self, sizes: Mapping[str, int]) -> str:
-        """As messages have it: `H * P=32`, or `H * P` where a symbol is unknown."""
-        size = self.size(sizes)
-        return str(self) if size is None else f"{self}={size}"
+        """As messages have it: `H=4`, `H * P = 32`, or `H * P` where a symbol is unknown."""
+        size, equals = self.size(sizes), " = " if " " in str(self) else "="
+        return str(self) if size is None else f"{self}{equals}{size}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,24 @@ class Between:
         return f"{self.least} to {self.most}{self.reason and f': {self.reason}'}"
 
 
-EXACT_SUMS = Between("K", 1, 131072, "int32 holds any sum of so many products")
+@dataclass(frozen=True)
+class Within:
+    """A size must fit behind an attribute, the first of so many columns, within another size."""
+
+    symbol: str
+    start: str
+    of: str
+
+    def holds(self, sizes: Sizes) -> bool:
+        return sizes[self.start] + sizes[self.symbol] <= sizes[self.of]
+
+    def expected(self, sizes: Sizes) -> str:
+        return f"{self.start}={sizes[self.start]} + {self.symbol} <= {self.of}={sizes[self.of]}"
+
+
+Rule = Multiple | Between | Within
+
+EXACT_SUMS = Between("K", 1, 131072, "int32 sums of more products could overflow")
 """Of int8 products: 127 * 128 * K < 2^31."""
 
 
@@ -205,8 +222,9 @@ class Op:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: tuple[Attribute, ...] = ()
-    requires: tuple[Multiple | Between, ...] = ()
+    requires: tuple[Rule, ...] = ()
     may_be_zero: str = ""
+    domain: str = DOMAIN
     reference: Callable[..., Any] = NotImplemented
     body: Callable[[Mapping[str, Value], str], str] = NotImplemented
     draw: Callable[..., dict[str, np.ndarray[Any, Any]]] = NotImplemented
@@ -272,10 +290,11 @@ class Op:
         unbound = dict(sizes)
         for spec, shape, got in present:
             for dim, size in zip(shape[:-1] if in_wider(spec, attributes) else shape, got, strict=False):
-                if not dim.operator:
-                    sizes.setdefault(dim.symbol, size)
-                    if size < 1 and dim.symbol not in self.may_be_zero:
-                        raise self._shape_error(spec, shape, got, unbound, ", every dimension at least 1")
+                if dim.operator or dim.symbol in attributes:
+                    continue
+                sizes.setdefault(dim.symbol, size)
+                if size < 1 and dim.symbol not in self.may_be_zero:
+                    raise self._shape_error(spec, shape, got, unbound, ", every dimension at least 1")
         for rule in self.requires:
             if not rule.holds(sizes):
                 name, symbol = self.holder(rule.symbol), rule.symbol

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "ops/op.h"
-#include "ops/ops.h"
 
 namespace dfssm::ort {
 namespace {
@@ -17,21 +16,22 @@ OrtStatus* too_old(const OrtApiBase* base) {
   return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, text.c_str());
 }
 
-// DFSSM_LOG=1: say once which kernels run. To stderr: when a library is registered, no session and so no logger exists.
+// DFSSM_LOG=1: say once which kernels run. To stderr: when a library is registered, no session and so no
+// logger exists.
 void log_choice() {
   const char* wanted = std::getenv("DFSSM_LOG");
   if (!wanted || std::strcmp(wanted, "1") != 0) return;
   std::fprintf(stderr, "dfssm: ort-cpu kernels: %s (usable: %s)\n", kernels().name, usable_names());
 }
 
-// One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of them.
+// One domain for the life of the process: sessions keep a pointer to it, and it must outlive the last of
+// them.
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(opset::kDomain, &domain));
-  for (const OrtCustomOp* op : {binary_scaffold_matmul(), int8_matmul(), causal_conv1d_step(),
-                                selective_scan_step(), gated_rms_norm(), rms_norm()}) {
-    check(api->CustomOpDomain_Add(domain, op));
-  }
+#define ADD(name) check(api->CustomOpDomain_Add(domain, op<opset::name>()));
+  DFSSM_OPS(ADD)
+#undef ADD
   log_choice();
   return domain;
 }
@@ -44,7 +44,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   using namespace dfssm::ort;
   static const bool supported = (api = base->GetApi(kApiVersion)) != nullptr;
   if (!supported) return too_old(base);
-  return guarded([&] {
+  return guarded("dfssm", [&] {
     std::sscanf(base->GetVersionString(), "1.%d", &ort_minor);
     if (const char* error = dfssm::kernels_error()) fail("%s", error);
     static OrtCustomOpDomain* const domain = make_domain();

@@ -1,13 +1,17 @@
 """The schema's checks: what passes binds symbols, what does not is named."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dfssm.opset import OPS, DfssmError
+from dfssm.opset import OPS, DfssmError, header
 from dfssm.opset.cases import CASES, Case, cases
 from dfssm.opset.header import render
+from dfssm.opset.ops import FUSED
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -37,7 +41,7 @@ def scaffold_inputs():
             {"down": np.zeros((16, 255), np.int8)},
             r"input 'down' has shape \[16, 255\], expected \[R=16, K=256\]",
         ),
-        ({"bits": np.zeros((40, 31), np.uint8)}, r"'bits' has shape \[40, 31\], expected \[Mp=40, K / 8=32\]"),
+        ({"bits": np.zeros((40, 31), np.uint8)}, r"'bits' has shape \[40, 31\], expected \[Mp=40, K / 8 = 32\]"),
         ({"up_scale": np.zeros(41, np.float32)}, r"'up_scale' has shape \[41\], expected \[M=40\]"),
     ],
 )
@@ -53,9 +57,9 @@ SCAN = Case("SelectiveScanStep", dict(B=1, T=2, H=4, P=8, N=6), {"ngroups": 2, "
     ("change", "attributes", "message"),
     [
         ({}, {"dt_start": 4}, "input 'dt' has shape [1, 2, 7], expected [B=1, T=2, >= dt_start=4 + H=4]"),
-        ({}, {"x_start": 4}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, >= x_start=4 + H * P=32]"),
-        ({}, {"B_start": 1}, "input 'B' has shape [1, 2, 12], expected [B=1, T=2, >= B_start=1 + ngroups * N=12]"),
-        ({}, {"x_start": -1}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, H * P=32]"),
+        ({}, {"x_start": 4}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, >= x_start=4 + H * P = 32]"),
+        ({}, {"B_start": 1}, "input 'B' has shape [1, 2, 12], expected [B=1, T=2, >= B_start=1 + ngroups * N = 12]"),
+        ({}, {"x_start": -1}, "input 'x' has shape [1, 2, 35], expected [B=1, T=2, H * P = 32]"),
         ({}, {"C_start": -2}, "attribute 'C_start' is -2, expected at least -1"),
         ({"dt": np.zeros((1, 1, 7), np.float32)}, {}, "input 'dt' has shape [1, 1, 7], expected [B=1, T=2, >= dt_"),
         ({"dt": np.zeros((1, 7), np.float32)}, {}, "input 'dt' has shape [1, 7], expected [B, T, >= dt_start=3 + H]"),
@@ -78,7 +82,7 @@ def test_a_wider_tensor_is_an_error_without_a_start():
 
 
 def test_row16_layout_expects_padded_rows():
-    with pytest.raises(DfssmError, match=r"'bits' has shape \[40, 32\], expected \[Mp=48, K / 8=32\]"):
+    with pytest.raises(DfssmError, match=r"'bits' has shape \[40, 32\], expected \[Mp=48, K / 8 = 32\]"):
         OPS["BinaryScaffoldMatMul"].check(scaffold_inputs(), {"layout": 1})
 
 
@@ -94,9 +98,17 @@ def test_wrong_attributes_and_requirements():
 
 def test_header_names_every_op_and_input():
     text = render()
-    for op in OPS.values():
-        assert f"struct {op.name} {{" in text
-        assert all(f'"{t.name}"' in text for t in (*op.inputs, *op.outputs))
-        assert all(f"kDefault_{a.name} = " in text for a in op.attributes)
-        assert all(f'"{t.start}"' in text for t in op.inputs if t.start)
-    assert "kDefault_dt_max = HUGE_VALF;" in text
+    for op in (OPS | FUSED).values():
+        struct = text[text.index(f"struct {op.name} {{") :].partition("\n};\n")[0]
+        assert all(f'{{"{t.name}", ' in struct for t in (*op.inputs, *op.outputs))
+        assert all(f" {a.name} = " in struct and f'visitor("{a.name}"' in struct for a in op.attributes)
+        assert f"int64_t {', '.join(op.symbols)};" in struct
+    assert "float dt_max = HUGE_VALF;" in text and "kTileRows[] = {1, 16};" in text
+
+
+def test_the_build_makes_the_same_header_without_numpy(tmp_path):
+    """As CMake does: the script alone, before anything is installed."""
+    script, out = Path(header.__file__).resolve(), tmp_path / "opset.h"
+    done = subprocess.run([sys.executable, "-S", "-E", script, out], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == render()

@@ -91,10 +91,10 @@ int fake_count() {
   return count;
 }
 int fake_load(const char* path) { return registry.loadLibrary(path) != nullptr; }
-// What a creator says to a wrong attribute.
-const char* fake_error() {
-  const float eps = -1;
-  const PluginField field{"eps", &eps, PluginFieldType::kFLOAT32, 1};
+// What RMSNorm's creator says to an attribute of that name, which is -1.
+const char* fake_error(const char* name) {
+  const float value = -1;
+  const PluginField field{name, &value, PluginFieldType::kFLOAT32, 1};
   const PluginFieldCollection fields{1, &field};
   auto* creator = static_cast<IPluginCreatorV3One*>(registry.getCreator("RMSNorm", "1", ""));
   return creator->createPlugin("a node", &fields, TensorRTPhase::kBUILD) ? "" : logger.last.c_str();

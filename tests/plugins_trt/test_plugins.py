@@ -56,7 +56,7 @@ def test_head_of_words():
     inputs = lowered.lowered_inputs(case)
     nodes.check_outputs(case, run(case, inputs | {"w": inputs["w"].view(np.int32)}, w_words=1))
     odd = one("Int8MatMul", K=130)
-    with pytest.raises(Exception, match="K=130, expected a multiple of 4 where w_words = 1"):
+    with pytest.raises(Exception, match="input 'w' is in words of 32 bits, expected K=130 to be a multiple of 4"):
         run(odd, lowered.lowered_inputs(odd) | {"w": np.zeros((21, 33), np.int32)}, w_words=1)
 
 
@@ -128,30 +128,43 @@ def test_wrong_attribute(op, attributes, message):
 
 
 WRONG_SHAPES = [
-    ("BinaryScaffoldMatMul", dict(T=2), "bits", (17, 4), "input 'bits' has shape [17, 4], expected [17, 5] from"),
+    (
+        "BinaryScaffoldMatMul",
+        dict(T=2),
+        "bits",
+        (17, 4),
+        "input 'bits' has shape [17, 4], expected [Mp=17, K / 32 = 5]",
+    ),
     ("BinaryScaffoldMatMul", dict(T=2), "x", (1, 2, 161), "input 'x' has K=161, expected a multiple of 32"),
     ("BinaryScaffoldMatMul", dict(T=2), "x", (1, 0, 160), "input 'x' has shape [1, 0, 160], expected [B, T, K], every"),
-    ("BinaryScaffoldMatMul", dict(T=2), "up", (17, 4), "input 'up' has shape [17, 4], expected [17, 3] from"),
-    ("Int8MatMul", dict(T=2), "w", (8, 65), "input 'w' has shape [8, 65], expected [8, 64] from [M, K]"),
-    ("Int8MatMul", dict(T=2), "x", (1, 2, 131073), "K is 131073, at most 131072 keeps integer sums exact"),
-    ("CausalConv1dStep", dict(T=2, W=4), "weight", (40, 5), "input 'weight' has width W=5, expected 2, 3 or 4"),
+    ("BinaryScaffoldMatMul", dict(T=2), "up", (17, 4), "input 'up' has shape [17, 4], expected [Mp=17, R=3]"),
+    ("Int8MatMul", dict(T=2), "w", (8, 65), "input 'w' has shape [8, 65], expected [M=8, K=64]"),
+    ("Int8MatMul", dict(T=2), "x", (1, 2, 131073), "input 'x' has K=131073, expected 1 to 131072: int32 sums"),
+    ("CausalConv1dStep", dict(T=2, W=4), "weight", (40, 5), "input 'weight' has W=5, expected 2 to 4"),
     (
         "CausalConv1dStep",
         dict(T=2, W=4),
         "state",
         (1, 40, 2),
-        "input 'state' has shape [1, 40, 2], expected [1, 40, ",
+        "input 'state' has shape [1, 40, 2], expected [B=1, C=40, W - 1 = 3]",
     ),
     (
         "SelectiveScanStep",
         dict(T=2),
         "dt",
         (3, 2, 3),
-        "input 'dt' has shape [3, 2, 3], expected [3, 2, 2] from",
+        "input 'x' has shape [3, 2, 32], expected [B=3, T=2, H * P = 48]",
     ),
-    ("SelectiveScanStep", dict(T=2), "state", (3, 2, 8, 15), "input 'x' has shape [3, 2, 32], expected [3, 2, 30]"),
-    ("GatedRMSNorm", dict(T=7), "z", (2, 7, 47), "input 'z' has shape [2, 7, 47], expected [2, 7, 48] from [B, T, C]"),
-    ("RMSNorm", dict(T=7), "weight", (47,), "input 'weight' has shape [47], expected [48] from [C]"),
+    ("SelectiveScanStep", dict(T=2), "dt", (3, 1, 2), "input 'dt' has shape [3, 1, 2], expected [B=3, T=2, H=2]"),
+    (
+        "SelectiveScanStep",
+        dict(T=2),
+        "state",
+        (3, 2, 8, 15),
+        "input 'x' has shape [3, 2, 32], expected [B=3, T=2, H * P = 30]",
+    ),
+    ("GatedRMSNorm", dict(T=7), "z", (2, 7, 47), "input 'z' has shape [2, 7, 47], expected [B=2, T=7, C=48]"),
+    ("RMSNorm", dict(T=7), "weight", (47,), "input 'weight' has shape [47], expected [C=48]"),
 ]
 
 
@@ -169,14 +182,14 @@ def test_columns_that_are_not_there():
     case = one("CausalConv1dStep", T=2, C=40)
     with pytest.raises(Exception, match="the/node") as error:
         run(case, x_start=1)
-    assert "input 'x' has shape [1, 2, 40], expected [1, 2, >= 1 + 40] from [B, T, >= x_start + C]" in str(error.value)
+    assert "input 'x' has shape [1, 2, 40], expected [B=1, T=2, >= x_start=1 + C=40]" in str(error.value)
 
 
 def test_heads_and_groups():
     scan, norm = one("SelectiveScanStep", T=2), one("GatedRMSNorm", T=7)
-    with pytest.raises(Exception, match="input 'state' has H=2 heads, expected a multiple of ngroups=3"):
+    with pytest.raises(Exception, match="input 'dt' has H=2, expected a multiple of ngroups=3"):
         run(scan, ngroups=3)
-    with pytest.raises(Exception, match="input 'y' has C=48 channels, expected a multiple of groups=5"):
+    with pytest.raises(Exception, match="input 'y' has C=48, expected a multiple of groups=5"):
         run(norm, groups=5)
 
 
@@ -212,7 +225,8 @@ import ctypes, _ctypes, sys
 tensorrt, path = ctypes.CDLL(sys.argv[1]), sys.argv[2]
 tensorrt.fake_error.restype = ctypes.c_char_p
 plugins = ctypes.CDLL(path)  # polygraphy --plugins
-print(tensorrt.fake_count(), tensorrt.fake_error().decode())
+print(tensorrt.fake_count(), tensorrt.fake_error(b'eps').decode())
+print(tensorrt.fake_error(b'epsilon').decode())
 print(tensorrt.fake_load(path.encode()), tensorrt.fake_count())  # load_library, although it is loaded already
 print(tensorrt.fake_load(path.encode()), tensorrt.fake_count())  # once is enough
 """
@@ -237,6 +251,7 @@ def test_registration(tmp_path):
     """A plain dlopen registers the plugins; load_library takes them over; errors go to TensorRT's logger."""
     assert python(REGISTRATION, adapter.fake_tensorrt(tmp_path), adapter.plugin_library()).splitlines() == [
         f"{len(PLUGINS)} RMSNorm 'a node': attribute 'eps' is -1, expected a number >= 0",
+        "RMSNorm 'a node': unknown attribute 'epsilon'; known: eps",
         f"1 {len(PLUGINS)}",
         f"0 {len(PLUGINS)}",
     ]

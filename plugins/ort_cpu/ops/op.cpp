@@ -4,12 +4,18 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <optional>
+#include <string_view>
 
 namespace dfssm::ort {
 
 const OrtApi* api = nullptr;
 int ort_minor = 0;
+
+// What kernels, which include no header of the opset, have from it.
+static_assert(kTiny == opset::kTiny);
 
 namespace {
 
@@ -18,17 +24,20 @@ struct ReleaseShapeInfo {
 };
 using ShapeInfo = std::unique_ptr<OrtTensorTypeAndShapeInfo, ReleaseShapeInfo>;
 
-Tensor read_tensor(const OrtValue* value, const Signature& signature, size_t input) {
+Tensor read_tensor(const OrtValue* value, const TensorSpec& spec) {
   Tensor tensor;
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   check(api->GetTensorTypeAndShape(value, &raw));
   const ShapeInfo info(raw);
-  check(api->GetDimensionsCount(raw, &tensor.rank));
-  if (tensor.rank > kMaxRank) {
-    fail("%s: input '%s' has rank %zu, expected %s", signature.name, signature.input_names[input],
-         tensor.rank, signature.input_shapes[input]);
+  size_t rank = 0;
+  check(api->GetDimensionsCount(raw, &rank));
+  if (rank > opset::kMaxRank) {
+    std::vector<int64_t> dims(rank);
+    check(api->GetDimensions(raw, dims.data(), rank));
+    set_dims(spec, tensor, dims.data(), rank);
   }
-  check(api->GetDimensions(raw, tensor.dims.data(), tensor.rank));
+  tensor.rank = rank;
+  check(api->GetDimensions(raw, tensor.dims.data(), rank));
   void* data = nullptr;
   check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
   tensor.present = true;
@@ -36,19 +45,12 @@ Tensor read_tensor(const OrtValue* value, const Signature& signature, size_t inp
   return tensor;
 }
 
-std::string shape_text(const int64_t* dims, size_t rank) {
-  std::string text = "[";
-  for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-// The schema's symbols for a tensor of `rank` dimensions: "planes" is there only where planes > 1.
-std::string symbols_text(const char* schema_shape, size_t rank) {
-  std::string text = schema_shape;
-  const auto commas = static_cast<size_t>(std::count(text.begin(), text.end(), ','));
-  if (commas == rank) text.erase(1, text.find(", ") + 1);
-  return text;
-}
+constexpr std::pair<opset::DType, ONNXTensorElementDataType> kTypes[] = {
+    {opset::kFloat32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+    {opset::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+    {opset::kInt8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8},
+    {opset::kUInt8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},
+};
 
 }  // namespace
 
@@ -75,6 +77,22 @@ const char* type_name(ONNXTensorElementDataType type) {
   return static_cast<size_t>(type) < std::size(names) ? names[type] : "of another kind";
 }
 
+std::string where(const opset::Op& op, const OrtKernelInfo* info) {
+  size_t bytes = 0;  // with the closing NUL
+  check(api->KernelInfo_GetNodeName(info, nullptr, &bytes));
+  std::string node(bytes, '\0');
+  check(api->KernelInfo_GetNodeName(info, node.data(), &bytes));
+  node.resize(bytes ? bytes - 1 : 0);
+  return op.name + (node.empty() ? "" : " " + quoted(node));
+}
+
+ONNXTensorElementDataType onnx_type(const TensorSpec& spec) {
+  for (const auto& [dtype, type] : kTypes) {
+    if (spec.dtypes == dtype) return type;
+  }
+  return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+}
+
 void* thread_scratch(size_t bytes) noexcept {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -90,7 +108,8 @@ void* thread_scratch(size_t bytes) noexcept {
   return memory.get();
 }
 
-Kernel::Kernel(const Signature& signature, const OrtKernelInfo* info) : signature_(signature), info_(info) {
+Kernel::Kernel(const opset::Op& op, const OrtKernelInfo* info)
+    : op_(op), info_(info), where_(ort::where(op, info)) {
   check(api->KernelInfo_GetInputCount(info, &input_count_));
   check(api->KernelInfo_GetOutputCount(info, &output_count_));
   for (size_t i = 0; i < input_count_; ++i) {
@@ -99,76 +118,83 @@ Kernel::Kernel(const Signature& signature, const OrtKernelInfo* info) : signatur
     check(api->KernelInfoGetConstantInput_tensor(info, i, &is_constant, &value));
     if (!is_constant) continue;
     is_constant_[i] = true;
-    constants_[i] = read_tensor(value, signature, i);
-  }
-  for (size_t i = 0; i < signature.inputs; ++i) {
-    const char* name = signature.input_starts[i];
-    starts_[i] = name ? attribute(name, int64_t{-1}) : -1;
-    if (starts_[i] < -1) {
-      fail("%s: attribute '%s' is %lld, expected at least -1", signature.name, name,
-           static_cast<long long>(starts_[i]));
-    }
+    constants_[i] = read_tensor(value, op.inputs[i]);
   }
 }
 
-// False if the node has no such attribute. The API answers "absent" and "of another type" alike, so the other
-// types are tried: an attribute with a wrong type must not pass for an absent one.
+// The API answers "absent" and "of another type" alike, so the other types are tried: an attribute with a
+// wrong type must not pass for an absent one.
 template <class T, class Get>
-bool Kernel::read_attribute(const char* name, const char* type, Get get, T* value) const {
+void Kernel::Reader::read(const char* name, const char* type, Get get, T* value) const {
   OrtStatus* status = get(value);
-  if (!status) return true;
+  if (!status) return;
   api->ReleaseStatus(status);
+  if (const char* found = kernel_.attribute_type(name)) {
+    fail("attribute '%s' is %s, expected %s", name, found, type);
+  }
+  kernel_.check_misspelt(name);
+}
+
+void Kernel::Reader::operator()(const char* name, int64_t& value) const {
+  const auto get = [&](int64_t* to) { return api->KernelInfoGetAttribute_int64(kernel_.info_, name, to); };
+  read(name, "an integer", get, &value);
+}
+
+void Kernel::Reader::operator()(const char* name, float& value) const {
+  const auto get = [&](float* to) { return api->KernelInfoGetAttribute_float(kernel_.info_, name, to); };
+  read(name, "a float", get, &value);
+}
+
+void Kernel::Reader::operator()(const char* name, std::string& value) const {
+  const auto get = [&](std::string* to) -> OrtStatus* {
+    size_t bytes = 0;  // with the closing NUL
+    OrtStatus* status = api->KernelInfoGetAttribute_string(kernel_.info_, name, nullptr, &bytes);
+    if (status) return status;
+    to->resize(bytes);
+    status = api->KernelInfoGetAttribute_string(kernel_.info_, name, to->data(), &bytes);
+    if (!status) to->resize(bytes - 1);
+    return status;
+  };
+  read(name, "a string", get, &value);
+}
+
+// What kind of attribute the node has of that name; nullptr: none.
+const char* Kernel::attribute_type(const char* name) const {
   int64_t integer;
   float real;
   size_t length = 0;
-  OrtStatus* others[] = {api->KernelInfoGetAttribute_int64(info_, name, &integer),
-                         api->KernelInfoGetAttribute_float(info_, name, &real),
-                         api->KernelInfoGetAttribute_string(info_, name, nullptr, &length)};
+  const std::pair<OrtStatus*, const char*> tried[] = {
+      {api->KernelInfoGetAttribute_int64(info_, name, &integer), "an integer"},
+      {api->KernelInfoGetAttribute_float(info_, name, &real), "a float"},
+      {api->KernelInfoGetAttribute_string(info_, name, nullptr, &length), "a string"}};
   const char* found = nullptr;
-  const char* const names[] = {"an integer", "a float", "a string"};
-  for (size_t i = 0; i < 3; ++i) {
-    if (others[i]) {
-      api->ReleaseStatus(others[i]);
-    } else {
-      found = names[i];
-    }
+  for (const auto& [status, type] : tried) {
+    if (!status) found = type;
+    if (status) api->ReleaseStatus(status);
   }
-  if (found) fail("%s: attribute '%s' is %s, expected %s", signature_.name, name, found, type);
-  return false;
+  return found;
 }
 
-int64_t Kernel::attribute(const char* name, int64_t default_value) const {
-  const auto get = [&](int64_t* value) { return api->KernelInfoGetAttribute_int64(info_, name, value); };
-  int64_t value;
-  return read_attribute(name, "an integer", get, &value) ? value : default_value;
-}
-
-float Kernel::attribute(const char* name, float default_value) const {
-  const auto get = [&](float* value) { return api->KernelInfoGetAttribute_float(info_, name, value); };
-  float value;
-  return read_attribute(name, "a float", get, &value) ? value : default_value;
-}
-
-std::string Kernel::attribute(const char* name, const char* default_value) const {
-  const auto get = [&](std::string* value) -> OrtStatus* {
-    size_t bytes = 0;  // with the closing NUL
-    if (OrtStatus* status = api->KernelInfoGetAttribute_string(info_, name, nullptr, &bytes)) return status;
-    value->resize(bytes);
-    OrtStatus* status = api->KernelInfoGetAttribute_string(info_, name, value->data(), &bytes);
-    if (!status) value->resize(bytes - 1);
-    return status;
+// ONNX Runtime does not tell a custom op which attributes its node has, only whether it has one of a given
+// name. So for one that is absent, and that the node may mean by another name, names one letter off are asked
+// for.
+void Kernel::check_misspelt(const char* name) const {
+  constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyz_";
+  const std::string right = name;
+  const auto refuse = [&](const std::string& other) {
+    if (!opset::has_attribute(op_, other.c_str()) && attribute_type(other.c_str()))
+      unknown_attribute(op_, other);
   };
-  std::string value;
-  return read_attribute(name, "a string", get, &value) ? value : default_value;
-}
-
-int64_t Kernel::positive(const char* name, int64_t default_value) const {
-  const int64_t value = attribute(name, default_value);
-  if (value < 1) {
-    fail("%s: attribute '%s' is %lld, expected at least 1", signature_.name, name,
-         static_cast<long long>(value));
+  for (size_t i = 0; i <= right.size(); ++i) {
+    const std::string before = right.substr(0, i), behind = right.substr(i);
+    for (const char letter : kLetters) {
+      refuse(before + letter + behind);
+      if (!behind.empty() && letter != behind[0]) refuse(before + letter + behind.substr(1));
+    }
+    if (!behind.empty()) refuse(before + behind.substr(1));
+    if (behind.size() > 1 && behind[0] != behind[1])
+      refuse(before + behind[1] + behind[0] + behind.substr(2));
   }
-  return value;
 }
 
 bool Kernel::has_input(size_t index) const {
@@ -178,19 +204,21 @@ bool Kernel::has_input(size_t index) const {
   return bytes > 1;
 }
 
-ONNXTensorElementDataType Kernel::input_type(size_t index) const {
+opset::DType Kernel::input_type(size_t index) const {
   OrtTypeInfo* info = nullptr;
   check(api->KernelInfo_GetInputTypeInfo(info_, index, &info));
   const std::unique_ptr<OrtTypeInfo, void (*)(OrtTypeInfo*)> owner(info, api->ReleaseTypeInfo);
   const OrtTensorTypeAndShapeInfo* tensor = nullptr;
   check(api->CastTypeInfoToTensorInfo(info, &tensor));
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  if (tensor) check(api->GetTensorElementType(tensor, &type));
-  return type;
+  ONNXTensorElementDataType found = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  if (tensor) check(api->GetTensorElementType(tensor, &found));
+  for (const auto& [dtype, type] : kTypes) {
+    if (type == found && op_.inputs[index].dtypes & dtype) return dtype;
+  }
+  wrong_dtype(op_, index, type_name(found));
 }
 
-Call::Call(const Kernel& kernel, OrtKernelContext* context)
-    : kernel_(kernel), signature_(kernel.signature_), context_(context) {
+Call::Call(const Kernel& kernel, OrtKernelContext* context) : op_(kernel.op_), context_(context) {
   for (size_t i = 0; i < kernel.input_count_; ++i) {
     if (kernel.is_constant_[i]) {
       inputs_[i] = kernel.constants_[i];
@@ -198,55 +226,14 @@ Call::Call(const Kernel& kernel, OrtKernelContext* context)
     }
     const OrtValue* value = nullptr;
     check(api->KernelContext_GetInput(context, i, &value));
-    if (value) inputs_[i] = read_tensor(value, signature_, i);
+    if (value) inputs_[i] = read_tensor(value, op_.inputs[i]);
   }
-}
-
-void Call::wrong_shape(size_t input, const std::string& expected) const {
-  const Tensor& got = inputs_[input];
-  const std::string shape = got.present ? "has shape " + shape_text(got.dims.data(), got.rank) : "is missing";
-  fail("%s: input '%s' %s, expected %s", signature_.name, signature_.input_names[input], shape.c_str(),
-       expected.c_str());
-}
-
-const Tensor& Call::ranked(size_t input, size_t rank) const {
-  const Tensor& tensor = inputs_[input];
-  bool fits = tensor.present && tensor.rank == rank;
-  for (size_t i = 0; fits && i < rank; ++i) fits = tensor[i] > 0;
-  if (!fits)
-    wrong_shape(input, symbols_text(signature_.input_shapes[input], rank) + ", every dimension at least 1");
-  return tensor;
-}
-
-const Tensor& Call::expect(size_t input, std::initializer_list<int64_t> shape) const {
-  const Tensor& tensor = inputs_[input];
-  bool fits = tensor.present && tensor.rank == shape.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = tensor[i] == shape.begin()[i];
-  if (!fits) {
-    const std::string symbols = symbols_text(signature_.input_shapes[input], shape.size());
-    wrong_shape(input, shape_text(shape.begin(), shape.size()) + " from " + symbols);
-  }
-  return tensor;
-}
-
-Columns Call::columns(size_t input, int64_t B, int64_t T, int64_t width) const {
-  const int64_t start = kernel_.starts_[input];
-  if (start < 0) return {expect(input, {B, T, width}).as<float>(), width};
-  const Tensor& tensor = inputs_[input];
-  const int64_t total = tensor.rank == 3 ? tensor[2] : 0;
-  if (total < width || total - width < start || tensor[0] != B || tensor[1] != T) {
-    std::string symbols = signature_.input_shapes[input];  // "[B, T, width]"
-    symbols.insert(symbols.find("T, ") + 3, std::string(">= ") + signature_.input_starts[input] + " + ");
-    wrong_shape(input, "[" + std::to_string(B) + ", " + std::to_string(T) + ", >= " + std::to_string(start) +
-                           " + " + std::to_string(width) + "] from " + symbols);
-  }
-  return {tensor.as<float>() + start, total};
 }
 
 void* Call::output_data(size_t index, const int64_t* shape, size_t rank) {
   OrtValue* value = nullptr;
   check(api->KernelContext_GetOutput(context_, index, shape, rank, &value));
-  if (!value) fail("%s: output '%s' is not connected", signature_.name, signature_.output_names[index]);
+  if (!value) fail("output '%s' is not connected", op_.outputs[index].name);
   void* data = nullptr;
   check(api->GetTensorMutableData(value, &data));
   return data;
@@ -270,59 +257,90 @@ void Call::parallel_for(void (*chunk)(void*, size_t), int64_t chunks, void* job)
   check(api->KernelContext_ParallelFor(context_, chunk, static_cast<size_t>(chunks), 0, job));
 }
 
-Inference::Shape Inference::shape(size_t input, size_t rank) const {
-  size_t inputs = 0, known_rank = 0;
-  check(api->ShapeInferContext_GetInputCount(context_, &inputs));
-  if (input >= inputs) return {};
-  OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
-  check(api->ShapeInferContext_GetInputTypeShape(context_, input, &info));
-  check(api->GetDimensionsCount(info, &known_rank));
-  if (known_rank != rank) return {};
-  std::vector<int64_t> values(rank);
-  std::vector<const char*> symbols(rank);
-  check(api->GetDimensions(info, values.data(), rank));
-  check(api->GetSymbolicDimensions(info, symbols.data(), rank));
-  Shape shape(rank);
-  for (size_t i = 0; i < rank; ++i) shape[i] = {values[i], symbols[i] ? symbols[i] : ""};
-  return shape;
-}
+namespace {
 
-void Inference::set(size_t output, const Shape& shape, ONNXTensorElementDataType type) {
-  if (shape.empty()) return;
-  OrtTensorTypeAndShapeInfo* raw = nullptr;
-  check(api->CreateTensorTypeAndShapeInfo(&raw));
-  const ShapeInfo info(raw);
-  std::vector<int64_t> values;
-  std::vector<const char*> symbols;
-  for (const Dim& dim : shape) {
-    values.push_back(dim.value);
-    symbols.push_back(dim.symbol.c_str());
-  }
-  check(api->SetTensorElementType(raw, type));
-  check(api->SetDimensions(raw, values.data(), values.size()));
-  check(api->SetSymbolicDimensions(raw, symbols.data(), symbols.size()));
-  check(api->ShapeInferContext_SetOutputTypeShape(context_, output, raw));
-}
+struct Known {
+  int64_t value = -1;  // -1: unknown, or named by `symbol`
+  std::string symbol;
+};
 
-int64_t Inference::attribute(const char* name, int64_t default_value) const {
+// An integer attribute of the node; the default also where it is no integer, which the kernel will report.
+int64_t attribute_of(OrtShapeInferContext* context, const char* name, int64_t default_value) {
   const OrtOpAttr* attribute = nullptr;  // owned by the context
   size_t bytes = 0;
   int64_t value = default_value;
-  OrtStatus* status = api->ShapeInferContext_GetAttribute(context_, name, &attribute);
+  OrtStatus* status = api->ShapeInferContext_GetAttribute(context, name, &attribute);
   if (!status) status = api->ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof value, &bytes);
   if (!status) return value;
   api->ReleaseStatus(status);
   return default_value;
 }
 
-void Inference::like(size_t output, size_t input, size_t rank) {
-  const Shape known = shape(input, rank);
-  if (known.empty()) return;
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  ONNXTensorElementDataType type = kF32;
-  check(api->ShapeInferContext_GetInputTypeShape(context_, input, &info));
-  check(api->GetTensorElementType(info, &type));
-  set(output, known, type);
+}  // namespace
+
+void infer_shapes(const opset::Op& op, OrtShapeInferContext* context) {
+  std::vector<std::vector<Known>> inputs(op.input_count);
+  std::vector<ONNXTensorElementDataType> types(op.input_count, kF32);
+  std::map<std::string_view, Known> known;  // by the text of a dimension
+  size_t count = 0;
+  check(api->ShapeInferContext_GetInputCount(context, &count));
+  for (size_t input = 0; input < count && input < op.input_count; ++input) {
+    const TensorSpec& spec = op.inputs[input];
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+    size_t rank = 0;
+    check(api->ShapeInferContext_GetInputTypeShape(context, input, &info));
+    check(api->GetTensorElementType(info, &types[input]));
+    check(api->GetDimensionsCount(info, &rank));
+    const bool may_lead =
+        spec.dims[0].symbol >= op.size_count;  // a dimension that is not there where it is 1
+    if (rank != spec.rank && !(may_lead && rank + 1 == spec.rank)) continue;
+    std::vector<int64_t> values(rank);
+    std::vector<const char*> symbols(rank);
+    check(api->GetDimensions(info, values.data(), rank));
+    check(api->GetSymbolicDimensions(info, symbols.data(), rank));
+    const bool wider = spec.start >= 0 && attribute_of(context, op.symbols[spec.start], -1) >= 0;
+    for (size_t i = 0; i < rank; ++i) {
+      inputs[input].push_back({values[i], symbols[i] ? symbols[i] : ""});
+      if (i + 1 < rank || !wider) {
+        known.try_emplace(spec.dims[spec.rank - rank + i].text, inputs[input].back());
+      }
+    }
+  }
+  const auto find = [&](const opset::Dim& dim) -> std::optional<Known> {
+    if (const auto found = known.find(dim.text); found != known.end()) return found->second;
+    if (dim.operation != '*') return std::nullopt;
+    const auto a = known.find(op.symbols[dim.symbol]), b = known.find(op.symbols[dim.other]);
+    if (a == known.end() || b == known.end() || a->second.value <= 0 || b->second.value <= 0) {
+      return std::nullopt;
+    }
+    return Known{a->second.value * b->second.value, ""};
+  };
+  // Not the optional outputs: the API does not tell whether the node has them.
+  for (size_t output = 0; output < op.required_outputs; ++output) {
+    const TensorSpec& spec = op.outputs[output];
+    std::vector<Known> dims;
+    if (spec.over >= 0) {
+      dims = inputs[spec.over];
+    } else {
+      for (size_t i = 0; i < spec.rank; ++i) {
+        if (const auto dim = find(spec.dims[i])) dims.push_back(*dim);
+      }
+    }
+    if (dims.size() != spec.rank) continue;
+    std::vector<int64_t> values;
+    std::vector<const char*> symbols;
+    for (const Known& dim : dims) {
+      values.push_back(dim.value);
+      symbols.push_back(dim.symbol.c_str());
+    }
+    OrtTensorTypeAndShapeInfo* raw = nullptr;
+    check(api->CreateTensorTypeAndShapeInfo(&raw));
+    const ShapeInfo info(raw);
+    check(api->SetTensorElementType(raw, spec.over < 0 ? kF32 : types[spec.over]));
+    check(api->SetDimensions(raw, values.data(), values.size()));
+    check(api->SetSymbolicDimensions(raw, symbols.data(), symbols.size()));
+    check(api->ShapeInferContext_SetOutputTypeShape(context, output, raw));
+  }
 }
 
 }  // namespace dfssm::ort

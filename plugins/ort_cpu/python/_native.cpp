@@ -6,22 +6,28 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "dfssm_opset.h"
 #include "kernels.h"
 #include "packing.h"
 
 namespace py = pybind11;
 
 namespace dfssm {
+
+static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
+
 namespace {
 
+using opset::Error, opset::Tensor, opset::TensorSpec, opset::fail, opset::quoted;
 using Shape = std::vector<py::ssize_t>;
+
+Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
 
 std::string text(const Shape& shape) {
   std::string out = "[";
@@ -31,104 +37,36 @@ std::string text(const Shape& shape) {
 
 std::string name_of(const py::dtype& dtype) { return py::str(dtype.attr("name")); }
 
-Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
-
-py::dtype half() { return py::dtype("float16"); }
-
-// One call's arguments: checks them, and names the function in what it raises.
-class Arguments {
- public:
-  explicit Arguments(const char* function) : function_(function) {}
-
-  [[noreturn]] void fail(const std::string& message) const {
-    throw py::value_error(std::string(function_) + ": " + message);
+// f(), or its Error as a ValueError that names `where`.
+template <class F>
+auto named(const char* where, F&& f) {
+  try {
+    return f();
+  } catch (const Error& e) {
+    throw py::value_error(std::string(where) + ": " + e.what());
   }
+}
 
-  void require(bool condition, const std::string& message) const {
-    if (!condition) fail(message);
+void check_order(const std::string& what, const py::array& a) {
+  if (!(a.flags() & py::array::c_style)) fail(what + " must be in C order");
+}
+
+// `a` must be of T, have exactly this shape, and C order.
+template <class T>
+const T* input(const char* name, const py::array& a, const Shape& shape) {
+  if (!a.dtype().equal(py::dtype::of<T>()) || shape_of(a) != shape) {
+    fail(quoted(name) + " is " + name_of(a.dtype()) + " " + text(shape_of(a)) + ", expected " +
+         name_of(py::dtype::of<T>()) + " " + text(shape));
   }
+  check_order(quoted(name), a);
+  return static_cast<const T*>(a.data());
+}
 
-  // `name` must have one of `dtypes`, exactly this shape, and C order.
-  void check(const char* name, const py::array& a, const std::vector<py::dtype>& dtypes,
-             const Shape& shape) const {
-    std::string expected;
-    bool known = false;
-    for (const py::dtype& dtype : dtypes) {
-      known = known || a.dtype().equal(dtype);
-      expected += (expected.empty() ? "" : " or ") + name_of(dtype);
-    }
-    require(known && shape_of(a) == shape, std::string("'") + name + "' is " + name_of(a.dtype()) + " " +
-                                               text(shape_of(a)) + ", expected " + expected + " " +
-                                               text(shape));
-    require(a.flags() & py::array::c_style, std::string("'") + name + "' must be in C order");
-  }
+const KernelTable& table_of(const std::string& isa) {
+  if (const KernelTable* table = kernels_for(isa.c_str())) return *table;
+  fail("isa is '" + isa + "'; this CPU can use: " + usable_names());
+}
 
-  template <class T>
-  const T* input(const char* name, const py::array& a, const Shape& shape) const {
-    check(name, a, {py::dtype::of<T>()}, shape);
-    return static_cast<const T*>(a.data());
-  }
-
-  // `shape` out of `a`: the columns from `start` on, which must lie inside; for start = -1, all of `a`.
-  // `stride` becomes the number of floats from one token to the next.
-  const float* columns(const char* name, const py::array& a, Shape shape, int64_t start,
-                       int64_t& stride) const {
-    require(start >= -1, std::string(name) + "_start is " + std::to_string(start) + ", expected at least -1");
-    const py::ssize_t width = shape.back();
-    stride = width;
-    if (start < 0) return input<float>(name, a, shape);
-    stride = a.ndim() > 0 ? a.shape(a.ndim() - 1) : 0;
-    require(stride >= width && stride - width >= start,
-            std::string("'") + name + "' is " + name_of(a.dtype()) + " " + text(shape_of(a)) + ", expected " +
-                std::to_string(width) + " columns from " + name + "_start=" + std::to_string(start) + " on");
-    shape.back() = stride;
-    return input<float>(name, a, shape) + start;
-  }
-
-  // Number of dimensions of `name`, before its sizes are read.
-  void rank(const char* name, const py::array& a, py::ssize_t rank) const {
-    require(a.ndim() == rank, std::string("'") + name + "' has shape " + text(shape_of(a)) + ", expected " +
-                                  std::to_string(rank) + " dimensions");
-  }
-
-  const KernelTable& table(const std::string& isa) const {
-    if (const KernelTable* table = kernels_for(isa.c_str())) return *table;
-    fail("isa is '" + isa + "'; this CPU can use: " + usable_names());
-  }
-
-  // `out` if it is given and fits, otherwise a new array.
-  py::array output(const std::optional<py::array>& out, const py::dtype& dtype, const Shape& shape) const {
-    if (!out) return py::array(dtype, shape);
-    check("out", *out, {dtype}, shape);
-    require(out->writeable(), "'out' is read-only");
-    return *out;
-  }
-
- private:
-  const char* function_;
-};
-
-// Leading sizes of x and the last one; n is their product.
-struct Rows {
-  Shape lead;
-  int64_t n, width;
-
-  Rows(const Arguments& arguments, const py::array& x) : n(1) {
-    arguments.require(x.ndim() >= 1, "'x' must have at least one dimension");
-    lead = shape_of(x);
-    width = lead.back();
-    lead.pop_back();
-    for (const py::ssize_t size : lead) n *= size;
-  }
-
-  Shape with(py::ssize_t last) const {
-    Shape shape = lead;
-    shape.push_back(last);
-    return shape;
-  }
-};
-
-// body(begin, end) over [0, units) cut into one range a thread; begins are multiples of `unit`.
 template <class Body>
 void parallel(int threads, int64_t units, int64_t unit, const Body& body) {
   const py::gil_scoped_release release;
@@ -153,54 +91,163 @@ struct Quantized {
   }
 };
 
-py::tuple quantize_activations(const std::string& isa, const py::array& x) {
-  const Arguments arguments("quantize_activations");
-  const KernelTable& table = arguments.table(isa);
-  arguments.rank("x", x, 2);
-  const py::ssize_t n = x.shape(0), K = x.shape(1);
-  const float* values = arguments.input<float>("x", x, {n, K});
-  py::array_t<int8_t> q({n, K});
-  py::array_t<float> s(n);
-  py::array_t<int32_t> sum(n);
-  table.quantize_activations(values, n, K, q.mutable_data(), s.mutable_data(), sum.mutable_data());
-  return py::make_tuple(q, s, sum);
-}
+// One call of the op `S`: its inputs, by position or name, then its attributes, then threads, in_place and
+// out.
+template <class S>
+class Call {
+ public:
+  Call(const std::string& isa, const py::args& args, const py::kwargs& kwargs) : table(table_of(isa)) {
+    if (args.size() > S::kInputs + S::kOp.attribute_count) fail("too many arguments");
+    for (size_t i = 0; i < args.size(); ++i) {
+      set(i < S::kInputs ? S::kInputSpecs[i].name : S::kAttributes[i - S::kInputs], args[i]);
+    }
+    for (const auto& [name, value] : kwargs) set(py::cast<std::string>(name), value);
+    attributes.check();
+    for (size_t i = 0; i < S::kInputs; ++i) read(i);
+    for (size_t i = 0; i < S::kInputs; ++i) {
+      const int of = S::kInputSpecs[i].scale_of;
+      if (of >= 0 && inputs[of].present)
+        check_scale(S::kOp, i, inputs[i].present, arrays_[of].dtype().equal(py::dtype::of<int8_t>()));
+    }
+    sizes = S::bind(inputs.data(), attributes);
+  }
 
-py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, const py::array& bits,
-                                 const py::array& scale, const py::array& down, const py::array& down_scale,
-                                 const py::array& up, const py::array& up_scale, int layout, int planes,
-                                 int threads, const std::optional<py::array>& out) {
-  const Arguments arguments("binary_scaffold_matmul");
-  const KernelTable& table = arguments.table(isa);
-  arguments.require(layout == 0 || layout == 1, "layout is " + std::to_string(layout) + ", expected 0 or 1");
-  arguments.require(planes >= 1, "planes is " + std::to_string(planes) + ", expected at least 1");
-  const Rows rows(arguments, x);
-  const int64_t n = rows.n, K = rows.width;
-  arguments.require(K % kTileColumns == 0, "K is " + std::to_string(K) + ", expected a multiple of 32");
-  arguments.rank("up_scale", up_scale, 1);
-  arguments.rank("down_scale", down_scale, 1);
-  const int64_t M = up_scale.shape(0), R = down_scale.shape(0);
-  const int64_t stored_rows = layout == 0 ? M : padded_rows(M);
+  const Tensor& operator[](size_t input) const { return inputs[input]; }
+  const py::array& array(size_t input) const { return arrays_[input]; }
+  // Of a bound input: its columns from `start` on, and the distance from one token to the next.
+  const float* columns(size_t input, int64_t start, int64_t& stride) const {
+    stride = inputs[input].last();
+    return inputs[input].template as<float>() + (start < 0 ? 0 : start);
+  }
 
+  // The output of `width` columns a token, of as many leading dimensions as input 0.
+  float* tokens(int64_t width) {
+    Shape shape = shape_of(arrays_[0]);
+    shape.back() = width;
+    if (!out_) return static_cast<float*>(add(py::array(py::dtype::of<float>(), shape)));
+    input<float>("out", *out_, shape);
+    if (!out_->writeable()) fail("'out' is read-only");
+    return static_cast<float*>(add(*out_));
+  }
+  // The output that is like an input: that itself, or a new one.
+  void* updated(size_t input) {
+    const py::array& a = arrays_[input];
+    return add(in_place_ ? a : py::array(a.dtype(), shape_of(a)));
+  }
+
+  py::object outputs() const {
+    return outputs_.size() == 1 ? outputs_[0] : py::object(py::tuple(py::cast(outputs_)));
+  }
+
+  template <class Body>
+  void parallel(int64_t units, int64_t unit, const Body& body) const {
+    dfssm::parallel(threads_, units, unit, body);
+  }
+
+  const KernelTable& table;
+  typename S::Attributes attributes;
+  typename S::Sizes sizes;
+  std::array<Tensor, S::kInputs> inputs;
+
+ private:
+  void set(const std::string& name, const py::handle& value) {
+    for (size_t i = 0; i < S::kInputs; ++i) {
+      if (name == S::kInputSpecs[i].name) {
+        inputs[i].present = !value.is_none();
+        if (inputs[i].present) arrays_[i] = py::cast<py::array>(value);
+        return;
+      }
+    }
+    if (name == "threads") {
+      threads_ = py::cast<int>(value);
+    } else if (name == "in_place") {
+      in_place_ = py::cast<bool>(value);
+    } else if (name == "out") {
+      if (!value.is_none()) out_ = py::cast<py::array>(value);
+    } else if (!opset::has_attribute(S::kOp, name.c_str())) {
+      opset::unknown_attribute(S::kOp, name);
+    }
+    attributes.visit([&](const char* attribute, auto& member) {
+      if (name == attribute) assign(attribute, member, value);
+    });
+  }
+
+  template <class T>
+  static void assign(const char* attribute, T& member, const py::handle& value) {
+    constexpr const char* kExpected = std::is_same_v<T, int64_t> ? "an integer"
+                                      : std::is_same_v<T, float> ? "a float"
+                                                                 : "a string";
+    try {
+      member = py::cast<T>(value);
+    } catch (const py::cast_error&) {
+      fail("attribute " + quoted(attribute) + " is " + std::string(py::str(py::type::of(value))) +
+           ", expected " + kExpected);
+    }
+  }
+
+  // Takes an array as the schema's tensor; activations may lack leading dimensions.
+  void read(size_t input) {
+    Tensor& tensor = inputs[input];
+    if (!tensor.present) return;
+    const TensorSpec& spec = S::kInputSpecs[input];
+    const py::array& a = arrays_[input];
+    const std::string dtype = name_of(a.dtype());
+    if (!dtype_allowed(spec, dtype)) opset::wrong_dtype(S::kOp, input, dtype.c_str());
+    check_order("input " + quoted(spec.name), a);
+    Shape shape = shape_of(a);
+    const bool tokens = spec.rank == 3 && spec.dims[1].text == std::string("T");
+    if (tokens && shape.size() < 3) shape.insert(shape.begin(), 3 - shape.size(), 1);
+    set_dims(spec, tensor, shape.data(), shape.size());
+    tensor.data = a.data();
+  }
+
+  static bool dtype_allowed(const TensorSpec& spec, const std::string& dtype) {
+    const std::string names = " or " + std::string(spec.dtype_names) + " or ";
+    return names.find(" or " + dtype + " or ") != std::string::npos;
+  }
+
+  void* add(py::array a) {
+    outputs_.push_back(a);
+    return a.mutable_data();
+  }
+
+  std::array<py::array, S::kInputs> arrays_;
+  std::vector<py::object> outputs_;
+  std::optional<py::array> out_;
+  int threads_ = 1;
+  bool in_place_ = false;
+};
+
+// ---- Ops ----
+
+void run(Call<opset::BinaryScaffoldMatMul>& call) {
+  using S = opset::BinaryScaffoldMatMul;
+  const int64_t K = call.sizes.K, M = call.sizes.M, R = call.sizes.R, n = call.sizes.B * call.sizes.T;
+  const KernelTable& table = call.table;
   ScaffoldArgs args{};
-  const float* values = arguments.input<float>("x", x, rows.with(K));
-  args.bits = arguments.input<uint8_t>(
-      "bits", bits, planes > 1 ? Shape{planes, stored_rows, K / 8} : Shape{stored_rows, K / 8});
-  args.scale = arguments.input<float>("scale", scale, planes > 1 ? Shape{planes, M} : Shape{M});
-  const int8_t* down_values = arguments.input<int8_t>("down", down, {R, K});
-  const float* down_scales = arguments.input<float>("down_scale", down_scale, {R});
-  args.up = arguments.input<int8_t>("up", up, {stored_rows, R});
-  args.up_scale = arguments.input<float>("up_scale", up_scale, {M});
-  py::array y = arguments.output(out, py::dtype::of<float>(), rows.with(M));
-  args.y = static_cast<float*>(y.mutable_data());
+  args.bits = call[S::k_bits].as<uint8_t>();
+  args.scale = call[S::k_scale].as<float>();
+  args.up = call[S::k_up].as<int8_t>();
+  args.up_scale = call[S::k_up_scale].as<float>();
+  args.y = call.tokens(M);
+  args.layout = static_cast<int>(call.attributes.layout);
+  args.planes = static_cast<int>(call.attributes.planes);
 
-  const Quantized tokens(table, values, n, K);
-  const size_t packed_bytes = layout == 1 ? table.scaffold_pack_bytes(n, K) : 0;
+  const Quantized tokens(table, call[S::k_x].as<float>(), n, K);
+  const size_t packed_bytes = args.layout == opset::kRow16 ? table.scaffold_pack_bytes(n, K) : 0;
   const std::unique_ptr<std::byte[]> packed(packed_bytes ? new std::byte[packed_bytes] : nullptr);
   if (packed) table.scaffold_pack(tokens.q.data(), n, K, packed.get());
   std::vector<float> h(n * R);
-  Int8Args low{
-      tokens.q.data(), tokens.s.data(), tokens.sum.data(), down_values, down_scales, h.data(), R, n, K, R};
+  const Int8Args low{tokens.q.data(),
+                     tokens.s.data(),
+                     tokens.sum.data(),
+                     call[S::k_down].as<int8_t>(),
+                     call[S::k_down_scale].as<float>(),
+                     h.data(),
+                     R,
+                     n,
+                     K,
+                     R};
   if (R > 0) table.int8_matmul(low, 0, R);
 
   args.q = tokens.q.data();
@@ -210,135 +257,127 @@ py::array binary_scaffold_matmul(const std::string& isa, const py::array& x, con
   args.h = h.data();
   args.ldy = M;
   args.n = n, args.K = K, args.M = M, args.R = R;
-  args.planes = planes;
-  args.layout = layout;
-  parallel(threads, M, 32, [&](int64_t m0, int64_t m1) { table.scaffold_matmul(args, m0, m1); });
-  return y;
+  call.parallel(M, 32, [&](int64_t m0, int64_t m1) { table.scaffold_matmul(args, m0, m1); });
 }
 
-py::array int8_matmul(const std::string& isa, const py::array& x, const py::array& w,
-                      const py::array& w_scale, int threads, const std::optional<py::array>& out) {
-  const Arguments arguments("int8_matmul");
-  const KernelTable& table = arguments.table(isa);
-  const Rows rows(arguments, x);
-  arguments.rank("w_scale", w_scale, 1);
-  const int64_t n = rows.n, K = rows.width, M = w_scale.shape(0);
-  const float* values = arguments.input<float>("x", x, rows.with(K));
-  Int8Args args{};
-  args.w = arguments.input<int8_t>("w", w, {M, K});
-  args.w_scale = arguments.input<float>("w_scale", w_scale, {M});
-  py::array y = arguments.output(out, py::dtype::of<float>(), rows.with(M));
-  const Quantized tokens(table, values, n, K);
-  args.q = tokens.q.data();
-  args.s = tokens.s.data();
-  args.sum = tokens.sum.data();
-  args.y = static_cast<float*>(y.mutable_data());
-  args.ldy = M;
-  args.n = n, args.K = K, args.M = M;
-  parallel(threads, M, 4, [&](int64_t m0, int64_t m1) { table.int8_matmul(args, m0, m1); });
-  return y;
+void run(Call<opset::Int8MatMul>& call) {
+  using S = opset::Int8MatMul;
+  const int64_t K = call.sizes.K, M = call.sizes.M, n = call.sizes.B * call.sizes.T;
+  const Quantized tokens(call.table, call[S::k_x].as<float>(), n, K);
+  const Int8Args args{tokens.q.data(),
+                      tokens.s.data(),
+                      tokens.sum.data(),
+                      call[S::k_w].as<int8_t>(),
+                      call[S::k_w_scale].as<float>(),
+                      call.tokens(M),
+                      M,
+                      n,
+                      K,
+                      M};
+  call.parallel(M, 4, [&](int64_t m0, int64_t m1) { call.table.int8_matmul(args, m0, m1); });
 }
 
-py::tuple causal_conv1d_step(const std::string& isa, const py::array& x, py::array state,
-                             const py::array& weight, const py::array& bias, const std::string& activation,
-                             int64_t x_start, int threads, bool in_place,
-                             const std::optional<py::array>& out) {
-  const Arguments arguments("causal_conv1d_step");
-  const KernelTable& table = arguments.table(isa);
-  arguments.require(activation == "silu" || activation == "none",
-                    "activation is '" + activation + "', expected 'silu' or 'none'");
-  arguments.rank("x", x, 3);
-  arguments.rank("weight", weight, 2);
-  const py::ssize_t B = x.shape(0), T = x.shape(1), C = x_start < 0 ? x.shape(2) : weight.shape(0),
-                    W = weight.shape(1);
-  arguments.require(2 <= W && W <= 4, "W is " + std::to_string(W) + ", expected 2, 3 or 4");
+void run(Call<opset::CausalConv1dStep>& call) {
+  using S = opset::CausalConv1dStep;
   ConvArgs args{};
-  args.x = arguments.columns("x", x, {B, T, C}, x_start, args.x_stride);
-  args.state = arguments.input<float>("state", state, {B, C, W - 1});
-  args.weight = arguments.input<float>("weight", weight, {C, W});
-  args.bias = arguments.input<float>("bias", bias, {C});
-  py::array y = arguments.output(out, py::dtype::of<float>(), {B, T, C});
-  py::array new_state = in_place ? state : py::array(state.dtype(), shape_of(state));
-  args.y = static_cast<float*>(y.mutable_data());
-  args.new_state = static_cast<float*>(new_state.mutable_data());
-  args.B = B, args.T = T, args.C = C, args.W = W;
-  args.silu = activation == "silu";
-  parallel(threads, C, 16, [&](int64_t c0, int64_t c1) { table.causal_conv1d(args, c0, c1); });
-  return py::make_tuple(y, new_state);
+  args.B = call.sizes.B, args.T = call.sizes.T, args.C = call.sizes.C, args.W = call.sizes.W;
+  args.x = call.columns(S::k_x, call.attributes.x_start, args.x_stride);
+  args.state = call[S::k_state].as<float>();
+  args.weight = call[S::k_weight].as<float>();
+  args.bias = call[S::k_bias].as<float>();
+  args.y = call.tokens(args.C);
+  args.new_state = static_cast<float*>(call.updated(S::k_state));
+  args.silu = call.attributes.activation == "silu";
+  call.parallel(args.C, 16, [&](int64_t c0, int64_t c1) { call.table.causal_conv1d(args, c0, c1); });
 }
 
-py::tuple selective_scan_step(const std::string& isa, const py::array& x, const py::array& dt,
-                              const py::array& Bm, const py::array& Cm, const py::array& A_log,
-                              const py::array& D, const py::array& dt_bias, py::array state,
-                              std::optional<py::array> state_scale, float dt_min, float dt_max,
-                              int64_t ngroups, int64_t x_start, int64_t dt_start, int64_t B_start,
-                              int64_t C_start, int threads, bool in_place,
-                              const std::optional<py::array>& out) {
-  const Arguments arguments("selective_scan_step");
-  const KernelTable& table = arguments.table(isa);
-  arguments.rank("x", x, 3);
-  arguments.rank("state", state, 4);
-  const py::ssize_t B = x.shape(0), T = x.shape(1), H = state.shape(1), N = state.shape(2),
-                    P = state.shape(3);
-  arguments.require(ngroups >= 1 && H % ngroups == 0, "ngroups is " + std::to_string(ngroups) +
-                                                          ", expected a divisor of H=" + std::to_string(H));
-  arguments.check("state", state, {py::dtype::of<float>(), half(), py::dtype::of<int8_t>()}, {B, H, N, P});
+void run(Call<opset::SelectiveScanStep>& call) {
+  using S = opset::SelectiveScanStep;
+  const S::Attributes& a = call.attributes;
+  const py::ssize_t item = call.array(S::k_state).itemsize();
   ScanArgs args{};
-  args.state_type = state.itemsize() == 4   ? StateType::f32
-                    : state.itemsize() == 2 ? StateType::f16
-                                            : StateType::i8;
-  const bool scaled = args.state_type == StateType::i8;
-  arguments.require(scaled == state_scale.has_value(),
-                    "'state_scale' belongs to an int8 state and only to it");
-  args.x = arguments.columns("x", x, {B, T, H * P}, x_start, args.x_stride);
-  args.dt = arguments.columns("dt", dt, {B, T, H}, dt_start, args.dt_stride);
-  args.Bm = arguments.columns("B", Bm, {B, T, ngroups * N}, B_start, args.B_stride);
-  args.Cm = arguments.columns("C", Cm, {B, T, ngroups * N}, C_start, args.C_stride);
-  args.A_log = arguments.input<float>("A_log", A_log, {H});
-  args.D = arguments.input<float>("D", D, {H});
-  args.dt_bias = arguments.input<float>("dt_bias", dt_bias, {H});
-  py::array y = arguments.output(out, py::dtype::of<float>(), {B, T, H * P});
-  py::array new_state = in_place ? state : py::array(state.dtype(), shape_of(state));
-  args.state = state.data();
-  args.y = static_cast<float*>(y.mutable_data());
-  args.new_state = new_state.mutable_data();
-  std::optional<py::array> new_scale;
-  if (scaled) {
-    args.state_scale = arguments.input<float>("state_scale", *state_scale, {B, H, N});
-    new_scale = in_place ? *state_scale : py::array(py::dtype::of<float>(), Shape{B, H, N});
-    args.new_state_scale = static_cast<float*>(new_scale->mutable_data());
+  args.state_type = item == 4 ? StateType::f32 : item == 2 ? StateType::f16 : StateType::i8;
+  args.B = call.sizes.B, args.T = call.sizes.T, args.H = call.sizes.H, args.P = call.sizes.P;
+  args.N = call.sizes.N, args.G = a.ngroups;
+  args.dt_min = a.dt_min, args.dt_max = a.dt_max;
+  args.x = call.columns(S::k_x, a.x_start, args.x_stride);
+  args.dt = call.columns(S::k_dt, a.dt_start, args.dt_stride);
+  args.Bm = call.columns(S::k_B, a.B_start, args.B_stride);
+  args.Cm = call.columns(S::k_C, a.C_start, args.C_stride);
+  args.A_log = call[S::k_A_log].as<float>();
+  args.D = call[S::k_D].as<float>();
+  args.dt_bias = call[S::k_dt_bias].as<float>();
+  args.state = call[S::k_state].data;
+  args.y = call.tokens(args.H * args.P);
+  args.new_state = call.updated(S::k_state);
+  if (args.state_type == StateType::i8) {
+    args.state_scale = call[S::k_state_scale].as<float>();
+    args.new_state_scale = static_cast<float*>(call.updated(S::k_state_scale));
   }
-  args.B = B, args.T = T, args.H = H, args.P = P, args.N = N, args.G = ngroups;
-  args.dt_min = dt_min;
-  args.dt_max = dt_max;
-  const size_t scratch_bytes = table.selective_scan_bytes(args);
-  parallel(threads, B * H, 1, [&](int64_t i0, int64_t i1) {
+  const size_t scratch_bytes = call.table.selective_scan_bytes(args);
+  call.parallel(args.B * args.H, 1, [&](int64_t i0, int64_t i1) {
     const std::unique_ptr<std::byte[]> scratch(new std::byte[scratch_bytes]);
-    table.selective_scan(args, i0, i1, scratch.get());
+    call.table.selective_scan(args, i0, i1, scratch.get());
   });
-  if (scaled) return py::make_tuple(y, new_state, *new_scale);
-  return py::make_tuple(y, new_state);
 }
 
-py::array gated_rms_norm(const std::string& isa, const py::array& y, const std::optional<py::array>& z,
-                         const py::array& weight, float eps, int64_t groups, int64_t z_start, int threads,
-                         const std::optional<py::array>& out) {
-  const Arguments arguments(z ? "gated_rms_norm" : "rms_norm");
-  const KernelTable& table = arguments.table(isa);
-  const Rows rows(arguments, y);
-  arguments.require(
-      groups >= 1 && rows.width % groups == 0,
-      "groups is " + std::to_string(groups) + ", expected a divisor of C=" + std::to_string(rows.width));
+template <class S>
+void norm(Call<S>& call, NormArgs args) {
+  args.n = call.sizes.B * call.sizes.T, args.C = call.sizes.C;
+  args.weight = call[S::k_weight].template as<float>();
+  args.out = call.tokens(args.C);
+  args.eps = call.attributes.eps;
+  call.parallel(args.n, 1, [&](int64_t t0, int64_t t1) { call.table.rms_norm(args, t0, t1); });
+}
+
+void run(Call<opset::GatedRMSNorm>& call) {
+  using S = opset::GatedRMSNorm;
   NormArgs args{};
-  args.y = arguments.input<float>(z ? "y" : "x", y, rows.with(rows.width));
-  if (z) args.z = arguments.columns("z", *z, rows.with(rows.width), z_start, args.z_stride);
-  args.weight = arguments.input<float>("weight", weight, {rows.width});
-  py::array result = arguments.output(out, py::dtype::of<float>(), rows.with(rows.width));
-  args.out = static_cast<float*>(result.mutable_data());
-  args.n = rows.n, args.C = rows.width, args.groups = groups;
-  args.eps = eps;
-  parallel(threads, rows.n, 1, [&](int64_t t0, int64_t t1) { table.rms_norm(args, t0, t1); });
-  return result;
+  args.y = call[S::k_y].as<float>();
+  args.z = call.columns(S::k_z, call.attributes.z_start, args.z_stride);
+  args.groups = call.attributes.groups;
+  norm(call, args);
+}
+
+void run(Call<opset::RMSNorm>& call) {
+  NormArgs args{};
+  args.y = call[opset::RMSNorm::k_x].as<float>();
+  args.groups = 1;
+  norm(call, args);
+}
+
+template <class S>
+void define(py::module_& m, const char* function) {
+  std::string doc = std::string(S::kName) + "(isa";
+  for (const TensorSpec& spec : S::kInputSpecs) doc += std::string(", ") + spec.name + " " + shape_text(spec);
+  for (size_t i = 0; i < S::kOp.attribute_count; ++i) doc += std::string(", ") + S::kAttributes[i];
+  doc +=
+      ", threads=1, in_place=False, out=None): opset/ops/. Leading dimensions of activations may be left "
+      "out.";
+  m.def(
+      function,
+      [](const std::string& isa, const py::args& args, const py::kwargs& kwargs) {
+        return named(S::kName, [&] {
+          Call<S> call(isa, args, kwargs);
+          run(call);
+          return call.outputs();
+        });
+      },
+      doc.c_str());
+}
+
+py::tuple quantize_activations(const std::string& isa, const py::array& x) {
+  return named("quantize_activations", [&] {
+    const KernelTable& table = table_of(isa);
+    if (x.ndim() != 2) fail("'x' has shape " + text(shape_of(x)) + ", expected [n, K]");
+    const py::ssize_t n = x.shape(0), K = x.shape(1);
+    const float* values = input<float>("x", x, {n, K});
+    py::array_t<int8_t> q({n, K});
+    py::array_t<float> s(n);
+    py::array_t<int32_t> sum(n);
+    table.quantize_activations(values, n, K, q.mutable_data(), s.mutable_data(), sum.mutable_data());
+    return py::make_tuple(q, s, sum);
+  });
 }
 
 // ---- packing ----
@@ -347,9 +386,8 @@ py::array gated_rms_norm(const std::string& isa, const py::array& y, const std::
 template <class In, class Out, class Body>
 py::array per_matrix(const char* function, const char* name, const py::array& a, py::ssize_t out_rows,
                      py::ssize_t out_columns, const Body& body) {
-  const Arguments arguments(function);
   Shape shape = shape_of(a);
-  const In* in = arguments.input<In>(name, a, shape);
+  const In* in = named(function, [&] { return input<In>(name, a, shape); });
   const py::ssize_t size = shape[shape.size() - 2] * shape.back(), out_size = out_rows * out_columns;
   py::ssize_t count = 1;
   for (size_t i = 0; i + 2 < shape.size(); ++i) count *= shape[i];
@@ -363,11 +401,13 @@ py::array per_matrix(const char* function, const char* name, const py::array& a,
 // Rows and columns of the matrices in `a`; `columns` must be a multiple of `unit`.
 std::pair<py::ssize_t, py::ssize_t> matrix_sizes(const char* function, const char* name, const py::array& a,
                                                  py::ssize_t unit) {
-  const Arguments arguments(function);
-  arguments.require(a.ndim() >= 2 && a.shape(a.ndim() - 1) % unit == 0,
-                    std::string("'") + name + "' is " + text(shape_of(a)) +
-                        ", expected a matrix whose last size is a multiple of " + std::to_string(unit));
-  return {a.shape(a.ndim() - 2), a.shape(a.ndim() - 1)};
+  return named(function, [&] {
+    if (a.ndim() < 2 || a.shape(a.ndim() - 1) % unit) {
+      fail(quoted(name) + " has shape " + text(shape_of(a)) +
+           ", expected a matrix whose last size is a multiple of " + std::to_string(unit));
+    }
+    return std::pair(a.shape(a.ndim() - 2), a.shape(a.ndim() - 1));
+  });
 }
 
 py::array pack_bits_array(const py::array& signs) {
@@ -394,10 +434,10 @@ py::array interleave16_array(const py::array& bits) {
 
 py::array deinterleave16_array(const py::array& tiles, py::ssize_t M) {
   const auto [rows, bytes] = matrix_sizes("deinterleave16", "tiles", tiles, 4);
-  const Arguments arguments("deinterleave16");
-  arguments.require(M >= 1 && rows == padded_rows(M),
-                    "'tiles' has " + std::to_string(rows) + " rows, expected " +
-                        std::to_string(padded_rows(M)) + " for M=" + std::to_string(M));
+  if (M < 1 || rows != padded_rows(M)) {
+    throw py::value_error("deinterleave16: 'tiles' has " + std::to_string(rows) + " rows, expected " +
+                          std::to_string(padded_rows(M)) + " for M=" + std::to_string(M));
+  }
   const auto convert = [M, K = bytes * 8](const uint8_t* in, uint8_t* out) { deinterleave16(in, M, K, out); };
   return per_matrix<uint8_t, uint8_t>("deinterleave16", "tiles", tiles, M, bytes, convert);
 }
@@ -425,42 +465,18 @@ std::string default_isa() {
 PYBIND11_MODULE(_native, m) {
   using namespace dfssm;
   using py::arg;
-  const py::none none;
   m.doc() = "The CPU kernels of dfssm over NumPy arrays, one call an operator; `isa` is one of isas().";
   m.def("isas", &isas, "Names of the kernel tables this CPU can run, the plainest first.");
   m.def("default_isa", &default_isa,
         "Name of the table in use: DFSSM_ISA if set (ValueError if unusable), or the best.");
   m.def("quantize_activations", &quantize_activations, arg("isa"), arg("x"),
         "x f32 [n,K] -> q i8 [n,K], s f32 [n], sum i32 [n].");
-  m.def("binary_scaffold_matmul", &binary_scaffold_matmul, arg("isa"), arg("x"), arg("bits"), arg("scale"),
-        arg("down"), arg("down_scale"), arg("up"), arg("up_scale"), arg("layout") = 0, arg("planes") = 1,
-        arg("threads") = 1, arg("out") = none,
-        "x f32 [...,K] -> f32 [...,M]; the other arguments as in opset/schema.py.");
-  m.def("int8_matmul", &int8_matmul, arg("isa"), arg("x"), arg("w"), arg("w_scale"), arg("threads") = 1,
-        arg("out") = none, "x f32 [...,K], w i8 [M,K], w_scale f32 [M] -> f32 [...,M].");
-  m.def("causal_conv1d_step", &causal_conv1d_step, arg("isa"), arg("x"), arg("state"), arg("weight"),
-        arg("bias"), arg("activation") = "silu", arg("x_start") = -1, arg("threads") = 1,
-        arg("in_place") = false, arg("out") = none,
-        "x f32 [B,T,C], state f32 [B,C,W-1], weight f32 [C,W], bias f32 [C] -> y, new_state; in_place writes "
-        "`state`.");
-  m.def("selective_scan_step", &selective_scan_step, arg("isa"), arg("x"), arg("dt"), arg("B"), arg("C"),
-        arg("A_log"), arg("D"), arg("dt_bias"), arg("state"), arg("state_scale") = none, arg("dt_min") = 0.0f,
-        arg("dt_max") = std::numeric_limits<float>::infinity(), arg("ngroups") = 1, arg("x_start") = -1,
-        arg("dt_start") = -1, arg("B_start") = -1, arg("C_start") = -1, arg("threads") = 1,
-        arg("in_place") = false, arg("out") = none,
-        "Arguments as in opset/schema.py -> y, new_state (, new_state_scale); in_place writes `state` and "
-        "its scale.");
-  m.def("gated_rms_norm", &gated_rms_norm, arg("isa"), arg("y"), arg("z"), arg("weight"), arg("eps") = 1e-5f,
-        arg("groups") = 1, arg("z_start") = -1, arg("threads") = 1, arg("out") = none,
-        "y and z f32 [...,C], weight f32 [C] -> f32 [...,C].");
-  m.def(
-      "rms_norm",
-      [](const std::string& isa, const py::array& x, const py::array& weight, float eps, int threads,
-         const std::optional<py::array>& out) {
-        return gated_rms_norm(isa, x, std::nullopt, weight, eps, 1, -1, threads, out);
-      },
-      arg("isa"), arg("x"), arg("weight"), arg("eps") = 1e-5f, arg("threads") = 1, arg("out") = none,
-      "x f32 [...,C], weight f32 [C] -> f32 [...,C].");
+  define<opset::BinaryScaffoldMatMul>(m, "binary_scaffold_matmul");
+  define<opset::Int8MatMul>(m, "int8_matmul");
+  define<opset::CausalConv1dStep>(m, "causal_conv1d_step");
+  define<opset::SelectiveScanStep>(m, "selective_scan_step");
+  define<opset::GatedRMSNorm>(m, "gated_rms_norm");
+  define<opset::RMSNorm>(m, "rms_norm");
   m.def("pack_bits", &pack_bits_array, arg("signs"),
         "Signs i8 or bool [...,M,K] (> 0 is +1) -> bits u8 [...,M,K/8].");
   m.def("unpack_bits", &unpack_bits_array, arg("bits"),

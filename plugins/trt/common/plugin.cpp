@@ -72,23 +72,6 @@ const char* allowed_names(Type type) {
 
 constexpr int32_t kDone = 0, kFailed = -1;
 
-std::string dim_text(int64_t size) { return size == kOpen ? "?" : std::to_string(size); }
-
-template <class It>
-std::string shape_text(It begin, It end) {
-  std::string text = "[";
-  for (It it = begin; it != end; ++it) text += (it == begin ? "" : ", ") + dim_text(*it);
-  return text + "]";
-}
-
-// The schema's symbols for a tensor of `rank` dimensions: "planes" is there only where planes > 1.
-std::string symbols_text(const char* schema_shape, size_t rank) {
-  std::string text = schema_shape;
-  const auto commas = static_cast<size_t>(std::count(text.begin(), text.end(), ','));
-  if (commas == rank) text.erase(1, text.find(", ") + 1);
-  return text;
-}
-
 // Weights and states are read 16 bytes at a time. TensorRT's own memory is aligned; a caller binds states.
 void check_aligned(const char* kind, const char* name, const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16) {
@@ -100,13 +83,13 @@ class Reader : public FieldVisitor {
  public:
   explicit Reader(const nvinfer1::PluginFieldCollection& fields) : fields_(fields) {}
 
-  void operator()(const char* name, int32_t& value) override {
-    if (const PluginField* field = find(name, PluginFieldType::kINT32, "one int32")) {
+  void operator()(const char* name, int64_t& value) override {
+    if (const PluginField* field = find(name, PluginFieldType::kINT32, "an integer")) {
       value = *static_cast<const int32_t*>(field->data);
     }
   }
   void operator()(const char* name, float& value) override {
-    if (const PluginField* field = find(name, PluginFieldType::kFLOAT32, "one float32")) {
+    if (const PluginField* field = find(name, PluginFieldType::kFLOAT32, "a float")) {
       value = *static_cast<const float*>(field->data);
     }
   }
@@ -117,8 +100,19 @@ class Reader : public FieldVisitor {
     }
   }
 
+  // Throws where there is a field that nobody asked for, but the two that every node has.
+  void check_known() const {
+    for (int32_t i = 0; i < fields_.nbFields; ++i) {
+      const std::string name = fields_.fields[i].name ? fields_.fields[i].name : "";
+      if (name == "plugin_version" || name == "plugin_namespace") continue;
+      if (std::find(known_.begin(), known_.end(), name) == known_.end())
+        opset::unknown_attribute(name, known_);
+    }
+  }
+
  private:
-  const PluginField* find(const char* name, PluginFieldType type, const char* expected) const {
+  const PluginField* find(const char* name, PluginFieldType type, const char* expected) {
+    known_.push_back(name);
     for (int32_t i = 0; i < fields_.nbFields; ++i) {
       const PluginField& field = fields_.fields[i];
       if (!field.name || std::strcmp(field.name, name) != 0) continue;
@@ -130,12 +124,15 @@ class Reader : public FieldVisitor {
   }
 
   const nvinfer1::PluginFieldCollection& fields_;
+  std::vector<std::string> known_;
 };
 
 class Lister : public FieldVisitor {
  public:
-  void operator()(const char* name, int32_t& value) override {
-    add(name, &value, PluginFieldType::kINT32, 1);
+  explicit Lister(std::deque<int32_t>& integers) : integers_(integers) { integers_.clear(); }
+
+  void operator()(const char* name, int64_t& value) override {
+    add(name, &integers_.emplace_back(static_cast<int32_t>(value)), PluginFieldType::kINT32, 1);
   }
   void operator()(const char* name, float& value) override {
     add(name, &value, PluginFieldType::kFLOAT32, 1);
@@ -149,6 +146,8 @@ class Lister : public FieldVisitor {
   void add(const char* name, const void* data, PluginFieldType type, size_t length) {
     fields.emplace_back(name, data, type, static_cast<int32_t>(length));
   }
+
+  std::deque<int32_t>& integers_;
 };
 
 }  // namespace
@@ -174,118 +173,67 @@ int32_t size(int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-void check_positive(const char* attribute, int32_t value) {
-  if (value < 1) fail("attribute '%s' is %d, expected at least 1", attribute, value);
+void check_flag(const char* attribute, int64_t value) {
+  opset::check_choice<int64_t>(attribute, value, {0, 1});
 }
 
-void check_columns(int64_t K) {
-  constexpr int64_t kMost = 131072;  // sums of 127 * 127 * K are exact, not saturated
-  if (K > kMost) {
-    fail("K is %lld, at most %lld keeps integer sums exact", static_cast<long long>(K),
-         static_cast<long long>(kMost));
+Type type_of(const TensorSpec& spec) {
+  const bool tokens =
+      spec.rank == 3 && !std::strcmp(spec.dims[0].text, "B") && !std::strcmp(spec.dims[1].text, "T");
+  switch (spec.dtypes) {
+    case opset::kFloat32:
+      return tokens ? Type::activation : Type::f32;
+    case opset::kInt8:
+      return Type::i8;
+    case opset::kUInt8:
+      return Type::i32;
+    default:
+      return Type::state;
   }
 }
 
-// ---- Inputs, Inference ----
+// ---- Inputs ----
 
-void Inputs::set(size_t input, DataType type, const nvinfer1::Dims& dims, const void* data) {
-  Tensor& tensor = inputs_[input];
+void Inputs::set(size_t input, const TensorSpec& spec, DataType type, const nvinfer1::Dims& dims,
+                 const void* data) {
+  Tensor& tensor = tensors_[input];
   tensor.present = true;
-  tensor.type = type;
-  tensor.rank = static_cast<size_t>(std::max(dims.nbDims, 0));
+  tensor.words = type == DataType::kINT32;
   tensor.data = data;
-  if (tensor.rank > kMaxRank) {
-    fail("input '%s' has rank %zu, expected %s", signature_.input_names[input], tensor.rank,
-         signature_.input_shapes[input]);
-  }
-  std::copy_n(dims.d, tensor.rank, tensor.dims.begin());
+  types_[input] = type;
+  set_dims(spec, tensor, dims.d, static_cast<size_t>(std::max(dims.nbDims, 0)));
   for (size_t i = 0; i < tensor.rank; ++i) {
-    if (tensor.dims[i] > std::numeric_limits<int32_t>::max()) wrong_shape(input, "dimensions below 2^31");
+    if (tensor[i] > std::numeric_limits<int32_t>::max()) {
+      fail("input '%s' has a dimension of %lld, expected less than 2^31", spec.name,
+           static_cast<long long>(tensor[i]));
+    }
   }
 }
 
-void Inputs::wrong_shape(size_t input, const std::string& expected) const {
-  const Tensor& got = inputs_[input];
-  const std::string shape =
-      got.present ? "has shape " + shape_text(got.dims.begin(), got.dims.begin() + got.rank) : "is missing";
-  fail("input '%s' %s, expected %s", signature_.input_names[input], shape.c_str(), expected.c_str());
-}
-
-const Tensor& Inputs::ranked(size_t input, size_t rank) const {
-  const Tensor& tensor = inputs_[input];
-  bool fits = tensor.present && tensor.rank == rank;
-  for (size_t i = 0; fits && i < rank; ++i) fits = tensor[i] == kOpen || tensor[i] > 0;
-  if (!fits) {
-    wrong_shape(input, symbols_text(signature_.input_shapes[input], rank) + ", every dimension at least 1");
-  }
-  return tensor;
-}
-
-const Tensor& Inputs::expect(size_t input, std::initializer_list<int64_t> shape) const {
-  const Tensor& tensor = inputs_[input];
-  bool fits = tensor.present && tensor.rank == shape.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) {
-    const int64_t wanted = shape.begin()[i];
-    fits = tensor[i] == wanted || tensor[i] == kOpen || wanted == kOpen;
-  }
-  if (!fits) {
-    const std::string symbols = symbols_text(signature_.input_shapes[input], shape.size());
-    wrong_shape(input, shape_text(shape.begin(), shape.end()) + " from " + symbols);
-  }
-  return tensor;
-}
-
-Inputs::Columns Inputs::columns(size_t input, int64_t B, int64_t T, int64_t width) const {
-  const int64_t start = starts_[input];
-  if (start < 0) return {expect(input, {B, T, width}).data, width};
-  const Tensor& tensor = ranked(input, 3);
-  const auto fits = [](int64_t got, int64_t wanted) {
-    return got == wanted || got == kOpen || wanted == kOpen;
-  };
-  const bool inside = tensor[2] == kOpen || width == kOpen || start + width <= tensor[2];
-  if (!inside || !fits(tensor[0], B) || !fits(tensor[1], T)) {
-    std::string symbols = signature_.input_shapes[input];
-    symbols.insert(symbols.find("T, ") + 3, std::string(">= ") + signature_.input_starts[input] + " + ");
-    wrong_shape(input, "[" + dim_text(B) + ", " + dim_text(T) + ", >= " + std::to_string(start) + " + " +
-                           dim_text(width) + "] from " + symbols);
-  }
+Inputs::Columns Inputs::columns(size_t input, int64_t start) const {
+  const Tensor& tensor = tensors_[input];
   const auto* data = tensor.as<std::byte>();
-  return {data ? data + static_cast<size_t>(start) * element_size(tensor.type) : nullptr, tensor[2]};
-}
-
-void Inference::set(size_t output, std::initializer_list<Dim> shape) {
-  outputs_[output].nbDims = static_cast<int32_t>(shape.size());
-  std::copy(shape.begin(), shape.end(), outputs_[output].d);
+  const size_t skipped = start < 0 ? 0 : static_cast<size_t>(start) * element_size(types_[input]);
+  return {data ? data + skipped : nullptr, tensor.last()};
 }
 
 // ---- Plugin ----
 
 void Plugin::set_node(const char* node) {
-  where_ = signature_.name;
-  if (node && *node) where_ += " '" + std::string(node) + "'";
-}
-
-void Plugin::visit_all(FieldVisitor& visit) {
-  attributes(visit);
-  for (size_t i = 0; i < signature_.inputs; ++i) {
-    if (signature_.input_starts[i]) visit(signature_.input_starts[i], starts_[i]);
-  }
+  where_ = op_.name;
+  if (node && *node) where_ += " " + quoted(node);
 }
 
 void Plugin::read(const nvinfer1::PluginFieldCollection& fields) {
   Reader reader(fields);
-  visit_all(reader);
+  attributes(reader);
+  reader.check_known();
   check_attributes();
-  for (size_t i = 0; i < signature_.inputs; ++i) {
-    if (starts_[i] < -1) {
-      fail("attribute '%s' is %d, expected at least -1", signature_.input_starts[i], starts_[i]);
-    }
-  }
 }
 
 std::vector<PluginField> Plugin::fields(bool values) {
-  Lister lister;
-  visit_all(lister);
+  Lister lister(integers_);
+  attributes(lister);
   for (PluginField& field : lister.fields) {
     if (!values) field.data = nullptr;
   }
@@ -304,39 +252,77 @@ bool Plugin::type_fits(size_t input, DataType type, DataType first) const {
   return allowed(wanted, type) && (wanted != Type::activation || type == first);
 }
 
-DataType Plugin::output_type(size_t output, const DataType* inputs) const {
-  if (signature_.aliases[output] != kNoAlias) return inputs[signature_.aliases[output]];
-  return signature_.output_types[output] == Type::activation ? inputs[0] : DataType::kFLOAT;
+int32_t Plugin::alias(size_t output) const {
+  const int over = op_.outputs[output].over;
+  return over >= 0 && input_type(static_cast<size_t>(over)) != Type::activation ? over : -1;
 }
 
+DataType Plugin::output_dtype(size_t output, const DataType* inputs) const {
+  if (alias(output) >= 0) return inputs[alias(output)];
+  return output_type(output) == Type::activation ? inputs[0] : DataType::kFLOAT;
+}
+
+// What an input's type is while only shapes are asked for: float32, or words where bytes are expected.
+DataType placeholder(Type type) { return type == Type::i32 ? DataType::kINT32 : DataType::kFLOAT; }
+
 Inputs Plugin::from(const nvinfer1::DimsExprs* inputs) const {
-  Inputs known(signature_, starts_);
+  Inputs known;
   for (size_t i = 0; i < input_count(); ++i) {
     nvinfer1::Dims dims{inputs[i].nbDims, {}};
     for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
       const nvinfer1::IDimensionExpr& dim = *inputs[i].d[axis];
       dims.d[axis] = dim.isConstant() ? dim.getConstantValue() : kOpen;
     }
-    known.set(i, DataType::kFLOAT, dims);
+    known.set(i, op_.inputs[i], placeholder(input_type(i)), dims);
   }
   return known;
 }
 
 Inputs Plugin::from(const DynamicPluginTensorDesc* inputs,
                     nvinfer1::Dims DynamicPluginTensorDesc::* bound) const {
-  Inputs known(signature_, starts_);
-  for (size_t i = 0; i < input_count(); ++i) known.set(i, inputs[i].desc.type, inputs[i].*bound);
+  Inputs known;
+  for (size_t i = 0; i < input_count(); ++i)
+    known.set(i, op_.inputs[i], inputs[i].desc.type, inputs[i].*bound);
   return known;
 }
 
 Inputs Plugin::from(const PluginTensorDesc* descs, const void* const* data) const {
-  Inputs known(signature_, starts_);
+  Inputs known;
   for (size_t i = 0; i < input_count(); ++i) {
     const void* address = data ? data[i] : nullptr;
-    if (input_type(i) != Type::activation) check_aligned("input", signature_.input_names[i], address);
-    known.set(i, descs[i].type, descs[i].dims, address);
+    if (input_type(i) != Type::activation) check_aligned("input", op_.inputs[i].name, address);
+    known.set(i, op_.inputs[i], descs[i].type, descs[i].dims, address);
   }
   return known;
+}
+
+void Plugin::set_shape(const nvinfer1::DimsExprs* inputs, size_t output, nvinfer1::DimsExprs& shape,
+                       nvinfer1::IExprBuilder& builder) const {
+  const TensorSpec& spec = op_.outputs[output];
+  if (spec.over >= 0) {
+    shape = inputs[spec.over];
+    return;
+  }
+  // The dimension of an input that is written alike; the last one of a range of columns is not.
+  const auto find = [&](const char* text) -> const nvinfer1::IDimensionExpr* {
+    for (size_t i = 0; i < input_count(); ++i) {
+      const TensorSpec& input = op_.inputs[i];
+      const int32_t rank = inputs[i].nbDims, absent = static_cast<int32_t>(input.rank) - rank;
+      for (int32_t axis = 0; axis < rank - (input.start >= 0 ? 1 : 0); ++axis) {
+        if (!std::strcmp(input.dims[axis + absent].text, text)) return inputs[i].d[axis];
+      }
+    }
+    return nullptr;
+  };
+  shape.nbDims = static_cast<int32_t>(spec.rank);
+  for (size_t i = 0; i < spec.rank; ++i) {
+    const opset::Dim& dim = spec.dims[i];
+    shape.d[i] = find(dim.operation ? op_.symbols[dim.symbol] : dim.text);
+    if (dim.operation) {
+      shape.d[i] =
+          builder.operation(nvinfer1::DimensionOperation::kPROD, *shape.d[i], *find(op_.symbols[dim.other]));
+    }
+  }
 }
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
@@ -357,15 +343,15 @@ int32_t Plugin::getOutputDataTypes(DataType* outputs, int32_t outputs_given, con
     check_arity(inputs_given, outputs_given);
     for (size_t i = 0; i < input_count(); ++i) {
       if (!allowed(input_type(i), inputs[i])) {
-        fail("input '%s' has dtype %s, expected %s", signature_.input_names[i], type_name(inputs[i]),
+        fail("input '%s' has dtype %s, expected %s", op_.inputs[i].name, type_name(inputs[i]),
              allowed_names(input_type(i)));
       }
       if (!type_fits(i, inputs[i], inputs[0])) {
-        fail("input '%s' has dtype %s, expected that of '%s', %s", signature_.input_names[i],
-             type_name(inputs[i]), signature_.input_names[0], type_name(inputs[0]));
+        fail("input '%s' has dtype %s, expected that of '%s', %s", op_.inputs[i].name, type_name(inputs[i]),
+             op_.inputs[0].name, type_name(inputs[0]));
       }
     }
-    for (size_t i = 0; i < output_count(); ++i) outputs[i] = output_type(i, inputs);
+    for (size_t i = 0; i < output_count(); ++i) outputs[i] = output_dtype(i, inputs);
     return kDone;
   });
 }
@@ -376,8 +362,7 @@ int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input
   return guarded(where(), kFailed, [&] {
     check_arity(inputs_given, outputs_given);
     check_shapes(from(inputs));
-    Inference inference(inputs, outputs, builder);
-    infer(inference);
+    for (size_t i = 0; i < output_count(); ++i) set_shape(inputs, i, outputs[i], builder);
     return kDone;
   });
 }
@@ -388,9 +373,9 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
   if (position < inputs_given)
     return type_fits(static_cast<size_t>(position), tensor.type, tensors[0].desc.type);
-  std::array<DataType, kMaxInputs> inputs;
+  std::array<DataType, opset::kMaxInputs> inputs;
   for (size_t i = 0; i < input_count(); ++i) inputs[i] = tensors[i].desc.type;
-  return tensor.type == output_type(static_cast<size_t>(position - inputs_given), inputs.data());
+  return tensor.type == output_dtype(static_cast<size_t>(position - inputs_given), inputs.data());
 }
 
 int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t inputs_given,
@@ -424,7 +409,7 @@ int32_t Plugin::enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, 
                         void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded(where(), kFailed, [&] {
     for (size_t i = 0; i < output_count(); ++i) {
-      if (signature_.aliases[i] != kNoAlias) check_aligned("output", signature_.output_names[i], outputs[i]);
+      if (alias(i) >= 0) check_aligned("output", op_.outputs[i].name, outputs[i]);
     }
     const cudaError_t error = launch(from(descs, inputs), {outputs, workspace, stream});
     if (error != cudaSuccess) fail("the launch failed: %s", cudaGetErrorString(error));

@@ -1,4 +1,5 @@
-// The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on the host.
+// The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on
+// the host.
 //
 // Each node goes the way it goes in TensorRT: the creator makes a plugin from the node's attributes; its
 // types, shapes, formats and bounds are negotiated; a second plugin is made from the fields that the first
@@ -212,7 +213,7 @@ struct Described {
   }
 };
 
-Described inputs_of(OrtKernelContext* context, const Signature& signature) {
+Described inputs_of(OrtKernelContext* context, const opset::Op& op) {
   Described inputs;
   size_t count = 0;
   check(api->KernelContext_GetInputCount(context, &count));
@@ -232,7 +233,7 @@ Described inputs_of(OrtKernelContext* context, const Signature& signature) {
     check(api->GetDimensions(raw, dims.d, rank));
     check(api->GetTensorElementType(raw, &type));
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    inputs.add(signature.input_names[i], trt_type(type), dims, data);
+    inputs.add(op.inputs[i].name, trt_type(type), dims, data);
   }
   return inputs;
 }
@@ -244,8 +245,7 @@ std::vector<nvinfer1::DynamicPluginTensorDesc> exactly(const std::vector<nvinfer
 }
 
 // The outputs' types and shapes, as the builder asks for them.
-Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& inputs,
-                    const Signature& signature) {
+Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& inputs, const opset::Op& op) {
   const auto in = static_cast<int32_t>(inputs.descs.size()), out = build.getNbOutputs();
   std::vector<DataType> input_types, output_types(static_cast<size_t>(out));
   for (const auto& desc : inputs.descs) input_types.push_back(desc.type);
@@ -265,7 +265,7 @@ Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& input
   for (size_t i = 0; i < shapes.size(); ++i) {
     nvinfer1::Dims dims{shapes[i].nbDims, {}};
     for (int32_t axis = 0; axis < dims.nbDims; ++axis) dims.d[axis] = shapes[i].d[axis]->getConstantValue();
-    outputs.add(signature.output_names[i], output_types[i], dims, nullptr);
+    outputs.add(op.outputs[i].name, output_types[i], dims, nullptr);
   }
 
   std::vector<nvinfer1::PluginTensorDesc> all = inputs.descs;
@@ -293,12 +293,12 @@ struct Announced {
 
 void Node::compute(OrtKernelContext* context) const {
   using emulation::Contents;
-  const Signature& signature = static_cast<const Plugin&>(*built_).signature();
+  const opset::Op& op = static_cast<const Plugin&>(*built_).op();
   auto& build = capability<nvinfer1::IPluginV3OneBuildV2>(*built_, nvinfer1::PluginCapabilityType::kBUILD);
   auto& runtime = capability<nvinfer1::IPluginV3OneRuntime>(*runs_, nvinfer1::PluginCapabilityType::kRUNTIME);
 
-  const Described inputs = inputs_of(context, signature);
-  Described outputs = negotiate(build, inputs, signature);
+  const Described inputs = inputs_of(context, op);
+  Described outputs = negotiate(build, inputs, op);
   std::vector<void*> addresses;
   for (size_t i = 0; i < outputs.descs.size(); ++i) {
     OrtValue* value = nullptr;
@@ -355,7 +355,7 @@ struct Op : OrtCustomOp {
 
   IPluginCreatorV3One& creator;
   PluginPointer sample;
-  const Signature& signature;
+  const Plugin& plugin;
   const ONNXTensorElementDataType activation;
 };
 
@@ -363,22 +363,20 @@ Op::Op(nvinfer1::IPluginCreatorInterface* interface, ONNXTensorElementDataType a
     : OrtCustomOp{},
       creator(*static_cast<IPluginCreatorV3One*>(interface)),
       sample(create(creator, "", {}, nvinfer1::TensorRTPhase::kBUILD)),
-      signature(static_cast<Plugin&>(*sample).signature()),
+      plugin(static_cast<Plugin&>(*sample)),
       activation(activations) {
   version = kApiVersion;
-  GetName = [](const OrtCustomOp* op) { return of(op).signature.name; };
+  GetName = [](const OrtCustomOp* op) { return of(op).plugin.op().name; };
   GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
-  GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).signature.inputs; };
-  GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).signature.outputs; };
-  GetInputType = [](const OrtCustomOp* op, size_t i) { return of(op).type(of(op).signature.input_types[i]); };
-  GetOutputType = [](const OrtCustomOp* op, size_t i) {
-    return of(op).type(of(op).signature.output_types[i]);
-  };
+  GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).plugin.op().input_count; };
+  GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).plugin.op().output_count; };
+  GetInputType = [](const OrtCustomOp* op, size_t i) { return of(op).type(of(op).plugin.input_type(i)); };
+  GetOutputType = [](const OrtCustomOp* op, size_t i) { return of(op).type(of(op).plugin.output_type(i)); };
   GetInputCharacteristic = [](const OrtCustomOp* op, size_t i) {
-    return i < of(op).signature.required_inputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return i < of(op).plugin.op().required_inputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
   GetOutputCharacteristic = [](const OrtCustomOp* op, size_t i) {
-    return i < of(op).signature.required_outputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return i < of(op).plugin.op().required_outputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
   GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
