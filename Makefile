@@ -2,11 +2,14 @@
 # make test    lint, then every test
 # make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
 # make test-gpu   the TensorRT engines on the GPU here; skipped, with the reason, where there is none
+# make test-sanitizers   kernels and op library built with AddressSanitizer and UndefinedBehaviorSanitizer: their tests
+# make test-file-events   commands killed, and their disk filled, at every change to a file
+# make fuzz SECONDS=60   every fuzz entry for so long
 # make bench   speed of this machine on the shipped model, beside its roofline
 # make wheels  the wheels, into dist/, with auditwheel's verdict
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu lint format bench build wheels lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench build wheels lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -42,6 +45,25 @@ test-cuda-archs: build
 
 test-gpu: build
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+
+# gcc's: its runtimes are shared libraries, which go before all others into a python that knows nothing of them.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow
+RUNTIMES := $(foreach name,libasan.so libubsan.so libstdc++.so,$$(g++ -print-file-name=$(name)))
+test-sanitizers: build
+	$(BIN)/cmake -S . -B build/sanitizers -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS="$(SANITIZE) -fno-sanitize-recover=undefined,float-cast-overflow" \
+	  -DDFSSM_PYTHON=ON -DDFSSM_TRT=OFF -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitizers -j2
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 -p sanitized tests/plugins
+
+test-file-events: build
+	tests/tools/file_events/run.sh $(BIN)/python build/file_events
+
+SECONDS := 60
+fuzz: build
+	$(BIN)/python tests/fuzz/campaign.py $(SECONDS)
 
 lint: build
 	$(BIN)/ruff check .

@@ -274,4 +274,4 @@ ENTRIES: dict[str, Entry] = {
 }
 
 OPEN = ("state", "student_pt", "teacher_pickle")
-"""Entries whose fixed run meets a finding that is not mended yet (open_findings/README.md): `make test` passes over them."""
+"""Entries whose fixed run meets a finding that is not mended yet (open_findings/README.md): left out of `make test`."""
