@@ -113,8 +113,9 @@ class Engine:
 
     def advance(self, ids: np.ndarray, state: State) -> None:
         """`step` without checks and copies: ids i64[B], in range; the logits are left in `state.logits`."""
-        self._pool(state).run(ids.reshape(-1, 1), state.start)
-        state.tokens += 1
+        column = ids.reshape(-1, 1)
+        self._pool(state).run(column, state.start)
+        state.count(column)
 
     def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
         """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state`."""
@@ -162,7 +163,7 @@ class Engine:
             else:
                 out[:, start:stop] = pool.run_all_logits(part, state.start)
                 state.logits[:] = out[:, stop - 1]
-            state.tokens += stop - start
+            state.count(part)
 
     def _pool(self, state: State) -> Pool:
         """The pool that `state` is rows of, from `state.start` on."""

@@ -17,9 +17,6 @@ from .text import StopFilter, TextStream
 if TYPE_CHECKING:
     from .engine import Engine
 
-# As many tokens before the text as can influence how its first token is written.
-_CONTEXT = 8
-
 
 class Generation:
     """Iterator over the pieces of a text; see `Engine.generate`. The prompt is read at the first `next`.
@@ -30,7 +27,8 @@ class Generation:
         prompt_tokens: how many tokens the prompt had. prefill_seconds: time of reading it.
         steps, decode_seconds: steps of one token after it, and their time with the choice of the token.
         state: having read the prompt and all of `tokens`. When the caller ends the iteration early, the token
-            of the last piece has not been read yet.
+            of the last piece has not been read yet. A character of which it has read a part is shown by the
+            generation that completes it; only where none can follow is that part shown, as U+FFFD.
     """
 
     def __init__(
@@ -55,9 +53,9 @@ class Generation:
         if fresh and not self.prompt_tokens:
             raise DfssmError("the prompt is empty: give at least one token, or a state to continue from")
         self._engine, self._max_tokens, self._sampler = engine, max_tokens, Sampler(sampling)
+        self._tokenizer = engine.tokenizer
         self._owns_state = state is None
         self.state = engine.new_state() if state is None else state
-        self._stream = TextStream(engine.tokenizer, self._prompt[-_CONTEXT:].tolist())
         self._filter = StopFilter(stop)
         self.tokens: list[int] = []
         self.text = ""
@@ -77,6 +75,8 @@ class Generation:
             start = time.perf_counter()
             self._engine.prefill(self._prompt, self.state)
             self.prefill_seconds = time.perf_counter() - start
+        recent = self.state.recent[0]
+        stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
         eos = self._engine.config.get("eos_token_id")
         token = np.zeros(1, np.int64)
         while self.finish_reason is None and len(self.tokens) < self._max_tokens:
@@ -87,7 +87,7 @@ class Generation:
                 self.finish_reason = "eos"
                 break
             self.tokens.append(int(token[0]))
-            piece = self._filter.push(self._stream.push(self.tokens[-1]))
+            piece = self._filter.push(stream.push(self.tokens[-1]))
             if self._filter.stopped:
                 self.finish_reason = "stop"
             if piece:
@@ -101,13 +101,14 @@ class Generation:
             self.steps += 1
             self.decode_seconds += time.perf_counter() - start
         self.finish_reason = self.finish_reason or "length"
-        if self.finish_reason != "stop" and (rest := self._end()):
+        continues = self.finish_reason == "length" and not self._owns_state
+        if self.finish_reason != "stop" and (rest := self._end("" if continues else stream.flush())):
             self.text += rest
             yield rest
 
-    def _end(self) -> str:
-        """The text that was held back, up to a stop string that it may still contain."""
-        rest = self._filter.push(self._stream.flush())
+    def _end(self, rest: str) -> str:
+        """The text that was held back, and `rest`, up to a stop string that it may still contain."""
+        rest = self._filter.push(rest)
         if self._filter.stopped:
             self.finish_reason = "stop"
             return rest

@@ -9,19 +9,26 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 
-from .state import State, require_model
+from .state import RECENT, State, newest, require_model
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
 class Slot:
-    """One sequence of a pool. `row`: where it lies now, -1 when it has left; `tokens`: how many it has read."""
+    """One sequence of a pool. `row`: where it lies now, -1 when it has left; `tokens`: how many it has read; `recent`:
+    the last of them, as in a `State` of one row.
+    """
 
-    __slots__ = ("row", "tokens")
+    __slots__ = ("recent", "row", "tokens")
 
     def __init__(self, row: int):
-        self.row, self.tokens = row, 0
+        self.row = row
+        self.reset()
+
+    def reset(self) -> None:
+        """It has read nothing."""
+        self.tokens, self.recent = 0, np.full((1, RECENT), -1, np.int64)
 
 
 class Slots:
@@ -61,19 +68,19 @@ class Slots:
     def reset(self, slot: Slot) -> None:
         """The slot has read nothing."""
         self.pool.reset(self._row(slot))
-        slot.tokens = 0
+        slot.reset()
 
     def copy(self, source: Slot, to: Slot) -> None:
         """`to` has read what `source` has: a prefix that several share is read once."""
         self.pool.copy(self._row(source), self._row(to))
-        to.tokens = source.tokens
+        to.tokens, to.recent = source.tokens, source.recent
 
     def save(self, slot: Slot, state: State) -> None:
         """`state`, of one row, becomes the slot's: outside the pool, where it may be kept or written to a file."""
         self._check(state)
         row = self._row(slot)
         self.pool.read(row, state.tensors)
-        state.logits[0], state.tokens[0] = self.pool.logits[row], slot.tokens
+        state.logits[0], state.tokens[0], state.recent[:] = self.pool.logits[row], slot.tokens, slot.recent
         state.push()
 
     def load(self, slot: Slot, state: State) -> None:
@@ -81,7 +88,8 @@ class Slots:
         self._check(state)
         row = self._row(slot)
         self.pool.write(row, {name: np.ascontiguousarray(tensor) for name, tensor in state.tensors.items()})
-        self.pool.logits[row], slot.tokens = state.logits[0], int(state.tokens[0])
+        self.pool.logits[row] = state.logits[0]
+        slot.tokens, slot.recent = int(state.tokens[0]), state.recent.copy()
 
     def run(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         """Read ids i64[n,T], in range, a row a slot, as one batch. Returns the logits of their last tokens, f32[n,V].
@@ -99,8 +107,9 @@ class Slots:
                 self._exchange(slot, row)
         start = slots[0].row
         self.pool.run(ids, start)
-        for slot in slots:
-            slot.tokens += ids.shape[1]
+        for slot, read in zip(slots, ids, strict=True):
+            slot.tokens += len(read)
+            slot.recent = newest(slot.recent, read[None])
         return self.pool.logits[start : start + len(ids)].copy()
 
     def _exchange(self, slot: Slot, row: int) -> None:

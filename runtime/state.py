@@ -4,6 +4,7 @@ length.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from dfssm.opset.files import write_file
 FORMAT = "dfssm-state"
 VERSION = 1
 
+RECENT = 8
+"""Tokens that a state remembers as they are: the bytes of an unfinished character are in the last three, and some of
+these may be special ones, which are no text."""
+
 _DTYPES = tuple(map(np.dtype, ("float32", "float16", "int8", "int64")))  # of the tensors in a state file
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and shape of one row
@@ -32,11 +37,20 @@ class State:
             after writing to them.
         logits: f32[batch, vocab], of the last token; the engine writes it at every call.
         tokens: i64[batch], how many tokens each row has read.
+        recent: i64[batch, RECENT], the last of them, -1 where there were fewer: text goes on where it was cut.
         model: identity of the model: sha256 of its weights. An engine refuses a state of another model.
     """
 
-    def __init__(self, model: str, tensors: dict[str, np.ndarray], logits: np.ndarray, tokens: np.ndarray):
+    def __init__(
+        self,
+        model: str,
+        tensors: dict[str, np.ndarray],
+        logits: np.ndarray,
+        tokens: np.ndarray,
+        recent: np.ndarray | None = None,
+    ):
         self.model, self._tensors, self.logits, self.tokens = model, tensors, logits, tokens
+        self.recent = np.full((len(tokens), RECENT), -1, np.int64) if recent is None else recent
         # Of the engine that ran it last: itself, and its backend's pool of these rows.
         self.engine: Any = None
         self.pool: Any = None
@@ -91,14 +105,25 @@ class State:
             raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
         rows = slice(index, index + 1)
         tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
-        row = State(self.model, tensors, self.logits[rows], self.tokens[rows])
+        row = State(self.model, tensors, self.logits[rows], self.tokens[rows], self.recent[rows])
         row._whole, row.start = self.whole, self.start + index
         return row
 
     def clone(self) -> State:
         """An independent copy, to come back to with `copy_from`."""
         tensors = {name: tensor.copy() for name, tensor in self.tensors.items()}
-        return State(self.model, tensors, self.logits.copy(), self.tokens.copy())
+        return State(self.model, tensors, self.logits.copy(), self.tokens.copy(), self.recent.copy())
+
+    __copy__ = clone
+
+    def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
+        """Pickled, or deeply copied, a state is its arrays; the engine binds it again at the next run."""
+        return State, (self.model, self.tensors, self.logits, self.tokens, self.recent)
+
+    def count(self, ids: np.ndarray) -> None:
+        """The engine has read ids i64[batch,T]."""
+        self.tokens += ids.shape[1]
+        self.recent[:] = newest(self.recent, ids)
 
     def copy_from(self, other: State) -> None:
         """Become `other`, in place. A single row is copied to every row: a prefix shared by a batch."""
@@ -108,6 +133,7 @@ class State:
         source = other._arrays()
         for name, array in self._arrays().items():
             np.copyto(array, source[name])
+        np.copyto(self.recent, other.recent)
         self.push()
 
     def reset(self) -> None:
@@ -119,11 +145,13 @@ class State:
             for row in range(self.start, self.start + self.batch):
                 self.whole.pool.reset(row)
             self.tokens.fill(0)
+        self.recent.fill(-1)
 
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file: whole, or not at all."""
         arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self.model}
+        metadata["recent"] = json.dumps(self.recent.tolist())
         write_file(path, lambda draft: save_file(arrays, draft, metadata))
 
     @classmethod
@@ -142,21 +170,22 @@ class State:
                     raise ValueError(f"it is {found}, not {FORMAT} {VERSION}")
                 # A copy each: what the library returns cannot be written to.
                 arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-            return cls._of(metadata["model"], arrays)
+            return cls._of(metadata["model"], arrays, metadata.get("recent"))
         except OSError as error:
             raise DfssmError(f"cannot read the state {path}: {error.strerror or error}") from None
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DfssmError(f"{path} is not a state that this dfssm can read ({error}): save it again") from None
 
     @classmethod
-    def _of(cls, model: str, arrays: dict[str, np.ndarray]) -> State:
+    def _of(cls, model: str, arrays: dict[str, np.ndarray], recent: str | None) -> State:
         for name, array in arrays.items():
             if array.dtype not in _DTYPES:
                 raise ValueError(f"tensor '{name}' is {array.dtype}")
         logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
         if tokens.ndim != 1 or logits.ndim != 2 or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()]):
             raise ValueError("its tensors are not of one batch")
-        return cls(model, arrays, logits, tokens)
+        # A file of before there were recent tokens has none: what follows is a text of its own.
+        return cls(model, arrays, logits, tokens, None if recent is None else _recent(recent, *logits.shape))
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.tensors, "logits": self.logits, "tokens": self.tokens}
@@ -181,6 +210,18 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         )
     if state.logits.shape[1] != vocab:
         raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
+
+
+def newest(recent: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """`State.recent` i64[B,RECENT] after ids i64[B,T]."""
+    return np.concatenate([recent, ids[:, -RECENT:]], 1)[:, -RECENT:]
+
+
+def _recent(text: str, batch: int, vocab: int) -> np.ndarray:
+    found = np.array(json.loads(text))
+    if found.shape != (batch, RECENT) or found.dtype != np.int64 or found.min() < -1 or found.max() >= vocab:
+        raise ValueError("its recent tokens are not those of its rows")
+    return found
 
 
 def _describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:

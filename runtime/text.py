@@ -2,53 +2,79 @@
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+from .state import RECENT
 
-# A UTF-8 character has at most four bytes. Byte-fallback decoders show a run of bytes that ends in half a
-# character as one U+FFFD a byte, also for the whole character before it: four bytes, and three of the
-# unfinished one.
-_UNCERTAIN = 7
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token that is one byte, to a decoder with ByteFallback
 
 
 class TextStream:
-    """Incremental `tokenizer.decode`: the pieces, joined, are the decoding of the whole.
+    """Incremental `tokenizer.decode`: each token is its bytes, and a piece the characters whose last byte has come.
 
-    A character may be spread over several tokens; until its last byte is there the decoder shows U+FFFD, so
-    trailing ones are held back until the next token or `flush`.
-    `context`: the tokens before the first pushed one. Decoders of the SentencePiece kind drop the leading
-    space of what they decode: with the context in front, a space between prompt and answer is kept.
+    The pieces, joined, are the decoding of the whole, special tokens left out; bytes that are no character become
+    U+FFFD as soon as that is certain.
+    `context`: the tokens before the first pushed one, of which the last `RECENT` are looked at. They may end inside a
+    character: it is complete, and shown, with its last byte. They also tell that a text has begun, of which decoders of
+    the SentencePiece kind drop the leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
-        self._decode = tokenizer.decode
-        self._window = list(context)  # tokens that still influence what comes next
-        self._clean = len(self._window)  # tokens of the window that ended on a whole character
-        self._sent = len(self._decode(self._window)) if self._window else 0
+        self._tokenizer = tokenizer
+        kinds = _decoders(tokenizer)
+        self._byte_fallback, self._byte_level = "ByteFallback" in kinds, "ByteLevel" in kinds
+        self._last: list[int] = []  # the last token that was none of the special ones
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in context[-RECENT:]:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that became certain by this token; often empty."""
-        self._window.append(token)
-        text = self._decode(self._window)
-        held = min(_UNCERTAIN, len(text) - len(text.rstrip(REPLACEMENT)))
-        piece = text[self._sent : len(text) - held]
-        self._sent = max(self._sent, len(text) - held)
-        if piece and not held:
-            # Everything is out: keep only the tokens since the last such point, as context for the next.
-            del self._window[: self._clean]
-            self._clean = len(self._window)
-            self._sent = len(self._decode(self._window))
-        return piece
+        return self._characters.decode(self._bytes(token))
 
     def flush(self) -> str:
         """What is held back: the bytes that never became a character, as U+FFFD."""
-        text = self._decode(self._window)
-        piece = text[self._sent :]
-        self._sent = len(text)
-        return piece
+        return self._characters.decode(b"", final=True)
+
+    def _bytes(self, token: int) -> bytes:
+        """What `token` adds to the text after those before it."""
+        decode, last = self._tokenizer.decode, self._last
+        name = self._tokenizer.id_to_token(token)
+        if name is None or decode([token], skip_special_tokens=False) != decode([token]):
+            return b""  # padding of the vocabulary, or a special token
+        self._last = [token]
+        if self._byte_level:
+            known = set(name) <= _BYTE_LEVEL.keys()  # an added token need not be
+            return bytes(_BYTE_LEVEL[character] for character in name) if known else name.encode()
+        if self._byte_fallback and (byte := _BYTE.fullmatch(name)):
+            return bytes([int(byte[1], 16)])
+        # Decoders of other kinds make whole characters of a token, with a space in front or without by what is before.
+        return decode([*last, token])[len(decode(last)) :].encode()
+
+
+def _decoders(tokenizer: Tokenizer) -> set[str]:
+    """The kinds of decoders that make text of the tokens."""
+    if tokenizer.decoder is None:
+        return set()
+    found = json.loads(tokenizer.decoder.__getstate__())
+    return {decoder["type"] for decoder in found.get("decoders", [found])}
+
+
+def _byte_level() -> dict[str, int]:
+    """The byte of each character that a byte-level vocabulary is written in: printable Latin-1 is itself, all others
+    are, in their order, the characters from U+0100 on.
+    """
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 class StopFilter:

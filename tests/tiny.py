@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,37 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.save(str(path))
+
+
+def byte_level_alphabet() -> set[str]:
+    """The characters that a byte-level vocabulary writes bytes with."""
+    from tokenizers import pre_tokenizers
+
+    return set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_fallback_tokenizer() -> Any:
+    """A tokenizer as Llama's and Mistral's, of the ids of CONFIG: a character that is no piece is bytes <0x..>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "<unk>", "▁", "h", "e", "▁h", "▁he"]
+    model = models.BPE(
+        {piece: index for index, piece in enumerate(pieces)},
+        [("▁", "h"), ("▁h", "e")],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
 
 
 def write_bundle(

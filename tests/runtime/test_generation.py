@@ -1,5 +1,9 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
+import tiny
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -85,7 +89,8 @@ def test_special_tokens_are_added_to_a_fresh_text_only(engine, monkeypatch):
     original = engine.tokenizer
 
     class Recorder:
-        decode = original.decode
+        def __getattr__(self, name):
+            return getattr(original, name)
 
         def encode(self, text, add_special_tokens):
             calls.append(add_special_tokens)
@@ -119,3 +124,127 @@ def test_wrong_states_and_ids_are_named(engine):
         engine.generate("", state=engine.new_state())
     with pytest.raises(DfssmError, match="token id 1000"):
         list(engine.generate(np.array([1000])))
+
+
+@pytest.fixture
+def scripted(engine, monkeypatch):
+    """scripted(prompt, ids, state) -> the text of a generation that chooses these ids, with byte-fallback tokens."""
+    monkeypatch.setitem(engine.__dict__, "tokenizer", tiny.byte_fallback_tokenizer())
+
+    def run(prompt, ids, state=None):
+        script = iter(ids)
+        monkeypatch.setattr("dfssm.runtime.generation.Sampler", lambda sampling: lambda logits: next(script))
+        return "".join(engine.generate(prompt, max_tokens=len(ids), state=state))
+
+    return run
+
+
+def through_slots(engine):
+    def carry(state, path):
+        slots, new = engine.slots(2), engine.new_state()
+        slot, other = slots.join(), slots.join()
+        slots.load(slot, state)
+        slots.copy(slot, other)
+        slots.save(other, new)
+        return new
+
+    return carry
+
+
+def through_a_file(engine):
+    def carry(state, path):
+        state.save(path)
+        return engine.load_state(path)
+
+    return carry
+
+
+def into_a_row(engine):
+    def carry(state, path):
+        batch = engine.new_state(3)
+        batch.row(2).copy_from(state)
+        return batch.row(2)
+
+    return carry
+
+
+CARRIERS = {
+    "itself": lambda engine: lambda state, path: state,
+    "file": through_a_file,
+    "pickle": lambda engine: lambda state, path: pickle.loads(pickle.dumps(state)),
+    "deepcopy": lambda engine: lambda state, path: copy.deepcopy(state),
+    "copy": lambda engine: lambda state, path: copy.copy(state),
+    "clone": lambda engine: lambda state, path: state.clone(),
+    "row": into_a_row,
+    "slots": through_slots,
+}
+
+
+@pytest.mark.parametrize("carry", CARRIERS)
+def test_a_turn_that_ends_inside_a_character_is_continued(engine, scripted, tmp_path, carry):
+    """本語です in turns of two bytes: each turn shows the characters whose last byte it made, and none is torn."""
+    carry = CARRIERS[carry](engine)
+    ids, state = list("日本語です🚀é".encode()), engine.new_state()
+    for begin in range(3, len(ids), 2):
+        turn = ids[begin : begin + 2]
+        text = scripted(ids[:begin] if begin == 3 else "", turn, state)
+        before, after = (bytes(ids[:end]).decode(errors="ignore") for end in (begin, begin + 2))
+        assert text == after[len(before) :]
+        state = carry(state, tmp_path / "a.state")
+    assert text == "é"
+
+
+def test_the_prompt_may_end_inside_a_character(engine, scripted):
+    for cut in range(1, 15):
+        ids = list("日本語です".encode())
+        before = bytes(ids[:cut]).decode(errors="ignore")
+        assert scripted(ids[:cut], ids[cut:]) == "日本語です"[len(before) :]
+        state = engine.new_state()  # the same, read by the engine's other calls
+        engine.prefill(ids[:cut], state)
+        engine.step(ids[cut : cut + 1], state)
+        assert scripted("", ids[cut + 1 :], state) == "日本語です"[len(bytes(ids[: cut + 1]).decode(errors="ignore")) :]
+
+
+def test_half_a_character_is_shown_where_nothing_can_follow(engine, scripted, monkeypatch):
+    half = list("日本".encode())[:4]
+    assert scripted([104], half) == "日\ufffd"
+    assert scripted([104], half, engine.new_state()) == "日"
+    monkeypatch.setitem(engine.config, "eos_token_id", 263)
+    assert scripted([104], [*half, 263], engine.new_state()) == "日\ufffd"
+
+
+def test_a_saved_state_of_before_there_were_recent_tokens_loads(engine, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    state = engine.new_state()
+    engine.prefill([1, 2, 3], state)
+    state.save(tmp_path / "new")
+    save_file(
+        load_file(tmp_path / "new"),
+        tmp_path / "old",
+        metadata={"format": "dfssm-state", "version": "1", "model": engine.model},
+    )
+    old = engine.load_state(tmp_path / "old")
+    assert old.recent.tolist() == [[-1] * 8] and old.tokens.tolist() == [3]
+    assert engine.load_state(tmp_path / "new").recent.tolist() == [[-1] * 5 + [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "recent", ["", "[" * 9999, "[[1]]", "[[1e9,1,1,1,1,1,1,1]]", f"[{[265] * 8}]", f"[{[-2] * 8}]"]
+)
+def test_recent_tokens_that_are_none_are_refused(engine, tmp_path, recent):
+    from safetensors.numpy import load_file, save_file
+
+    engine.new_state().save(tmp_path / "a")
+    metadata = {"format": "dfssm-state", "version": "1", "model": engine.model, "recent": recent}
+    save_file(load_file(tmp_path / "a"), tmp_path / "bad", metadata=metadata)
+    with pytest.raises(DfssmError, match="is not a state that this dfssm can read"):
+        engine.load_state(tmp_path / "bad")
+
+
+def test_a_reset_state_has_read_nothing(engine):
+    state = engine.new_state(2)
+    engine.prefill([[1, 2], [3, 4]], state)
+    assert state.recent[:, -2:].tolist() == [[1, 2], [3, 4]]
+    state.row(1).reset()
+    assert state.recent[:, -2:].tolist() == [[1, 2], [-1, -1]]

@@ -31,7 +31,23 @@ def sentencepiece():
     return tokenizer
 
 
-@pytest.fixture(params=["byte_level", "sentencepiece"])
+@pytest.fixture(scope="module")
+def llama():
+    """As Llama's own file: BPE whose bytes are tokens <0x..>, the normalizer writes the space in front."""
+    return tiny.byte_fallback_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """The same with the decoder Metaspace, which drops the ▁ of a first token."""
+    from tokenizers import decoders
+
+    tokenizer = tiny.byte_fallback_tokenizer()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return tokenizer
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece", "llama", "metaspace"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -74,6 +90,68 @@ def test_random_tokens_join_to_the_decoding(byte_level):
     for _ in range(50):
         ids = rng.integers(0, byte_level.get_vocab_size(), 60).tolist()
         assert "".join(stream(byte_level, ids)) == byte_level.decode(ids)
+
+
+CUTS = "日本語です hello 👩‍🚀🇯🇵 w e\u0301 naïve  漢 world"
+
+
+def ends_of_tokens(tokenizer, ids):
+    """By the vocabulary alone: at which byte of the text each token ends. Of a byte-level one a character is a byte."""
+    sizes = []
+    for name in map(tokenizer.id_to_token, ids):
+        one = name.startswith("<0x") or name in tiny.byte_level_alphabet()
+        sizes.append(1 if one else len(name.replace("▁", " ") if tokenizer.token_to_id("<0x00>") else name))
+    if tokenizer.token_to_id("<0x00>") is not None:
+        sizes[0] -= 1  # the space in front of the text, which is none of its own
+    return np.cumsum(sizes)
+
+
+def complete(text, begin, end):
+    """The characters whose last byte is one of the bytes [begin, end) of the text."""
+    at = np.cumsum([len(character.encode()) for character in text])
+    return "".join(character for character, last in zip(text, at, strict=True) if begin < last <= end)
+
+
+def test_a_piece_is_the_characters_whose_last_byte_came_wherever_the_prompt_ends(tokenizer):
+    ids = tokenizer.encode(CUTS, add_special_tokens=False).ids
+    ends = ends_of_tokens(tokenizer, ids)
+    assert ends[-1] == len(CUTS.encode()), "the oracle must know every token"
+    inside = 0
+    for cut in range(1, len(ids)):
+        pieces, begin = TextStream(tokenizer, ids[:cut]), ends[cut - 1]
+        inside += complete(CUTS, 0, begin).encode() != CUTS.encode()[:begin]
+        for token, end in zip(ids[cut:], ends[cut:], strict=True):
+            assert pieces.push(token) == complete(CUTS, begin, end), (cut, tokenizer.id_to_token(token))
+            begin = end
+        assert pieces.flush() == ""
+    assert inside > 20, "prompts must end inside characters"
+
+
+def test_the_examples_of_the_fault(llama):
+    """A prompt 日本語, then です; and 本語です cut after four bytes, which gave U+FFFD, nothing or 本 again."""
+    text, ids = "日本語です", llama.encode("日本語です").ids[-15:]
+    assert "".join(stream(llama, ids[9:], ids[:9])) == "です"
+    assert "".join(stream(llama, ids[7:], ids[3:7])) == "語です"
+    assert [len(piece) for piece in stream(llama, ids)] == [0, 0, 1] * len(text) + [0]
+
+
+def test_special_tokens_are_no_text_and_do_not_begin_one(llama):
+    begin, end = map(llama.token_to_id, ("<s>", "</s>"))
+    hello = llama.encode("hello", add_special_tokens=False).ids
+    assert "".join(stream(llama, [*hello, end], [begin])) == llama.decode([begin, *hello, end]) == "hello"
+    assert "".join(stream(llama, hello, [begin, *hello])) == " hello"
+
+
+def test_ids_without_a_token_are_no_text(llama):
+    assert stream(llama, [llama.get_vocab_size() + 7]) == ["", ""]
+
+
+def test_a_tokenizer_without_a_decoder_is_its_own_decoding():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert stream(words, [0, 1, 1]) == ["a", " b", " b", ""] and words.decode([0, 1, 1]) == "a b b"
 
 
 def filtered(stop, pieces):
