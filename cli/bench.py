@@ -7,12 +7,22 @@ import click
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
-from .options import bundle_argument, json_option, megabytes, print_result, progress_bar, table, threads_option
+from .options import (
+    bundle_argument,
+    json_option,
+    megabytes,
+    print_result,
+    progress_bar,
+    table,
+    threads_option,
+    trust_option,
+)
 
 
 @click.command()
 @bundle_argument
 @threads_option
+@trust_option
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to read.")
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="To decode a round.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, metavar="N")

@@ -8,13 +8,14 @@ from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
-from .options import bundle_argument, json_option, print_result, progress_bar, table
+from .options import bundle_argument, json_option, print_result, progress_bar, table, trust_option
 
 
 @click.command()
 @bundle_argument
 @click.argument("model", type=click.Path())
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N", help="Tokens to run.")
+@trust_option
 @json_option
 def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off.

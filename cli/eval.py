@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dfssm.opset.extras import require
 
-from .options import json_option, print_result, table
+from .options import json_option, print_result, table, trust_option
 
 model_argument = click.argument("model", metavar="MODEL", type=click.Path())
 tokenizer_option = click.option(
@@ -52,6 +52,7 @@ def evaluate() -> None:
 )
 @tokenizer_option
 @device_option
+@trust_option
 @json_option
 def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer, device, as_json) -> None:
     """Perplexity of MODEL on text, over strided windows.
@@ -96,6 +97,7 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
 )
 @tokenizer_option
 @device_option
+@trust_option
 @json_option
 def tasks(model, names, limit, data, tokenizer, device, as_json) -> None:
     """Scores of MODEL in tasks, by lm-evaluation-harness.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,30 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from dfssm.targets.trust import VARIABLE
+
 bundle_argument = click.argument("bundle", type=click.Path())
 threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads; 0 = one a physical core."
+)
+
+
+def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """For as long as the command runs, and for the processes that it starts."""
+    if value:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = "1"
+        context.call_on_close(
+            lambda: os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+        )
+
+
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run the code in the bundle: its own library, or an engine from somebody else.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 

@@ -10,7 +10,7 @@ import click
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
-from .options import bundle_argument, json_option, print_result, threads_option
+from .options import bundle_argument, json_option, print_result, threads_option, trust_option
 
 
 @click.command()
@@ -25,6 +25,7 @@ from .options import bundle_argument, json_option, print_result, threads_option
 @click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue what a saved state has read.")
 @click.option("--save-state", type=click.Path(), metavar="FILE", help="Save the state at the end.")
 @threads_option
+@trust_option
 @json_option
 def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) -> None:
     """Continue a text. It streams to stdout; a line about the speed follows on stderr."""

@@ -16,7 +16,7 @@ from dfssm.opset.extras import require
 from dfssm.opset.files import new_folder, writing
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
-from dfssm.targets import Target, get_target
+from dfssm.targets import Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
 
 PACKAGES = (OF_MODEL, OF_EXPORT)
@@ -138,6 +138,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
     assert job.manifest  # finish made it
+    if target.IS_ENGINE:
+        trust.record(job.manifest.files[job.manifest.weights]["sha256"])
     return Report(output, job.manifest, records)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dfssm.targets import get_target, has_engine
 from dfssm.targets.bundle import Manifest
+from dfssm.targets.trust import own_library
 
 from .state import Layout, State
 
@@ -65,16 +66,17 @@ class Backend(Protocol):
         """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
 
 
-def open_backend(folder: Path, manifest: Manifest, threads: int) -> Backend:
-    """The backend of the bundle's target. DfssmError when it cannot run here."""
+def open_backend(folder: Path, manifest: Manifest, threads: int, trust: bool = False) -> Backend:
+    """The backend of the bundle's target. DfssmError when it cannot run here, or holds code that is not trusted."""
     target = get_target(manifest.target)
+    own = own_library(folder, manifest, target.LIBRARY, trust)
     if has_engine(target):
         from .cuda import Cuda
         from .tensorrt import TensorRTBackend
 
-        target.check(folder, manifest)
+        target.check(folder, manifest, own)
         cuda = Cuda()
-        return TensorRTBackend(target.open_engine(folder, manifest), cuda)
+        return TensorRTBackend(target.open_engine(folder, manifest, own, trust), cuda)
     from .ort import OrtBackend
 
-    return OrtBackend(target.open_session(folder, threads=threads), in_place=target.IN_PLACE)
+    return OrtBackend(target.open_session(folder, threads=threads, own=own), in_place=target.IN_PLACE)

@@ -7,8 +7,9 @@ from pathlib import Path
 from dfssm.opset import DfssmError
 
 
-def locate(library: str, variable: str, folder: Path | None, remedy: str) -> Path:
-    """The file `library`: $`variable`, else the copy in the bundle `folder`, else the installed one.
+def locate(library: str, variable: str, own: Path | None, remedy: str) -> Path:
+    """The file `library`: $`variable`, else `own`, the copy of a bundle that is trusted (`trust.own_library`), else the
+    installed one.
 
     Raises DfssmError when there is none (then `remedy` says what to do), or when the variable names no file.
     """
@@ -16,7 +17,7 @@ def locate(library: str, variable: str, folder: Path | None, remedy: str) -> Pat
         if not Path(chosen).is_file():
             raise DfssmError(f"{variable} is {chosen}: there is no such file; unset it or name {library}")
         return Path(chosen)
-    for candidate in (folder and folder / library, installed(library)):
+    for candidate in (own, installed(library)):
         if candidate and candidate.is_file():
             return candidate
     raise DfssmError(f"{library} is not installed: {remedy}")

@@ -32,6 +32,7 @@ OPTIONS: tuple[Option, ...] = ()
 IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
+LIBRARY = ""
 IN_PLACE = False  # a function body in stock ops reads what it has written
 
 
@@ -57,7 +58,9 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     return [MODEL, DATA], {}
 
 
-def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
+def open_session(
+    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+) -> onnxruntime.InferenceSession:
     """The graph `model` of `folder` in stock ONNX Runtime. Raises DfssmError when it does not open."""
     # Folding would unpack every scaffold to a byte a weight and hold that, 5 GB for 1.3B where 2 GB do; steps gain
     # little by it.

@@ -79,13 +79,13 @@ def why_not_run() -> str:
     return probe().why_not
 
 
-def find_library(folder: Path | None = None) -> Path:
+def find_library(own: Path | None = None) -> Path:
     """The op library, by `locate`."""
     return locate(
         LIBRARY,
         LIBRARY_VARIABLE,
-        folder,
-        f"install dfssm with its native part, or set {LIBRARY_VARIABLE} to the file",
+        own,
+        f"install dfssm with it, trust the bundle's own with --trust, or set {LIBRARY_VARIABLE} to the file",
     )
 
 
@@ -114,18 +114,19 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     return [MODEL, DATA, LIBRARY], {}
 
 
-def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
+def open_session(
+    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+) -> onnxruntime.InferenceSession:
     """The graph `model` of `folder` with the op library registered.
 
     Raises DfssmError when the library is missing, does not load or is of another version, or when ONNX Runtime refuses
     the model.
     """
-    folder = Path(folder)
-    library = find_library(folder)
+    library = find_library(own)
     options = session_options(threads)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _register(options, library)
-    session = create_session(folder / model, options)
+    session = create_session(Path(folder) / model, options)
     _check_kernels(session, library)
     return session
 

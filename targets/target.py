@@ -75,6 +75,7 @@ class Target(Protocol):
     FILES: tuple[str, ...]  # that every bundle has
     WEIGHTS: str  # the one of them whose hash tells one model from another
     IN_PLACE: bool  # a state may be written where it is read
+    LIBRARY: str  # the native library that runs bundles, which they hold a copy of; "" for none
 
     def probe(self, **options: Any) -> Probe:
         """What this machine has to build with these options, what would be used, why not."""
@@ -90,20 +91,25 @@ class Target(Protocol):
         manifest's `engine`, {} without one. Raises DfssmError for options that cannot be met, or when building fails.
         """
 
-    def open_session(self, folder: str | Path, threads: int = 0, model: str = ...) -> InferenceSession:
-        """The graph `model` of a built folder; `model` may name another graph over the same weights. Raises DfssmError
-        when it does not open, or when bundles of this target have none.
+    def open_session(
+        self, folder: str | Path, threads: int = 0, model: str = ..., own: Path | None = None
+    ) -> InferenceSession:
+        """The graph `model` of a built folder; `model` may name another graph over the same weights. `own`: the copy of
+        the library in the bundle, where it may run in the place of the installed one (`trust.own_library`). Raises
+        DfssmError when it does not open, or when bundles of this target have none.
         """
 
 
 class EngineTarget(Target, Protocol):
     """A target whose bundles hold an engine for a device."""
 
-    def check(self, folder: Path, manifest: Manifest) -> None:
+    def check(self, folder: Path, manifest: Manifest, own: Path | None = None) -> None:
         """Raises DfssmError naming what this machine lacks to run the bundle."""
 
-    def open_engine(self, folder: Path, manifest: Manifest) -> Any:
-        """The bundle's engine, after `check`. Raises DfssmError when its library refuses it."""
+    def open_engine(self, folder: Path, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
+        """The bundle's engine, after `check`; `own` as above. Raises DfssmError when it may not run (see `trust`), or
+        when its library refuses it.
+        """
 
 
 def has_engine(target: Target) -> TypeGuard[EngineTarget]:

@@ -6,6 +6,7 @@ proves here is everything but the run: see `VERIFIED_BY` and docs/trt.md.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from functools import cache
 from importlib import import_module
@@ -24,6 +25,7 @@ from .target import Probe, Progress, Tensors
 from .trt_build import MODULES, Request
 from .trt_options import OPTIONS as OPTIONS
 from .trt_options import PACKAGES, SHIPPED, Options, Plan, installed, remedy, resolve
+from .trust import require_engine
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -70,13 +72,14 @@ def probe(**options: Any) -> Probe:
     return Probe(NAME, uses, needs=needs)
 
 
-def find_library(folder: Path | None = None) -> Path:
+def find_library(own: Path | None = None) -> Path:
     """The plugin library, by `locate`."""
     return locate(
         LIBRARY,
         LIBRARY_VARIABLE,
-        folder,
-        f"build dfssm where nvcc is, set {LIBRARY_VARIABLE} to the file, or compile with --lowering native",
+        own,
+        f"install dfssm-trt, trust the bundle's own with --trust, set {LIBRARY_VARIABLE} to the file, "
+        "or compile with --lowering native",
     )
 
 
@@ -162,7 +165,7 @@ def why_not_run() -> str:
     return ""
 
 
-def check(folder: Path, manifest: Manifest) -> None:
+def check(folder: Path, manifest: Manifest, own: Path | None = None) -> None:
     """Raises DfssmError naming what this machine lacks to run the bundle: a GPU, its TensorRT, the plugin library, or a
     GPU that the engine is for.
     """
@@ -182,33 +185,37 @@ def check(folder: Path, manifest: Manifest) -> None:
             f"{folder / ENGINE} has no weights: refit it with TensorRT, or compile without --strip-weights"
         )
     if _has_library(engine):
-        find_library(folder)
+        find_library(own)
     # What is built to be hardware-compatible runs on Ampere and on whatever came later.
     sm = gpus[0].sm
     if not (sm >= 80 if engine["hardware_compatible"] else sm in engine["sm"]):
         raise DfssmError(f"{made_for}; the GPU here is SM {sm}: compile with --sm {sm}")
 
 
-def open_engine(folder: Path, manifest: Manifest) -> Any:
+def open_engine(folder: Path, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
     """The bundle's engine as TensorRT's ICudaEngine, after `check`.
 
-    Raises DfssmError when TensorRT refuses it or the plugin library.
+    Raises DfssmError when it is not trusted, or when TensorRT refuses it or the plugin library.
     """
     engine = manifest.engine
+    data = (folder / ENGINE).read_bytes()
+    require_engine(folder / ENGINE, hashlib.sha256(data).hexdigest(), trust)  # of the bytes that are run
     trt = import_module(MODULES[engine["builder"]])
     logger = trt.Logger(trt.Logger.ERROR)
     if _has_library(engine):
-        _load_plugins(trt, find_library(folder))
+        _load_plugins(trt, find_library(own))
     runtime = trt.Runtime(logger)
-    # Plugins in the engine, or its own runtime, are code that it brings: its sha256 is that of the manifest.
+    # Plugins in the engine, or its own runtime, are code that it brings, as trusted as the engine itself.
     runtime.engine_host_code_allowed = engine["version_compatible"]
-    opened = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    opened = runtime.deserialize_cuda_engine(data)
     if opened is None:
         raise DfssmError(f"{engine['builder']} {trt.__version__} cannot load {folder / ENGINE}: see its message above")
     return opened
 
 
-def open_session(folder: str | Path, threads: int = 0, model: str = MODEL) -> onnxruntime.InferenceSession:
+def open_session(
+    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+) -> onnxruntime.InferenceSession:
     """Raises DfssmError: what compares a graph's inner values asks for it, and an engine shows none."""
     raise DfssmError(f"{folder} is a TensorRT engine, not a graph for ONNX Runtime: use a bundle of --target ort-cpu")
 

@@ -9,6 +9,15 @@ from tokenizers import Tokenizer
 from dfssm.targets import get_target
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_records(tmp_path_factory):
+    """What dfcompile records of the engines it made goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.delenv("DFSSM_TRUST", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cpu_target() -> str:
     """The CPU target where this machine has it: it runs the states in place; else the portable one."""

@@ -19,6 +19,7 @@ from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, open_bundle
+from dfssm.targets.trust import own_library
 
 from .difference import Difference
 from .graph import TAPPED, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
@@ -103,6 +104,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
         raise DfssmError(
             f"{bundle} holds an engine, which shows no values inside: compare the same model as --target ort-cpu"
         )
+    own = own_library(Path(bundle), manifest, target.LIBRARY, asked=False)
     student = load_student(model, manifest.state_dtype)
     if student.config.to_dict() != manifest.config:
         raise DfssmError(f"{bundle} was not compiled from {model}: their configs differ")
@@ -126,7 +128,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
             _link_or_copy(bundle / name, folder / name)
 
         def open_graph(name: str) -> tuple[Infer, Feeds]:
-            session = target.open_session(folder, model=name)
+            session = target.open_session(folder, model=name, own=own)
             return stack.enter_context(OnnxrtRunner(session, name=name)).infer, zero_states(session)
 
         taps = [tap for tap in write_tapped(folder / MODEL, folder) if tap.node.startswith("/layers.")]

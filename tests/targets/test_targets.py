@@ -121,10 +121,11 @@ def bundle(tmp_path_factory):
 def test_library_is_found_in_this_order(bundle, tmp_path, monkeypatch):
     monkeypatch.delenv(ort_cpu.LIBRARY_VARIABLE, raising=False)
     installed = ort_cpu.find_library()
-    assert ort_cpu.find_library(bundle) == bundle / ort_cpu.LIBRARY != installed
-    assert ort_cpu.find_library(tmp_path) == installed
+    own = bundle / ort_cpu.LIBRARY
+    assert ort_cpu.find_library(own) == own != installed
+    assert ort_cpu.find_library(tmp_path / "none") == installed
     monkeypatch.setenv(ort_cpu.LIBRARY_VARIABLE, str(installed))
-    assert ort_cpu.find_library(bundle) == installed
+    assert ort_cpu.find_library(own) == installed
 
 
 def test_library_named_but_missing(bundle, monkeypatch):

@@ -130,9 +130,9 @@ def test_library(machine, monkeypatch, tmp_path):
     monkeypatch.delenv(trt.LIBRARY_VARIABLE)
     monkeypatch.setattr("dfssm.targets.library.installed", lambda library: None)
     with pytest.raises(DfssmError, match="libdfssm_trt.so is not installed: .* or compile with --lowering native"):
-        trt.find_library(tmp_path)
+        trt.find_library()
     (tmp_path / trt.LIBRARY).touch()
-    assert trt.find_library(tmp_path) == tmp_path / trt.LIBRARY
+    assert trt.find_library(tmp_path / trt.LIBRARY) == tmp_path / trt.LIBRARY
 
 
 ENGINE = {
