@@ -6,6 +6,7 @@ so is a reader that takes more memory than four times the file and 64 MB, or mor
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ from . import mutate
 
 HERE = Path(__file__).parent
 SECONDS = 5.0
+BUNDLE = ("model.onnx", "model.onnx.data", "libdfssm_ort_cpu.so", "model.engine")  # beside the manifest; each is "x"
 SPARE = 64 << 20
 
 
@@ -66,6 +68,9 @@ def _folder(name: str) -> Path:
     kept = tempfile.TemporaryDirectory(prefix="dfssm-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
     _kept.append(kept)
     folder = Path(kept.name)
+    if name == "manifest":
+        for file in BUNDLE:
+            (folder / file).write_bytes(b"x")
     if name in ("teacher_config", "teacher_index"):
         (folder / "model.safetensors").write_bytes(_teacher()["model.safetensors"])
     if name in ("teacher_weights", "teacher_pickle", "teacher_index"):
@@ -135,6 +140,13 @@ def _documents(path: Path) -> None:
         text.encode()
 
 
+def _op(path: Path) -> None:
+    from . import ort_ops
+
+    if not ort_ops.run(path.read_bytes()):
+        raise DfssmError("the op refuses it")
+
+
 # ---- seeds ----
 
 
@@ -155,13 +167,13 @@ def _made(file: str, write: Callable[[Path], object]) -> bytes:
 def _manifests() -> list[bytes]:
     from dfssm.targets.bundle import Manifest
 
-    names = ("model.onnx", "model.onnx.data", "libdfssm_ort_cpu.so")
-    files = {name: {"sha256": "0" * 64, "bytes": 1} for name in names}
+    files = {file: {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1} for file in BUNDLE}
+    engine_file = files.pop("model.engine")
     engine = {"builder": "tensorrt", "version": "10.0", "sm": [86]}
     config = _shape().to_dict()
     manifests = [
         Manifest("ort-cpu", config, "fp16", 1, files, {"dfssm": "0"}, {"passed": None}),
-        Manifest("trt", config, "int8", 0, {"model.engine": files["model.onnx"]}, engine=engine),
+        Manifest("trt", config, "int8", 0, {"model.engine": engine_file}, engine=engine),
     ]
     return [manifest.to_json().encode() for manifest in manifests]
 
@@ -271,7 +283,8 @@ ENTRIES: dict[str, Entry] = {
     "teacher_pickle": Entry(
         "pytorch_model.bin", lambda: [_teacher()["pytorch_model.bin"]], _teacher_folder, mutate.torch_zip, 100, True
     ),
+    "ort_ops": Entry("seed", lambda: [bytes([number]) for number in range(64)], _op, mutate.any_bytes),
 }
 
-OPEN = ("state", "student_pt", "teacher_pickle")
+OPEN = ("ort_ops", "state", "student_pt", "teacher_pickle")
 """Entries whose fixed run meets a finding that is not mended yet (open_findings/README.md): left out of `make test`."""
