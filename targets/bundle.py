@@ -24,6 +24,8 @@ DATA = "model.onnx.data"
 ENGINE = "model.engine"
 TOKENIZER = "tokenizer.json"
 
+_ENTRY = {"sha256": str, "bytes": int}  # of a file
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -89,7 +91,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DfssmError(f"{path}: unknown state_dtype {manifest.state_dtype!r}, known are {', '.join(STATE_DTYPES)}")
     for name, entry in manifest.files.items():
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
-        if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
+        of_bundle = Path(name).name == name and name.isprintable()
+        whole = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == _ENTRY
+        if not (of_bundle and whole):
             raise DfssmError(f"{path}: the entry of file {name!r} is not valid: compile the model again")
     target = get_target(manifest.target)
     if bool(manifest.engine) != target.IS_ENGINE:
