@@ -51,15 +51,16 @@ class Engine:
         self.vocab_size = backend.vocab_size
 
     @classmethod
-    def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True) -> Engine:
+    def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True, trust: bool = False) -> Engine:
         """Open the bundle in folder `path`.
 
-        Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares only the files' sizes.
+        Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares only the files' sizes; `trust`: run
+            the code that the bundle holds, its own library or engine (`dfssm.targets.trust`).
         Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
         folder, threads = Path(path), threads or default_threads()
         manifest = open_bundle(folder, hashes=verify_hashes)
-        return cls(folder, manifest, open_backend(folder, manifest, threads), threads)
+        return cls(folder, manifest, open_backend(folder, manifest, threads, trust), threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
