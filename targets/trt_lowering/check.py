@@ -1,101 +1,164 @@
-"""What lowering must leave as it was, looked up in what was written: the graph's inputs and outputs, and our nodes."""
+"""What lowering must leave as it was, looked up in what was written: the graph's inputs and outputs, and our nodes.
 
+A fused node is taken apart first, into the chain that its op says it is (dfssm.opset.fusion). Then every node of ours
+in the step graph must be there, with its attributes, inputs and weights, and nothing besides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from dfssm.opset import OPS
-from dfssm.targets.trt_plugins import FUSED
+from dfssm.opset import DOMAIN
+from dfssm.opset.fusion import FusedOp
+from dfssm.opset.ops import FUSED, OPS
 
-from .graph import node_named, ours, raw_bytes
+from .fuse import columns_read
+from .graph import ours, raw_bytes
 
-Moved = dict[str, tuple[str, int]]
-"""A tensor of the step graph that became columns of another -> (that one, the first column)."""
+
+@dataclass
+class Call:
+    """A node, or one that a fused node stands for: then its tensors are those of its inputs, and made-up ones."""
+
+    op: str
+    name: str
+    attributes: dict[str, Any]
+    inputs: list[gs.Tensor]
+    outputs: list[gs.Tensor]
+    fused: str = ""
+    """The fused op that it is a part of."""
+    relative: set[str] = field(default_factory=set)
+    """The starts for which -1, the whole tensor, is as good as 0: lowering has looked at the widths."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What it is found by: its first weight; its output where it has none."""
+        weights = [tensor.name for tensor in self.inputs if isinstance(tensor, gs.Constant)]
+        return self.op, weights[0] if weights else self.outputs[0].name
+
+    def __str__(self) -> str:
+        return f"{self.op} of {self.fused} {self.name}" if self.fused else f"{self.op} {self.name}"
 
 
 def check_lowered(step: gs.Graph, lowered: gs.Graph, lowering: str) -> None:
     """Raises ValueError, naming it, when something of the step graph is not in the lowered one."""
     for kind in ("inputs", "outputs"):
-        before, after = ([(tensor.name, tensor.dtype) for tensor in getattr(graph, kind)] for graph in (step, lowered))
-        if before != after:
-            raise ValueError(f"the {kind} are {after}, they were {before}")
+        was, now = ([(tensor.name, tensor.dtype) for tensor in getattr(graph, kind)] for graph in (step, lowered))
+        if was != now:
+            raise ValueError(f"the {kind} are {now}, they were {was}")
     given = {tensor.name for tensor in lowered.inputs}
     for tensor in lowered.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.outputs and not tensor.inputs and tensor.name not in given:
             raise ValueError(f"{tensor.outputs[0].name} reads {tensor.name}, which nothing makes")
-    found = {node.name: node for node in ours(lowered)}
     if lowering == "native":
-        if found:
-            raise ValueError(f"{', '.join(found)} still need a plugin")
+        if names := [node.name for node in ours(lowered)]:
+            raise ValueError(f"{', '.join(names)} still need a plugin")
         return
-    parts: set[str] = set()
-    moved: Moved = {}
-    for node in ours(lowered, *FUSED):
-        _check_fused(step, node, parts, moved)
-    for node in ours(step):
-        if node.name in parts:
+    found = {call.key: call for call in inlined(lowered)}
+    became: dict[str, str] = {}  # a tensor of the step graph -> what it is called in the inlined one
+    for node in step.nodes:
+        before = Call(node.op, node.name, node.attrs, list(node.inputs), list(node.outputs))
+        call = found.pop(before.key, None) or _named(before, found)
+        if call is None:
+            if node.domain == DOMAIN:
+                raise ValueError(f"{before} is gone")
             continue
-        if node.name not in found:
-            raise ValueError(f"{node.op} {node.name} is gone")
-        _check_node(node, found[node.name], moved)
+        _check_call(before, call, became)
+        became |= {old.name: new.name for old, new in zip(before.outputs, call.outputs, strict=True)}
+    for call in found.values():
+        raise ValueError(f"{call} was not there")
 
 
-def _check_fused(step: gs.Graph, node: gs.Node, parts: set[str], moved: Moved) -> None:
-    """`node` against the chain of the step graph around the product of its name. Adds to `parts` the nodes of that, and
-    to `moved` the tensor that lies in another now.
-    """
-    product = node_named(step, node.name)
-    if product is None or product.op != "BinaryScaffoldMatMul":
-        raise ValueError(f"{node.op} {node.name} has no product of that name")
-    (norm,) = product.inputs[0].inputs
-    (y,) = product.outputs
-    inputs = [*norm.inputs, *product.inputs[1:]]
-    attributes = norm.attrs | product.attrs
-    if node.op == "NormScaffoldConv":
-        last = next((user for user in y.outputs if user.op == "CausalConv1dStep"), None)
-        first = "RMSNorm"
-    else:
-        last = y.outputs[0] if y.outputs[0].op == "Add" else None
-        first = "GatedRMSNorm"
-    if norm.op != first or last is None:
-        raise ValueError(f"{node.op} {node.name} was no such chain")
-    outputs = last.outputs
-    if node.op == "NormScaffoldConv":
-        inputs += last.inputs[1:]
-        outputs = [y, last.outputs[1]]
-        start = max((OPS[last.op].defaults | last.attrs)["x_start"], 0)
-        attributes |= last.attrs | {"x_start": start}
-        moved[last.outputs[0].name] = (y.name, start)
-    else:
-        inputs += [tensor for tensor in last.inputs if tensor is not y]
-    parts |= {norm.name, product.name, last.name}
-    _check_attributes(node, attributes)
-    _check_tensors(node, inputs + list(outputs))
+def _named(before: Call, found: dict[tuple[str, str], Call]) -> Call | None:
+    """The call of that op and name, which has another first weight: what is wrong with it is to be said."""
+    return next((c for c in found.values() if not c.fused and (c.op, c.name) == (before.op, before.name)), None)
 
 
-def _check_node(before: gs.Node, after: gs.Node, moved: Moved) -> None:
-    attributes = dict(before.attrs)
-    expected = list(before.inputs + before.outputs)
-    for index, (spec, tensor) in enumerate(zip(OPS[before.op].inputs, before.inputs, strict=False)):
-        if tensor.name in moved:
-            into, start = moved[tensor.name]
-            attributes[spec.start] = start + max(before.attrs.get(spec.start, -1), 0)
-            expected[index] = gs.Variable(into)
-    if before.op != after.op:
-        raise ValueError(f"{before.name} is {after.op}, it was {before.op}")
-    _check_attributes(after, attributes)
-    _check_tensors(after, expected)
+def inlined(graph: gs.Graph) -> Iterator[Call]:
+    """Our nodes, fused ones taken apart. A tensor with columns put in place is again the two that it is made of."""
+    spliced: dict[str, tuple[gs.Tensor, gs.Tensor, range]] = {}
+    calls: list[Call] = []
+    for node in graph.nodes:
+        if node.domain == DOMAIN and node.op in FUSED:
+            calls += _chain(node, FUSED[node.op], spliced)
+        elif node.domain == DOMAIN:
+            calls.append(Call(node.op, node.name, dict(node.attrs), list(node.inputs), list(node.outputs)))
+        elif moved := [tensor.name for tensor in node.inputs if tensor.name in spliced]:
+            raise ValueError(
+                f"{node.op} {node.name} reads all of {moved[0]}, some columns of which are another tensor's"
+            )
+    for call in calls:
+        for index, tensor in enumerate(call.inputs):
+            if tensor.name in spliced:
+                _redirect(call, index, *spliced[tensor.name])
+    return iter(calls)
 
 
-def _check_attributes(node: gs.Node, wanted: dict[str, Any]) -> None:
-    if not wanted.items() <= node.attrs.items():
-        raise ValueError(f"{node.name} is {node.op} {node.attrs}, it should be {wanted}")
+def _chain(node: gs.Node, op: FusedOp, spliced: dict[str, tuple[gs.Tensor, gs.Tensor, range]]) -> Iterator[Call]:
+    """The calls that `node` stands for; adds to `spliced` its output that is made of two tensors."""
+    if (len(node.inputs), len(node.outputs)) != (len(op.inputs), len(op.outputs)):
+        raise ValueError(f"{node.op} {node.name} has {len(node.inputs)} inputs, expected {len(op.inputs)}")
+    values = dict(zip((t.name for t in op.inputs), node.inputs, strict=True))
+    made = dict(zip((t.name for t in op.outputs), node.outputs, strict=True))
+    attributes = {name: node.attrs.get(name, default) for name, default in op.defaults.items()}
+    for part in op.steps:
+        outputs = [made.get(name) or gs.Variable(f"{node.name}:{name}") for name in part.outputs.split()]
+        values |= dict(zip(part.outputs.split(), outputs, strict=True))
+        own = {name: attributes[name] for name in part.attributes}
+        inputs = [values[name] for name in part.inputs.split()]
+        relative = {op.splice.start} & own.keys() if op.splice else set()
+        yield Call(part.op.name, node.name, own, inputs, outputs, node.op, relative)
+    if op.splice:
+        start, width = attributes[op.splice.start], values["conv_weight"].shape[0]
+        out = made[op.splice.out].name
+        spliced[out] = values[op.splice.base], values[op.splice.part], range(start, start + width)
 
 
-def _check_tensors(node: gs.Node, wanted: list[gs.Tensor]) -> None:
-    for old, new in zip(wanted, node.inputs + node.outputs, strict=True):
-        if isinstance(old, gs.Constant):
-            if old.name != new.name or raw_bytes(old) != raw_bytes(new):
-                raise ValueError(f"{node.name} has other bytes for {old.name}")
-        elif old.name != new.name:
-            raise ValueError(f"{node.name} has {new.name} where it had {old.name}")
+def _redirect(call: Call, index: int, base: gs.Tensor, part: gs.Tensor, columns: range) -> None:
+    """Input `index` is `base` with `columns` replaced by `part`: let `call` read the one that has what it reads."""
+    read = columns_read(call.op, index, call.attributes, call.inputs)
+    if read is None or (read.start < columns.stop and columns.start < read.stop and not _within(read, columns)):
+        which = f"columns {read.start} to {read.stop - 1}" if read else "all columns"
+        another = f"{columns.start} to {columns.stop - 1} of which are {part.name}"
+        raise ValueError(f"{call} reads {which} of {call.inputs[index].name}, {another}")
+    call.inputs[index] = base
+    if _within(read, columns):
+        start = str(OPS[call.op].inputs[index].start)
+        call.inputs[index] = part
+        call.attributes[start] = read.start - columns.start
+        call.relative.add(start)
+
+
+def _within(read: range, columns: range) -> bool:
+    return columns.start <= read.start and read.stop <= columns.stop
+
+
+def _check_call(before: Call, after: Call, became: dict[str, str]) -> None:
+    named = not after.fused or before.op == "BinaryScaffoldMatMul"  # which gives a fused node its name
+    if named and before.name != after.name:
+        raise ValueError(f"{before} is {after} now")
+    if before.op in OPS:
+        wanted, got = ({name: _start(call, name, default, after.relative) for name, default in
+                        OPS[before.op].defaults.items()} for call in (before, after))  # fmt: skip
+        if wanted != got:
+            raise ValueError(f"{after} has {got}, it should have {wanted}")
+    inputs = [(old, became.get(old.name, old.name)) for old in before.inputs]
+    actual = list(after.inputs)
+    if before.op == "Add":  # in any order
+        inputs.sort(key=lambda pair: pair[1])
+        actual.sort(key=lambda tensor: str(tensor.name))
+    for (old, name), new in zip(inputs, actual, strict=True):
+        if name != new.name:
+            raise ValueError(f"{after} reads {new.name} where it read {old.name}")
+        if isinstance(old, gs.Constant) and raw_bytes(old) != raw_bytes(new):
+            raise ValueError(f"{after} has other bytes for {old.name}")
+    for old, new in zip(before.outputs, after.outputs, strict=True):
+        if old.name != new.name and ":" not in new.name:
+            raise ValueError(f"{after} makes {new.name} where it made {old.name}")
+
+
+def _start(call: Call, name: str, default: Any, relative: set[str]) -> Any:
+    value = call.attributes.get(name, default)
+    return max(value, 0) if name in relative else value

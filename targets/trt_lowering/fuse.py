@@ -1,4 +1,4 @@
-"""Chains of nodes that one plugin runs (`trt_plugins.FUSED`): a launch less for each node that is gone.
+"""Chains of nodes that one plugin runs (`dfssm.opset.ops.FUSED`): a launch less for each node that is gone.
 
     RMSNorm       BinaryScaffoldMatMul  CausalConv1dStep     NormScaffoldConv
     GatedRMSNorm  BinaryScaffoldMatMul  Add                  GatedNormScaffoldAdd
@@ -14,7 +14,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from dfssm.opset import DOMAIN, OPS
-from dfssm.targets.trt_plugins import FUSED
+from dfssm.opset.ops import FUSED
 
 from .graph import Changes, Refused, ours, take_out
 
@@ -62,7 +62,7 @@ def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> Non
     start = attributes["x_start"] = max(attributes["x_start"], 0)
     stop = start + conv.inputs[2].shape[0]
     for user, index in _uses(y):
-        columns = _columns(user, index)
+        columns = columns_read(user.op, index, user.attrs, user.inputs) if user.domain == DOMAIN else None
         if user is not conv and (columns is None or columns.start < stop and start < columns.stop):
             which = "all columns" if columns is None else f"columns {columns.start} to {columns.stop - 1}"
             raise Refused(f"{_described(user)} reads {which} of {y.name}, of which {start} to {stop - 1} are convolved")
@@ -74,8 +74,7 @@ def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> Non
         name = _start_attribute(user, index)
         user.attrs[name] = start + max(user.attrs.get(name, -1), 0)
         user.inputs[index] = y
-    inputs = [*norm.inputs, *product.inputs[1:], *conv.inputs[1:]]
-    _replace(graph, product, "NormScaffoldConv", (norm, conv), attributes, inputs, [y, new_state])
+    _replace(graph, "NormScaffoldConv", (norm, product, conv), attributes, {"y": y, "new_state": new_state})
 
 
 def _gated_norm_scaffold_add(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> None:
@@ -90,8 +89,8 @@ def _gated_norm_scaffold_add(graph: gs.Graph, norm: gs.Node, product: gs.Node) -
             f"{_described(add)} adds {residual.name} of {residual.dtype}{residual.shape} to {y.dtype}{y.shape}"
         )
     attributes = _attributes("GatedNormScaffoldAdd", norm, product)
-    inputs = [*norm.inputs, *product.inputs[1:], residual]
-    _replace(graph, product, "GatedNormScaffoldAdd", (norm, add), attributes, inputs, list(add.outputs))
+    add.inputs = [residual, y]  # as the chain has them
+    _replace(graph, "GatedNormScaffoldAdd", (norm, product, add), attributes, {"out": add.outputs[0]})
 
 
 def _require_one_reader(graph: gs.Graph, tensor: gs.Tensor) -> None:
@@ -114,19 +113,19 @@ def _attributes(fused: str, *nodes: gs.Node) -> dict[str, Any]:
 
 
 def _replace(
-    graph: gs.Graph,
-    product: gs.Node,
-    op: str,
-    others: tuple[gs.Node, ...],
-    attributes: dict[str, Any],
-    inputs: list[gs.Tensor],
-    outputs: list[gs.Tensor],
+    graph: gs.Graph, op: str, chain: tuple[gs.Node, ...], attributes: dict[str, Any], outputs: dict[str, gs.Tensor]
 ) -> None:
-    """Put a node of `op` in the place of `product`, and take out the `others` of its chain."""
-    for node in (product, *others):
+    """Put a node of `op`, which has the steps of `chain`, in the place of their product, and take out the others."""
+    tensors: dict[str, gs.Tensor] = {}
+    for step, node in zip(FUSED[op].steps, chain, strict=True):
+        tensors |= dict(zip(step.inputs.split(), node.inputs, strict=True))
+    inputs = [tensors[spec.name] for spec in FUSED[op].inputs]
+    product = chain[1]
+    for node in chain:
         take_out(node)
     place = next(i for i, node in enumerate(graph.nodes) if node is product)
-    graph.nodes[place] = gs.Node(op, product.name, attributes, inputs, outputs, domain=DOMAIN)
+    made = [outputs[spec.name] for spec in FUSED[op].outputs]
+    graph.nodes[place] = gs.Node(op, product.name, attributes, inputs, made, domain=DOMAIN)
 
 
 def _is_ours(node: gs.Node, op: str) -> bool:
@@ -145,20 +144,17 @@ def _uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
 
 def _start_attribute(node: gs.Node, index: int) -> str | None:
     """The attribute with the first column that `node` reads of this input; None where it reads tensors only."""
-    if node.domain != DOMAIN or node.op not in OPS:
-        return None
-    return OPS[node.op].inputs[index].start
+    return OPS[node.op].inputs[index].start if node.domain == DOMAIN and node.op in OPS else None
 
 
-def _columns(node: gs.Node, index: int) -> range | None:
-    """The columns that `node` reads of this input; None for all of them."""
-    name = _start_attribute(node, index)
-    if name is None or node.attrs.get(name, -1) < 0:
+def columns_read(op: str, index: int, attributes: dict[str, Any], inputs: list[gs.Tensor]) -> range | None:
+    """The columns that a node of ours reads of its input `index`; None for all of them."""
+    spec = OPS[op].inputs[index] if op in OPS else None
+    if spec is None or spec.start is None or attributes.get(spec.start, -1) < 0:
         return None
-    op = OPS[node.op]
-    sizes = op.defaults | node.attrs
-    for spec, tensor in zip(op.inputs, node.inputs, strict=False):
-        if not spec.start:
-            sizes |= dict(zip(map(str, spec.shape), tensor.shape, strict=True))
-    start = node.attrs[name]
-    return range(start, start + prod(sizes[factor] for factor in op.inputs[index].shape[-1].factors))
+    sizes = OPS[op].defaults | attributes
+    for other, tensor in zip(OPS[op].inputs, inputs, strict=False):
+        if not other.start:
+            sizes |= dict(zip(map(str, other.shape), tensor.shape, strict=True))
+    start = attributes[spec.start]
+    return range(start, start + prod(sizes[factor] for factor in spec.shape[-1].factors))

@@ -13,12 +13,19 @@ from .graph import ours
 
 PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
 
+OWN = {"SelectiveScanStep": {"int8_state"}, "Int8MatMul": {"w_words"}}
+"""The attributes that only a plugin has."""
+
 
 def run(graph: gs.Graph) -> list[str]:
-    """Returns the names of the nodes that got attributes; written out are all, defaults too."""
+    """Returns the names of the nodes that got attributes; written out are all, defaults too. An unknown attribute is a
+    DfssmError: TensorRT's parser would drop it.
+    """
     changed = []
     for node in ours(graph):
-        wanted = PLUGINS[node.op].defaults | node.attrs | PLUGIN
+        own = PLUGIN.keys() | OWN.get(node.op, set())
+        given = {name: value for name, value in node.attrs.items() if name not in own}
+        wanted = PLUGINS[node.op].resolve(given) | PLUGIN
         if node.op == "SelectiveScanStep":
             wanted["int8_state"] = int(len(node.outputs) == 3)
         if node.op == "Int8MatMul":

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from trt_graphs import write_step
 
-from dfssm.opset import DOMAIN, OPS
+from dfssm.opset import DOMAIN, OPS, DfssmError
 from dfssm.opset.packing import unpack_bits
 from dfssm.targets.trt_lowering import LOWERINGS, lower, passes
 from dfssm.targets.trt_lowering.check import check_lowered
@@ -215,6 +215,14 @@ def change_an_attribute(graph):
     node_named(graph, "/norm_f").attrs["eps"] = 1e-3
 
 
+def test_a_misspelt_attribute_is_refused(demo):
+    """TensorRT's parser would drop it, and the default would be taken."""
+    graph = load(demo / "model.onnx")
+    node_named(graph, "/layers.0/conv").attrs["xstart"] = 3
+    with pytest.raises(DfssmError, match="CausalConv1dStep: unknown attribute 'xstart'; known: activation, x_start$"):
+        run("plugin_attributes", graph)
+
+
 def cross_two_inputs(graph):
     inputs = node_named(graph, "/layers.2/scan").inputs
     inputs[4], inputs[5] = inputs[5], inputs[4]
@@ -229,8 +237,8 @@ def change_a_weight(graph):
     "harm, words",
     [
         (lose_a_node, "RMSNorm /norm_f is gone"),
-        (change_an_attribute, "/norm_f is RMSNorm .* it should be"),
-        (cross_two_inputs, "/layers.2/scan has other bytes for layers.2.scan.A_log"),
+        (change_an_attribute, "RMSNorm /norm_f has .* it should have"),
+        (cross_two_inputs, "/layers.2/scan reads layers.2.scan.D where it read layers.2.scan.A_log"),
         (change_a_weight, "/norm_f has other bytes for norm_f.weight"),
         (lambda graph: graph.outputs.pop(), "the outputs are"),
     ],

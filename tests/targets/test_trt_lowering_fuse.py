@@ -238,12 +238,21 @@ def lose_the_norm(graph):
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (start_elsewhere, "/layers.0/in_proj is NormScaffoldConv .* it should be"),
-        (read_elsewhere, "/layers.0/scan is SelectiveScanStep .* it should be"),
-        (cross_two_inputs, "/layers.0/out_proj has /layers.0/in_proj/y where it had /layers.0/scan/y"),
+        (
+            start_elsewhere,
+            "/layers.0/scan reads columns 64 to 127 of /layers.0/in_proj/y, 65 to 144 of which are /layers.0/in_proj:",
+        ),
+        (read_elsewhere, "SelectiveScanStep /layers.0/scan has .*'B_start': 65.* it should have .*'B_start': 64"),
+        (
+            cross_two_inputs,
+            "GatedRMSNorm of GatedNormScaffoldAdd /layers.0/out_proj reads all columns of /layers.0/in_proj/y",
+        ),
         (change_a_weight, "/layers.0/in_proj has other bytes for layers.0.conv.weight"),
-        (fuse_what_was_no_chain, "NormScaffoldConv /layers.0/out_proj was no such chain"),
-        (rename, "NormScaffoldConv /layers.0/in_conv has no product of that name"),
+        (fuse_what_was_no_chain, "NormScaffoldConv /layers.0/out_proj has 10 inputs, expected 11"),
+        (
+            rename,
+            "BinaryScaffoldMatMul /layers.0/in_proj is BinaryScaffoldMatMul of NormScaffoldConv /layers.0/in_conv now",
+        ),
         (lose_the_norm, "/layers.1/in_proj reads /layers.1/norm/out, which nothing makes"),
     ],
 )
