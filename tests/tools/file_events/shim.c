@@ -55,27 +55,23 @@ static int path_is_below(int dirfd, const char *path) {
   return dirfd == AT_FDCWD ? getcwd(here, sizeof here) && is_below(here) : fd_is_below(dirfd);
 }
 
-enum { PASS, FAIL, HALF };
-enum { FREES, TAKES, MOVES };  // space: a name that moves may need some, but what puts it back does not
+enum Outcome { PASS, FAIL, HALF };
+enum Kind { FREES, TAKES, MOVES };  // space: a name that moves may need some, but what puts it back does not
 
 // What becomes of a call that changes a file below the folder.
-static int event(int below, int kind) {
+static enum Outcome event(int below, enum Kind kind) {
   if (!below) return PASS;
   const long now = ++count;
-  if (!fills && now == at) {
-    if (kind == HALF) return HALF;
-    kill(getpid(), SIGKILL);
-  }
+  if (!fills && now == at) kill(getpid(), SIGKILL);
   const int fails = fills && ((kind == MOVES && now == at) || (kind == TAKES && now >= at));
   if (fails) errno = ENOSPC;
   return fails ? FAIL : PASS;
 }
 
 // A kill leaves half of what was written.
-static int write_event(int fd) {
+static enum Outcome write_event(int fd) {
   if (!fd_is_below(fd)) return PASS;
-  if (fills) return event(1, TAKES);
-  if (count + 1 != at) return event(1, TAKES);
+  if (fills || count + 1 != at) return event(1, TAKES);
   ++count;
   return HALF;
 }
@@ -124,7 +120,7 @@ static void die(void) { kill(getpid(), SIGKILL); }
 
 ssize_t write(int fd, const void *data, size_t size) {
   REAL(ssize_t, write, int, const void *, size_t);
-  const int what = write_event(fd);
+  const enum Outcome what = write_event(fd);
   if (what == HALF && real(fd, data, size / 2) >= -1) die();
   return what == FAIL ? -1 : real(fd, data, size);
 }
@@ -132,7 +128,7 @@ ssize_t write(int fd, const void *data, size_t size) {
 #define PWRITE(name, offset_type) \
   ssize_t name(int fd, const void *data, size_t size, offset_type offset) { \
     REAL(ssize_t, name, int, const void *, size_t, offset_type); \
-    const int what = write_event(fd); \
+    const enum Outcome what = write_event(fd); \
     if (what == HALF && real(fd, data, size / 2, offset) >= -1) die(); \
     return what == FAIL ? -1 : real(fd, data, size, offset); \
   }
@@ -141,7 +137,7 @@ PWRITE(pwrite64, off64_t)
 
 ssize_t writev(int fd, const struct iovec *parts, int number) {
   REAL(ssize_t, writev, int, const struct iovec *, int);
-  const int what = write_event(fd);
+  const enum Outcome what = write_event(fd);
   if (what == HALF && real(fd, parts, number / 2) >= -1) die();
   return what == FAIL ? -1 : real(fd, parts, number);
 }

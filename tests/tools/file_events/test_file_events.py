@@ -40,17 +40,21 @@ def test_a_command_that_is_killed_or_finds_the_disk_full(shim, tmp_path):
 def test_the_shim_is_not_blind(shim, tmp_path):
     """A writer that knows nothing of drafts is caught: half of its file is there, then nothing of its error."""
     code = """
-import ctypes, sys
+import ctypes, os, sys
 shim = ctypes.CDLL(None)
 shim.file_events_arm(sys.argv[1].encode(), ctypes.c_long(int(sys.argv[2])), int(sys.argv[3]))
 with open(sys.argv[1] + "/a", "wb", buffering=0) as file:
     file.write(b"x" * 100)
+os.rename(sys.argv[1] + "/a", sys.argv[1] + "/b")
 """
     found = []
-    for event, full in ((1, 0), (2, 0), (1, 1), (2, 1), (3, 1)):
-        (tmp_path / "a").unlink(missing_ok=True)
+    for event, full in ((1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1), (4, 1)):
+        for name in ("a", "b"):
+            (tmp_path / name).unlink(missing_ok=True)
         command = [sys.executable, "-c", code, tmp_path, str(event), str(full)]
         done = subprocess.run(command, env=os.environ | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True)
-        size = (tmp_path / "a").stat().st_size if (tmp_path / "a").exists() else None
-        found.append((done.returncode, "No space left" in done.stderr, size))
-    assert found == [(-9, False, None), (-9, False, 50), (1, True, None), (1, True, 0), (0, False, 100)]
+        left = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+        found.append((done.returncode, "No space left" in done.stderr, left))
+    killed = [(-9, False, {}), (-9, False, {"a": 50}), (-9, False, {"a": 100})]
+    assert found[:3] == killed
+    assert found[3:] == [(1, True, {}), (1, True, {"a": 0}), (1, True, {"a": 100}), (0, False, {"b": 100})]
