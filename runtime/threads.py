@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
+PROC = Path("/proc/self")
+
+# What a mount of control groups is: its root within the hierarchy, its place, and its kind and options (proc(5)).
+_MOUNT = re.compile(r"^\d+ \d+ \S+ (\S+) (\S+) .*? - (cgroup2?) \S+ (\S+)", re.MULTILINE)
 
 
 def default_threads() -> int:
@@ -20,7 +25,7 @@ def default_threads() -> int:
     else:
         allowed = set(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in allowed}
-    return max(1, min(len(cores), _quota()))
+    return max(1, min([len(cores), *map(_rounded_up, _quotas())]))
 
 
 def _siblings(cpu: int) -> str:
@@ -31,10 +36,39 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _quota() -> int:
-    """CPUs of the cgroup's quota, rounded up; a large number where there is none."""
+def _quotas() -> Iterator[float]:
+    """CPUs of each quota that holds for this process: of its control group and of those around it, version 1 or 2."""
     try:
-        quota, period = QUOTA.read_text().split()
-        return -(-int(quota) // int(period))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return 1 << 16
+        mounts, groups = (PROC / "mountinfo").read_text(), (PROC / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    paths = {
+        controller: path for _, names, path in (g.split(":", 2) for g in groups) for controller in names.split(",")
+    }
+    for root, place, kind, options in _MOUNT.findall(mounts):
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller not in paths or (controller and controller not in options.split(",")):
+            continue
+        # In a container the path may be that of the host: then what is mounted is the group itself.
+        top = Path(place)
+        inside = Path(paths[controller])
+        group = top / inside.relative_to(root) if inside.is_relative_to(root) else top
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (quota := _quota(folder)):
+                yield quota
+
+
+def _quota(group: Path) -> float:
+    """CPUs of one group's quota; 0 where it has none."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return max(0.0, int(quota) / int(period))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
+        return 0.0
+
+
+def _rounded_up(cpus: float) -> int:
+    return -int(-cpus // 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,17 @@ from dfssm.opset import DfssmError
 if TYPE_CHECKING:
     import onnxruntime
 
+# For each CPU. More threads only wait for each other; a hundred thousand of them are never all started.
+MOST_THREADS = 4
+
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Options for a step graph; `threads` = 0 lets ONNX Runtime take one a physical core."""
     import onnxruntime
 
-    if threads < 0:
-        raise DfssmError(f"threads is {threads}: give 0 (one a core) or more")
+    most = MOST_THREADS * (os.cpu_count() or 1)
+    if not 0 <= threads <= most:
+        raise DfssmError(f"threads is {threads}: give 1 to {most} on this machine, or 0 for one a core")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # A step is a chain: no two nodes of it can run side by side.
