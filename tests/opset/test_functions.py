@@ -4,9 +4,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from each import check_each
 from nodes import check_outputs, expected_outputs, node_model
 from onnx.reference import ReferenceEvaluator
 
+from dfssm.opset import OPS
 from dfssm.opset.cases import CASES, cases
 from dfssm.opset.functions import function_proto
 
@@ -22,9 +24,9 @@ def run_stock_onnxruntime(model, inputs):
 
 
 @pytest.mark.parametrize("run", [run_reference_evaluator, run_stock_onnxruntime])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_body_is_the_reference(case, run):
-    check_outputs(case, run(node_model(case, body=True), case.inputs()))
+@pytest.mark.parametrize("op", OPS)
+def test_body_is_the_reference(op, run):
+    check_each(cases(op), lambda case: check_outputs(case, run(node_model(case, body=True), case.inputs())))
 
 
 ONE_OF_EACH_BODY = {

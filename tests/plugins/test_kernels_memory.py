@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from kernel_calls import copies, each_isa, guarded, misaligned, run
+from each import check_each, survive_each
+from kernel_calls import copies, each_isa, guarded, misaligned, native, run
 
-from dfssm.opset.cases import CASES
+from dfssm.opset import OPS
+from dfssm.opset.cases import CASES, cases
 
 # Every shape of the table at a size that keeps the page-sized copies cheap.
 SMALL = [
@@ -19,41 +21,58 @@ def _assert_equal(actual, expected):
         np.testing.assert_array_equal(a, e)
 
 
+each_op = pytest.mark.parametrize("op", OPS)
+
+
 @each_isa
 @pytest.mark.parametrize("at", ["start", "end"])
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
-def test_nothing_outside_is_touched(isa, at, case):
+@each_op
+def test_nothing_outside_is_touched(isa, at, op):
     """Inputs, output and in-place states each beside a page that cannot be read or written."""
-    inputs = case.inputs()
-    expected = run(case.op, isa, inputs, **case.attributes)
-    placed = {name: guarded(value, at) for name, value in inputs.items()}
-    options = dict(out=guarded(np.full_like(expected[0], np.nan), at))
-    if "state" in inputs:
-        options["in_place"] = True
-    _assert_equal(run(case.op, isa, placed, **case.attributes, **options), expected)
+    native(isa)  # is built, or skips
+
+    def check(case):
+        inputs = case.inputs()
+        expected = run(op, isa, inputs, **case.attributes)
+        placed = {name: guarded(value, at) for name, value in inputs.items()}
+        options = dict(out=guarded(np.full_like(expected[0], np.nan), at))
+        if "state" in inputs:
+            options["in_place"] = True
+        _assert_equal(run(op, isa, placed, **case.attributes, **options), expected)
+
+    survive_each([case for case in SMALL if case.op == op], check)
 
 
 @each_isa
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
-def test_any_alignment(isa, case):
-    inputs = case.inputs()
-    expected = run(case.op, isa, inputs, **case.attributes)
-    _assert_equal(run(case.op, isa, {k: misaligned(v) for k, v in inputs.items()}, **case.attributes), expected)
+@each_op
+def test_any_alignment(isa, op):
+    def check(case):
+        inputs = case.inputs()
+        expected = run(op, isa, inputs, **case.attributes)
+        _assert_equal(run(op, isa, {k: misaligned(v) for k, v in inputs.items()}, **case.attributes), expected)
+
+    check_each([case for case in SMALL if case.op == op], check)
 
 
 @each_isa
-@pytest.mark.parametrize("case", [case for case in CASES if "state" in case.inputs()], ids=lambda case: case.id)
-def test_states_in_place(isa, case):
-    inputs = case.inputs()
-    expected = run(case.op, isa, copies(inputs), **case.attributes)
-    actual = run(case.op, isa, inputs, in_place=True, **case.attributes)
-    assert actual[1] is inputs["state"]
-    _assert_equal(actual, expected)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if any(t.name == "state" for t in op.inputs)])
+def test_states_in_place(isa, op):
+    def check(case):
+        inputs = case.inputs()
+        expected = run(op, isa, copies(inputs), **case.attributes)
+        actual = run(op, isa, inputs, in_place=True, **case.attributes)
+        assert actual[1] is inputs["state"]
+        _assert_equal(actual, expected)
+
+    check_each(cases(op), check)
 
 
 @each_isa
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_threads_change_nothing(isa, case):
-    inputs = case.inputs()
-    expected = run(case.op, isa, inputs, **case.attributes)
-    _assert_equal(run(case.op, isa, inputs, threads=3, **case.attributes), expected)
+@each_op
+def test_threads_change_nothing(isa, op):
+    def check(case):
+        inputs = case.inputs()
+        expected = run(op, isa, inputs, **case.attributes)
+        _assert_equal(run(op, isa, inputs, threads=3, **case.attributes), expected)
+
+    check_each(cases(op), check)

@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import onnx
 import pytest
+from each import check_each
 from onnx import TensorProto
 from plugins_trt import engines, fused, lowered
 from trt_graphs import write_step
@@ -160,22 +161,25 @@ VARIANTS = variants()
 WRONG = wrong()
 
 
-@pytest.mark.parametrize("name", [*GOOD, *FUSED_GOOD, *VARIANTS])
-def test_engine(built, name):
+@pytest.mark.parametrize("op", PLUGINS)
+def test_engine(built, op):
     """The engine is the plugin and nothing that computes or copies, whether activations or a state."""
-    engine = built[0][name]
-    assert not engine.errors
-    assert engine.size
-    case = GOOD.get(name) or FUSED_GOOD.get(name)
-    op = case.op if case else VARIANTS[name].graph.node[0].op_type
-    if op in STATEFUL:
-        # A layer of its own; what shares no memory becomes part of a region that TensorRT compiles.
-        assert [layer for layer in engine.layers if layer[1] != "Constant"] == [["/the/node", "PluginV3", op]]
-    else:
-        assert [kind for _, kind, _ in engine.layers] == ["shape_call", "custom_layer"]  # the former is host code
-        assert engine.layers[1][0].startswith("/the/node")
-    # What the runtime makes the plugin from.
-    assert set(engine.embedded) >= set(built[1][op])
+
+    def check(name):
+        engine = built[0][name]
+        assert not engine.errors
+        assert engine.size
+        if op in STATEFUL:
+            # A layer of its own; what shares no memory becomes part of a region that TensorRT compiles.
+            assert [layer for layer in engine.layers if layer[1] != "Constant"] == [["/the/node", "PluginV3", op]]
+        else:
+            assert [kind for _, kind, _ in engine.layers] == ["shape_call", "custom_layer"]  # the former is host code
+            assert engine.layers[1][0].startswith("/the/node")
+        # What the runtime makes the plugin from.
+        assert set(engine.embedded) >= set(built[1][op])
+
+    cases = [name for name, case in (GOOD | FUSED_GOOD).items() if case.op == op]
+    check_each([*cases, *(name for name, model in VARIANTS.items() if model.graph.node[0].op_type == op)], check, str)
 
 
 def test_layers_of_a_student(built):
@@ -196,26 +200,31 @@ def test_layers_of_a_student(built):
 KINDS = {"half": "HALF", "bfloat16": "BF16"}
 
 
-@pytest.mark.parametrize("name", [*GOOD, *(name for name in VARIANTS if name.split()[0] not in FUSED)])
-def test_output_types(built, name):
+def test_output_types(built):
     """Activations as they came in, logits fp32, states as they are stored."""
-    case = GOOD.get(name) or one(VARIANTS[name].graph.node[0].op_type)
-    state = {"float16": "HALF", "int8": "INT8"}.get(case.state_dtype, "FLOAT")
-    made = {"new_state": state, "new_state_scale": "FLOAT"}
-    activations = "FLOAT" if case.op == "Int8MatMul" else KINDS.get(name.split()[-1], "FLOAT")
-    for output, dtype in built[0][name].outputs:
-        assert dtype == made.get(output, activations)
+
+    def check(name):
+        case = GOOD.get(name) or one(VARIANTS[name].graph.node[0].op_type)
+        state = {"float16": "HALF", "int8": "INT8"}.get(case.state_dtype, "FLOAT")
+        made = {"new_state": state, "new_state_scale": "FLOAT"}
+        activations = "FLOAT" if case.op == "Int8MatMul" else KINDS.get(name.split()[-1], "FLOAT")
+        for output, dtype in built[0][name].outputs:
+            assert dtype == made.get(output, activations)
+
+    check_each([*GOOD, *(name for name in VARIANTS if name.split()[0] not in FUSED)], check, str)
 
 
-@pytest.mark.parametrize("name", [c.id for c in GOOD.values() if c.op in ("BinaryScaffoldMatMul", "Int8MatMul")])
-def test_workspace_is_for_the_largest_shapes(built, kernels, name):
-    case = GOOD[name]
-    n, sizes = engines.MAX_BATCH * engines.MAX_TOKENS, case.sizes
-    if case.op == "Int8MatMul":
-        wanted = kernels.sized("dfssm_trt_int8_workspace", n, sizes["K"])
-    else:
-        wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, sizes["K"], sizes["M"], sizes["R"])
-    assert wanted <= built[0][name].scratch < wanted + 1024  # the builder rounds up
+@pytest.mark.parametrize("op", ["BinaryScaffoldMatMul", "Int8MatMul"])
+def test_workspace_is_for_the_largest_shapes(built, kernels, op):
+    def check(case):
+        n, sizes = engines.MAX_BATCH * engines.MAX_TOKENS, case.sizes
+        if op == "Int8MatMul":
+            wanted = kernels.sized("dfssm_trt_int8_workspace", n, sizes["K"])
+        else:
+            wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, sizes["K"], sizes["M"], sizes["R"])
+        assert wanted <= built[0][case.id].scratch < wanted + 1024  # the builder rounds up
+
+    check_each([case for case in GOOD.values() if case.op == op], check)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.split()[0] in FUSED])
@@ -226,16 +235,20 @@ def test_output_types_of_the_fused(built, name):
         assert dtype == ("FLOAT" if output == "new_state" else activations)
 
 
-@pytest.mark.parametrize("name", FUSED_GOOD)
-def test_workspace_of_the_fused(built, kernels, name):
+@pytest.mark.parametrize("op", FUSED)
+def test_workspace_of_the_fused(built, kernels, op):
     """For the largest shapes, and with room for the channels of a prefill."""
-    case, n = FUSED_GOOD[name], engines.MAX_BATCH * engines.MAX_TOKENS
-    K, M, R = (case.sizes[key] for key in "KMR")
-    if case.op == "NormScaffoldConv":
-        wanted = kernels.sized("dfssm_trt_norm_scaffold_conv_workspace", n, K, M, R, case.sizes["C"], 0)
-    else:
-        wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, K, M, R)
-    assert wanted <= built[0][name].scratch < wanted + 1024  # the builder rounds up
+
+    def check(case):
+        n = engines.MAX_BATCH * engines.MAX_TOKENS
+        K, M, R = (case.sizes[key] for key in "KMR")
+        if op == "NormScaffoldConv":
+            wanted = kernels.sized("dfssm_trt_norm_scaffold_conv_workspace", n, K, M, R, case.sizes["C"], 0)
+        else:
+            wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, K, M, R)
+        assert wanted <= built[0][case.id].scratch < wanted + 1024  # the builder rounds up
+
+    check_each([case for case in FUSED_GOOD.values() if case.op == op], check)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
+from each import check_each
 from plugins_trt.emulated import EmulationError, narrow, widen
 
 from dfssm.opset.cases import CASES, Case
@@ -55,10 +56,13 @@ def draw(op: str, kind: str = "normal", attributes: dict | None = None, **sizes)
     return case, case.inputs()
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
-def test_case_table(kernels, case):
-    inputs = case.inputs()
-    check(case, kernels.run(case.op, inputs, **case.attributes), reference(case, inputs))
+@pytest.mark.parametrize("op", ACTIVATIONS)
+def test_case_table(kernels, op):
+    def check_case(case):
+        inputs = case.inputs()
+        check(case, kernels.run(op, inputs, **case.attributes), reference(case, inputs))
+
+    check_each([case for case in TABLE if case.op == op], check_case)
 
 
 @pytest.mark.parametrize("type", ["float16", "bfloat16"])

@@ -6,6 +6,7 @@ import sys
 import nodes
 import numpy as np
 import pytest
+from each import check_each
 from plugins_trt import adapter, lowered
 
 from dfssm.opset import OPS
@@ -31,9 +32,9 @@ def one(op: str, **sizes) -> Case:
     return next(c for c in lowered.CANONICAL if c.op == op and sizes.items() <= c.sizes.items())
 
 
-@pytest.mark.parametrize("case", lowered.CANONICAL, **IDS)
-def test_plugin_is_the_reference(case):
-    nodes.check_outputs(case, run(case))
+@pytest.mark.parametrize("op", OPS)
+def test_plugin_is_the_reference(op):
+    check_each([case for case in lowered.CANONICAL if case.op == op], lambda case: nodes.check_outputs(case, run(case)))
 
 
 STARTS = [("CausalConv1dStep", "x_start"), ("SelectiveScanStep", "dt_start"), ("GatedRMSNorm", "z_start")]

@@ -8,6 +8,7 @@ import ctypes
 
 import numpy as np
 import pytest
+from each import check_each
 
 from dfssm.opset.cases import Case
 from dfssm.opset.reference import quantize_state_ref, selective_scan_step_ref
@@ -65,14 +66,14 @@ def _step_by_step(run, inputs, **attributes):
     return np.concatenate(y, axis=1), *out[1:]
 
 
-@each_state
 @each_shape
-@pytest.mark.parametrize("T", [1, 2, 7, 33])
-def test_shapes(kernels, shape, state, T):
-    case = _case(shape, state, T)
-    inputs = case.inputs()
-    actual = kernels.run(OP, inputs, **case.attributes)
-    _check(case, actual, selective_scan_step_ref(**inputs, **case.attributes))
+def test_shapes(kernels, shape):
+    def check(case):
+        inputs = case.inputs()
+        actual = kernels.run(OP, inputs, **case.attributes)
+        _check(case, actual, selective_scan_step_ref(**inputs, **case.attributes))
+
+    check_each([_case(shape, state, T) for state in STATES for T in (1, 2, 7, 33)], check)
 
 
 @each_state
