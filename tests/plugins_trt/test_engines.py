@@ -46,12 +46,11 @@ def wrong() -> dict[str, tuple]:
     return {
         "bits as bytes": (
             model(scaffold, scaffold.inputs()),
-            "BinaryScaffoldMatMul '/the/node': input 'bits' has shape [17, 20], expected [17, 5] from [M, K / 32]",
+            "BinaryScaffoldMatMul '/the/node': input 'bits' has shape [17, 20], expected [Mp=17, K / 32 = 5]",
         ),
         "rank": (
             model(scaffold, changed(scaffold, "scale", (1, 17))),
-            "BinaryScaffoldMatMul '/the/node': input 'scale' has shape [1, 17], expected [M], every dimension "
-            "at least 1",
+            "BinaryScaffoldMatMul '/the/node': input 'scale' has shape [1, 17], expected [M]",
         ),
         "columns": (
             model(scaffold, changed(scaffold, "x", (1, 2, 144))),
@@ -59,7 +58,7 @@ def wrong() -> dict[str, tuple]:
         ),
         "rows": (
             model(head, changed(head, "w", (9, 64))),
-            "Int8MatMul '/the/node': input 'w' has shape [9, 64], expected [8, 64] from [M, K]",
+            "Int8MatMul '/the/node': input 'w_scale' has shape [8], expected [M=9]",
         ),
         "weights of another type": (
             model(head, changed(head, "w_scale", dtype=np.float16)),
@@ -83,7 +82,7 @@ def wrong() -> dict[str, tuple]:
         ),
         "two where one is due": (
             model(one("GatedRMSNorm"), groups=[1, 2]),
-            "GatedRMSNorm '/the/node': attribute 'groups' is not one int32",
+            "GatedRMSNorm '/the/node': attribute 'groups' is not an integer",
         ),
         "int8 state not declared": (
             model(one("SelectiveScanStep", T=2, state="int8"), int8_state=0),
@@ -91,8 +90,7 @@ def wrong() -> dict[str, tuple]:
         ),
         "columns of a wide tensor": (
             model(conv, x_start=1),
-            "CausalConv1dStep '/the/node': input 'x' has shape [?, ?, 40], expected [?, ?, >= 1 + 40] "
-            "from [B, T, >= x_start + C]",
+            "CausalConv1dStep '/the/node': input 'x' has shape [?, ?, 40], expected [B, T, >= x_start=1 + C=40]",
         ),
     }
 
