@@ -22,12 +22,13 @@ from .options import bundle_argument, json_option, print_result, threads_option,
 @click.option("--top-p", default=1.0, metavar="P", help="Draw from the likeliest that hold probability P.")
 @click.option("--seed", type=int, metavar="S", help="Repeat the same draws.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option("--eos", multiple=True, type=int, metavar="ID", help="End at this token, not the model's; repeatable.")
 @click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue what a saved state has read.")
 @click.option("--save-state", type=click.Path(), metavar="FILE", help="Save the state at the end.")
 @threads_option
 @trust_option
 @json_option
-def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) -> None:
+def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **settings) -> None:
     """Continue a text. It streams to stdout; a line about the speed follows on stderr."""
     bundle = paths.bundle(bundle)
     if load_state is not None:
@@ -40,7 +41,7 @@ def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) ->
 
     engine = Engine.load(bundle, threads=threads)
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
-    generation = engine.generate(prompt, state=state, **settings)
+    generation = engine.generate(prompt, state=state, eos=eos or None, **settings)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     for piece in generation:
@@ -48,6 +49,9 @@ def run(bundle, prompt, load_state, save_state, threads, as_json, **settings) ->
             click.echo(piece, nl=False)
     if save_state:
         generation.state.save(save_state)
+    elif rest := generation.flush():
+        if not as_json:
+            click.echo(rest, nl=False)
     figures = _figures(generation, engine)
     if as_json:
         print_result({"text": generation.text, "tokens": generation.tokens} | figures, True, str)

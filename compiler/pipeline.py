@@ -18,6 +18,7 @@ from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.text import load_tokenizer
 
 PACKAGES = (OF_MODEL, OF_EXPORT)
 """What compiling takes, besides what its target needs; see `dfssm.opset.extras`."""
@@ -150,7 +151,7 @@ def load(job: Job) -> None:
     job.config, tensors = load_student_tensors(job.model)
     job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
     if job.tokenizer:
-        _check_tokenizer(job.tokenizer, job.config.vocab_size)
+        load_tokenizer(job.tokenizer, "the model's own with --tokenizer", job.config.vocab_size)
 
 
 def lower(job: Job) -> None:
@@ -238,17 +239,6 @@ def _find_tokenizer(request: Request, model: Path) -> Path | None:
         beside = model.with_name(TOKENIZER)
         return beside if beside.is_file() else None
     return paths.file(request.tokenizer, "a tokenizer.json", TOKENIZER)
-
-
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    from tokenizers import Tokenizer
-
-    try:
-        entries = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception as error:  # tokenizers raises plain Exception
-        raise DfssmError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
-    if entries > vocab_size:
-        raise DfssmError(f"{path} has {entries} entries, the model knows {vocab_size}: it is another model's tokenizer")
 
 
 def _step(job: Job, name: str) -> Callable[[int, int], None]:

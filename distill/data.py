@@ -16,6 +16,7 @@ import numpy as np
 from dfssm.model.text import batches, documents, text_files
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
+from dfssm.targets.text import document, encode_documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -107,6 +108,7 @@ def tokenize(
         "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "end": end,
+        "special_tokens": "template",  # files of before that rule have none but `end`
         "vocab_size": vocab_size,
         "held_out": held_out,
     }
@@ -150,9 +152,8 @@ def open_tokens(folder: Path) -> Tokens:
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, end: int, vocab_size: int) -> np.ndarray:
-    """The tokens of texts, u32[n], those of each followed by `end`. Raises DfssmError if one is >= vocab_size."""
-    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ids = np.concatenate([np.array([*text.ids, end], TOKEN) for text in found])
+    """The tokens of texts, u32[n], each as a document that `end` ends. Raises DfssmError if one is >= vocab_size."""
+    ids = np.concatenate([np.array(document(found, end), TOKEN) for found in encode_documents(texts, tokenizer)])
     if ids.max() >= vocab_size:
         raise DfssmError(
             f"the tokenizer makes token {ids.max()}, the teacher has {vocab_size}: "

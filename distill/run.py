@@ -19,10 +19,12 @@ from dfssm.model.checkpoint import save_student
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
-from dfssm.model.text import END_OF_TEXT, load_tokenizer, text_files
+from dfssm.model.text import text_files
 from dfssm.opset import paths
+from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
+from dfssm.targets.text import end_tokens, load_tokenizer
 
 from . import PREFIX
 from .checkpoint import Checkpoints
@@ -124,11 +126,11 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
     vocab = teacher.config.vocab_size
     give = "the teacher's own with --tokenizer"
     file = paths.file(job.tokenizer or job.teacher / TOKENIZER, give, TOKENIZER)
-    tokenizer = load_tokenizer(file, give)
-    end = teacher.config.eos_token_id
-    end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
-    if end is None or end >= vocab:
+    tokenizer = load_tokenizer(file, give, vocab)
+    end, *_ = ends = end_tokens(teacher.config.eos_token_id, tokenizer) or (vocab,)
+    if max(ends) >= vocab:
         raise DfssmError(f"{file}: has no {END_OF_TEXT} among the teacher's {vocab} tokens")
+    teacher.config = dataclasses.replace(teacher.config, eos_token_id=ends)  # which the student takes over
 
     begun = bool(Checkpoints(job.output / "checkpoints", ranks).steps())
     if begun and not resume:

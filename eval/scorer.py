@@ -10,11 +10,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dfssm.model import PACKAGES
-from dfssm.model.text import END_OF_TEXT
 from dfssm.opset import paths
+from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import Needs, require
 from dfssm.targets.bundle import TOKENIZER
+from dfssm.targets.text import end_tokens, load_tokenizer
 
 BATCH = 8
 """Rows of one run, unless the caller says otherwise."""
@@ -23,18 +24,23 @@ CHUNK = 64
 """Tokens of one run whose logits are all wanted, likewise: 8 rows of 50,288 tokens are 103 MB."""
 
 
+_GIVE = "another with --tokenizer"
+
+
 class Scorer(Protocol):
     """A language model with its tokenizer. Token ids and logits are NumPy arrays; a state is the model's own.
 
     Attributes:
         kind: "teacher", "student" or "bundle". vocab_size: it knows the ids 0 to vocab_size - 1.
-        tokenizer: `tokenizers.Tokenizer`. end: id of the end-of-text token, which separates documents.
+        tokenizer: `tokenizers.Tokenizer`. ends: ids of the tokens that end a text. end: the first of them, which
+            separates documents.
         max_batch: the most rows of a state.
     """
 
     kind: str
     vocab_size: int
     tokenizer: Tokenizer
+    ends: tuple[int, ...]
     end: int
     max_batch: int
 
@@ -106,20 +112,20 @@ def open_scorer(path: str | Path, tokenizer: str | Path | None = None, device: s
     if kind == "bundle":
         if device:
             raise DfssmError(f"{path} is a bundle, which runs where it was compiled for: leave out the device {device}")
-        return EngineScorer(place, _read_tokenizer(file) if file else None)
+        return EngineScorer(place, load_tokenizer(file, _GIVE) if file else None)
     require(packages(kind))
     from .torch_scorer import TorchScorer
 
     assert file  # of these kinds `locate` knows one
-    return TorchScorer(kind, place, _read_tokenizer(file), device)
+    return TorchScorer(kind, place, load_tokenizer(file, _GIVE), device)
 
 
-def end_token(tokenizer: Tokenizer, configured: int | None) -> int:
-    """The id that ends a text: the config's, else that of <|endoftext|>. DfssmError where there is neither."""
-    end = tokenizer.token_to_id(END_OF_TEXT) if configured is None else configured
-    if end is None:
+def require_ends(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """`end_tokens`, at least one. DfssmError where there is none."""
+    ends = end_tokens(configured, tokenizer)
+    if not ends:
         raise DfssmError(f"neither the config has an eos_token_id nor the tokenizer {END_OF_TEXT}: give --tokenizer")
-    return end
+    return ends
 
 
 class EngineScorer:
@@ -132,8 +138,9 @@ class EngineScorer:
 
         self.engine = Engine.load(folder)
         self.vocab_size = self.engine.vocab_size
-        self.tokenizer = tokenizer or _whole(self.engine.tokenizer)
-        self.end = end_token(self.tokenizer, self.engine.config.get("eos_token_id"))
+        self.tokenizer = tokenizer or self.engine.tokenizer
+        self.ends = require_ends(self.engine.config.get("eos_token_id"), self.tokenizer)
+        self.end = self.ends[0]
         self.max_batch = self.engine.backend.max_batch  # a TensorRT engine is built for so many
 
     def new_state(self, batch: int) -> Any:
@@ -145,6 +152,7 @@ class EngineScorer:
         for name, tensor in target.items():
             tensor[:] = source[name][rows]
         new.logits[:], new.tokens[:] = state.logits[rows], state.tokens[rows]
+        new.recent[:] = state.recent[rows]
         return new
 
     def read(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
@@ -152,19 +160,3 @@ class EngineScorer:
 
     def logits(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         return self.engine.logits(ids, state), state
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return _whole(Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises nothing narrower
-        raise DfssmError(
-            f"{path} cannot be read as a tokenizer.json ({error}): give another with --tokenizer"
-        ) from None
-
-
-def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer.json may ask to cut or pad what it encodes; a text to be scored is taken as it is."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -11,6 +11,7 @@ import numpy as np
 
 from dfssm.model.text import batches, documents, text_files
 from dfssm.opset.errors import DfssmError
+from dfssm.targets.text import document, encode_documents
 
 from .scorer import Scorer
 
@@ -38,25 +39,25 @@ def read_text(paths: Sequence[Path], scorer: Scorer, tokens: int | None = None) 
     ends: list[np.ndarray] = []
     size, missing = 0, np.inf if tokens is None else tokens + 1
     for batch in batches(chain.from_iterable(map(documents, text_files(paths)))):
-        for document, found in zip(batch, scorer.tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
-            lengths = _byte_lengths(document)
-            ids.append(np.array([*found.ids, scorer.end], np.int64))
-            ends.append(size + lengths[[*(end for _, end in found.offsets), -1]])
+        for text, found in zip(batch, encode_documents(batch, scorer.tokenizer, offsets=True), strict=True):
+            lengths = _byte_lengths(text)
+            ids.append(np.array(document(found, scorer.end), np.int64))
+            ends.append(size + lengths[[*(end for _, end in found.offsets[: len(ids[-1]) - 1]), -1]])
             size += lengths[-1]
-            missing -= len(found.ids) + 1
+            missing -= len(ids[-1])
         if missing <= 0:
             break
     length = sum(map(len, ids))
     if length < 2:
         raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to score; give --data more")
     keep = slice(None if tokens is None else tokens + 1)
-    text = Text(np.concatenate(ids)[keep], np.concatenate(ends)[keep])
-    if text.ids.max() >= scorer.vocab_size:
+    read = Text(np.concatenate(ids)[keep], np.concatenate(ends)[keep])
+    if read.ids.max() >= scorer.vocab_size:
         raise DfssmError(
-            f"the tokenizer makes token {text.ids.max()}, the model has {scorer.vocab_size}: "
+            f"the tokenizer makes token {read.ids.max()}, the model has {scorer.vocab_size}: "
             "give the model's own with --tokenizer"
         )
-    return text
+    return read
 
 
 def _byte_lengths(document: str) -> np.ndarray:

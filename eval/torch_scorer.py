@@ -15,7 +15,7 @@ from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2State
 from dfssm.opset.errors import DfssmError
 
-from .scorer import end_token
+from .scorer import require_ends
 
 _PIECE = 256
 """Tokens of one run of which the last one's logits are wanted: activations do not grow with the text."""
@@ -36,7 +36,9 @@ class TorchScorer:
         self.kind = kind
         self.model = (load_teacher if kind == "teacher" else load_student)(path).to(self.device).eval()
         self.vocab_size = self.model.config.vocab_size
-        self.tokenizer, self.end = tokenizer, end_token(tokenizer, self.model.config.eos_token_id)
+        self.tokenizer = tokenizer
+        self.ends = require_ends(self.model.config.eos_token_id, tokenizer)
+        self.end = self.ends[0]
 
     def new_state(self, batch: int) -> Mamba2State:
         return self.model.new_state(batch)

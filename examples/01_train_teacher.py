@@ -34,9 +34,11 @@ from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.model.text import END_OF_TEXT, documents, load_tokenizer, packages, text_files
+from dfssm.model.text import documents, packages, text_files
 from dfssm.opset import paths
+from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.files import write_file
+from dfssm.targets.text import load_tokenizer
 
 WEIGHT_DECAY = 0.1
 PATIENCE = 3  # measurements without a new best, and the loss has stopped falling

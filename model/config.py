@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
+from dfssm.opset.endings import end_ids
 from dfssm.opset.errors import DfssmError
 
 
@@ -27,7 +28,7 @@ class Mamba2Config:
     norm_groups: int = 1  # groups of the gated norm: 1 in transformers, ngroups in mamba_ssm
     chunk_size: int = 64  # tokens a chunk of the sequence form: speed and memory only, not the result
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # each ends a text, the first separates documents
 
     def __post_init__(self) -> None:
         sizes = (
@@ -44,9 +45,11 @@ class Mamba2Config:
         for name in sizes:
             self._require_int(name, 1)
         self._require_int("d_conv", 2, 4)
-        for name in ("bos_token_id", "eos_token_id"):
-            if getattr(self, name) is not None:
-                self._require_int(name, 0)
+        if self.bos_token_id is not None:
+            self._require_int("bos_token_id", 0)
+        # One id is a number, as ever in these files; only several are a list.
+        ids = end_ids(self.eos_token_id)
+        object.__setattr__(self, "eos_token_id", ids if len(ids) > 1 else ids[0] if ids else None)
         if type(self.tie_embeddings) is not bool:
             raise DfssmError(f"config: tie_embeddings is {self.tie_embeddings!r}; it must be true or false")
         if not _is_real(self.norm_eps) or not 0.0 < self.norm_eps < 1.0:
@@ -78,6 +81,8 @@ class Mamba2Config:
         """A JSON-ready dict; an infinite dt_limit is null, since JSON has no infinity."""
         values = dataclasses.asdict(self)
         values["dt_limit"] = [None if math.isinf(bound) else bound for bound in self.dt_limit]
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
         return values
 
     @classmethod

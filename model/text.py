@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.opset.paths import file_or_folder
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-END_OF_TEXT = "<|endoftext|>"  # separates the documents of a plain text file
 FIELD = "text"  # of a JSON line, and column of a parquet file
 _JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
 _IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json there is mostly a configuration
 _PIECE = 1 << 24  # characters of a plain text file read at once
 _ROWS = 1024  # of a parquet file read at once
-_PROBE = "Once upon a time, 1 \u00e9\U0001f600\0"  # whatever a tokenizer may not have, and what most have
 _BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
 
 
@@ -58,23 +53,6 @@ def documents(path: Path) -> Iterator[str]:
     except OSError as error:
         reason = error.strerror or _line(error)
         raise DfssmError(f"{path}: cannot be read ({reason}); give --data other files") from None
-
-
-def load_tokenizer(file: Path, give: str) -> Tokenizer:
-    """A tokenizer.json, which takes texts whole: no truncation, no padding. DfssmError with `give` if it is none."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # Much of what a file lacks shows only in use: an id for what is unknown, a token that a template names.
-        tokenizer.decode(tokenizer.encode(_PROBE).ids)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises no type of its own, and its panics are no Exception
-        raise DfssmError(f"{file}: is no tokenizer.json ({_line(error)}); give {give}") from None
-    return tokenizer
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
+from dfssm.targets.text import end_tokens, load_tokenizer
 
 from .backend import Backend, Pool, open_backend
 from .generation import Generation
@@ -67,9 +68,8 @@ class Engine:
         """The bundle's `tokenizers.Tokenizer`, read at the first use; DfssmError when the bundle has none."""
         if TOKENIZER not in self.manifest.files:
             raise DfssmError(f"{self.folder} has no {TOKENIZER}: compile with --tokenizer to work with text")
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER))
+        give = "the bundle as it was compiled, or load it again"
+        tokenizer = load_tokenizer(self.folder / TOKENIZER, give, sha256=self.manifest.files[TOKENIZER]["sha256"])
         trim()
         return tokenizer
 
@@ -139,18 +139,30 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: str | Iterable[str] = (),
+        stop: str | Iterable[str] | None = (),
+        eos: int | Iterable[int] | None = None,
         state: State | None = None,
     ) -> Generation:
         """Continue `prompt`: an iterator over pieces of text, made as they are asked for.
 
         Args: `state` (batch 1) continues what it has read, with a `prompt` that may then be empty; it ends up
-            having read everything generated. `stop`: strings that end the text and are not part of it. The
-            sampling arguments are those of `Sampling`; temperature 0 is greedy.
-        Raises DfssmError for an empty prompt without a state, or a setting out of range.
+            having read everything generated. `stop`: strings that end the text and are not part of it. `eos`: ids
+            that end it, instead of the model's own; () is none. The sampling arguments are those of `Sampling`;
+            temperature 0 is greedy.
+        Raises DfssmError for an empty prompt without a state, an id that the model does not know, or a setting out of
+        range.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return Generation(self, prompt, max_tokens, sampling, [stop] if isinstance(stop, str) else list(stop), state)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(text, str) for text in stops):
+            raise DfssmError(f"stop is {stop!r}: give a string, or a list of them")
+        if not isinstance(prompt, str):
+            prompt = self._ids(prompt).reshape(-1)
+        if eos is None:
+            ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
+        else:
+            ends = set(self._ids(list(eos) if isinstance(eos, Iterable) else eos).reshape(-1).tolist())
+        return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
 
     def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
         """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
@@ -189,7 +201,10 @@ class Engine:
         return rows
 
     def _ids(self, ids: Any) -> np.ndarray:
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except (ValueError, TypeError):  # lists of unequal lengths
+            raise DfssmError("token ids are no plain list: give integers") from None
         if array.size and array.dtype.kind not in "iu":
             raise DfssmError(f"token ids are {array.dtype}: give integers")
         wrong = array[(array < 0) | (array >= self.vocab_size)]

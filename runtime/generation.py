@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.targets.text import encode
 
 from .sampling import Sampler, Sampling
 from .state import State
@@ -28,16 +29,17 @@ class Generation:
         steps, decode_seconds: steps of one token after it, and their time with the choice of the token.
         state: having read the prompt and all of `tokens`. When the caller ends the iteration early, the token
             of the last piece has not been read yet. A character of which it has read a part is shown by the
-            generation that completes it; only where none can follow is that part shown, as U+FFFD.
+            generation that completes it; only where none can follow is that part shown, as U+FFFD (see `flush`).
     """
 
     def __init__(
         self,
         engine: Engine,
-        prompt: str | Sequence[int] | np.ndarray,
+        prompt: str | np.ndarray,
         max_tokens: int,
         sampling: Sampling,
         stop: list[str],
+        ends: set[int],
         state: State | None,
     ):
         if max_tokens < 0:
@@ -47,15 +49,16 @@ class Generation:
         fresh = state is None or not state.tokens[0]
         if isinstance(prompt, str):
             # Special tokens open a text: they do not belong into the middle of one.
-            prompt = engine.tokenizer.encode(prompt, add_special_tokens=fresh).ids
-        self._prompt = np.asarray(prompt, np.int64 if not len(prompt) else None)
+            prompt = np.array(encode(prompt, engine.tokenizer, fresh), np.int64)
+        self._prompt = prompt
         self.prompt_tokens = len(self._prompt)
         if fresh and not self.prompt_tokens:
             raise DfssmError("the prompt is empty: give at least one token, or a state to continue from")
         self._engine, self._max_tokens, self._sampler = engine, max_tokens, Sampler(sampling)
         self._tokenizer = engine.tokenizer
-        self._owns_state = state is None
+        self._ends, self._owns_state = ends, state is None
         self.state = engine.new_state() if state is None else state
+        self._stream: TextStream | None = None
         self._filter = StopFilter(stop)
         self.tokens: list[int] = []
         self.text = ""
@@ -76,14 +79,13 @@ class Generation:
             self._engine.prefill(self._prompt, self.state)
             self.prefill_seconds = time.perf_counter() - start
         recent = self.state.recent[0]
-        stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
-        eos = self._engine.config.get("eos_token_id")
+        self._stream = stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
         token = np.zeros(1, np.int64)
         while self.finish_reason is None and len(self.tokens) < self._max_tokens:
             start = time.perf_counter()
             token[0] = self._sampler(self.state.logits[0])
             self.decode_seconds += time.perf_counter() - start
-            if token[0] == eos:
+            if int(token[0]) in self._ends:
                 self.finish_reason = "eos"
                 break
             self.tokens.append(int(token[0]))
@@ -105,6 +107,14 @@ class Generation:
         if self.finish_reason != "stop" and (rest := self._end("" if continues else stream.flush())):
             self.text += rest
             yield rest
+
+    def flush(self) -> str:
+        """After the iteration, where nothing will go on from the caller's state: the part of a character that the text
+        ends in, as U+FFFD.
+        """
+        rest = self._stream.flush() if self._stream and self.finish_reason != "stop" else ""
+        self.text += rest
+        return rest
 
     def _end(self, rest: str) -> str:
         """The text that was held back, and `rest`, up to a stop string that it may still contain."""

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from dfssm.distill import data
 from dfssm.distill.data import Windows, open_tokens, tokenize
-from dfssm.model.text import END_OF_TEXT
 from dfssm.opset import DfssmError
+from dfssm.opset.endings import END_OF_TEXT
 
 END = tiny.CONFIG.eos_token_id
 VOCAB = END + 1

@@ -7,8 +7,8 @@ import tiny
 from tokenizers import Tokenizer
 
 from dfssm.eval.text import read_text
-from dfssm.model.text import END_OF_TEXT
 from dfssm.opset import DfssmError
+from dfssm.opset.endings import END_OF_TEXT
 
 END = tiny.CONFIG.eos_token_id
 

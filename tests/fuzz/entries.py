@@ -71,8 +71,9 @@ def _folder(name: str) -> Path:
     if name == "manifest":
         for file in BUNDLE:
             (folder / file).write_bytes(b"x")
-    if name in ("teacher_config", "teacher_index"):
-        (folder / "model.safetensors").write_bytes(_teacher()["model.safetensors"])
+    if name in ("teacher_config", "teacher_index"):  # beside an index model.safetensors would be taken
+        weights = "model.safetensors" if name == "teacher_config" else "shard.safetensors"
+        (folder / weights).write_bytes(_teacher()["model.safetensors"])
     if name in ("teacher_weights", "teacher_pickle", "teacher_index"):
         (folder / "config.json").write_bytes(_teacher()["config.json"])
     return folder
@@ -126,7 +127,7 @@ def _teacher_folder(path: Path) -> None:
 
 
 def _tokenizer(path: Path) -> None:
-    from dfssm.model.text import load_tokenizer
+    from dfssm.targets.text import load_tokenizer
 
     tokenizer = load_tokenizer(path, "another")
     tokenizer.decode(tokenizer.encode("Once upon a time 1 é\U0001f600").ids)
@@ -222,7 +223,7 @@ def _teacher_configs() -> list[bytes]:
 
 
 def _teacher_indexes() -> list[bytes]:
-    return [json.dumps({"metadata": {}, "weight_map": {"a": "model.safetensors"}}).encode()]
+    return [json.dumps({"metadata": {}, "weight_map": {"a": "shard.safetensors"}}).encode()]
 
 
 def _tokenizers() -> list[bytes]:

@@ -90,3 +90,20 @@ def test_presets():
     assert preset("mamba2-130m") is PRESETS["mamba2-130m"]
     with pytest.raises(DfssmError, match="'mamba2-7b' is not known; choose one of mamba2-130m, "):
         preset("mamba2-7b")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "written"),
+    [
+        (None, None, None),
+        ([], None, None),
+        (5, 5, 5),
+        ([5], 5, 5),
+        ([7, 9, 7], (7, 9), [7, 9]),
+        ((0, 3), (0, 3), [0, 3]),
+    ],
+)
+def test_one_id_is_a_number_and_several_are_a_list(given, kept, written):
+    config = Mamba2Config(**SIZES, eos_token_id=given)
+    assert (config.eos_token_id, config.to_dict()["eos_token_id"]) == (kept, written)
+    assert Mamba2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

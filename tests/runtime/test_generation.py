@@ -209,6 +209,10 @@ def test_half_a_character_is_shown_where_nothing_can_follow(engine, scripted, mo
     half = list("日本".encode())[:4]
     assert scripted([104], half) == "日\ufffd"
     assert scripted([104], half, engine.new_state()) == "日"
+    script = iter(half)
+    monkeypatch.setattr("dfssm.runtime.generation.Sampler", lambda sampling: lambda logits: next(script))
+    last = engine.generate([104], max_tokens=4, state=engine.new_state())
+    assert ("".join(last), last.flush(), last.flush(), last.text) == ("日", "\ufffd", "", "日\ufffd")
     monkeypatch.setitem(engine.config, "eos_token_id", 263)
     assert scripted([104], [*half, 263], engine.new_state()) == "日\ufffd"
 
@@ -248,3 +252,75 @@ def test_a_reset_state_has_read_nothing(engine):
     assert state.recent[:, -2:].tolist() == [[1, 2], [3, 4]]
     state.row(1).reset()
     assert state.recent[:, -2:].tolist() == [[1, 2], [-1, -1]]
+
+
+@pytest.fixture
+def free(engine):
+    """A greedy text that nothing ends."""
+    generation = engine.generate("hello", **LIVELY)
+    list(generation)
+    return generation
+
+
+def ended(engine, **settings):
+    generation = engine.generate("hello", **LIVELY, **settings)
+    list(generation)
+    return generation.finish_reason, generation.tokens
+
+
+def test_each_of_several_ids_ends_the_text(engine, free, monkeypatch):
+    early, late = free.tokens[4], free.tokens[20]
+    assert early not in free.tokens[:4] and late not in free.tokens[:4]
+    for ids in ([late, early], [early, late]):
+        monkeypatch.setitem(engine.config, "eos_token_id", ids)
+        assert ended(engine) == ("eos", free.tokens[:4])
+
+
+def test_ids_that_are_given_are_instead_of_the_models(engine, free, monkeypatch):
+    monkeypatch.setitem(engine.config, "eos_token_id", free.tokens[4])
+    assert ended(engine, eos=free.tokens[9]) == ("eos", free.tokens[: free.tokens.index(free.tokens[9])])
+    assert ended(engine, eos=(free.tokens[2], free.tokens[1])) == ("eos", free.tokens[:1])
+    assert ended(engine, eos=()) == ("length", free.tokens)
+
+
+def test_end_of_text_ends_where_the_config_names_none(engine, free, monkeypatch):
+    """As bundles of state-spaces' checkpoints are, of before the tokenizer's was looked at."""
+    name = engine.tokenizer.id_to_token(free.tokens[4])
+
+    class Neox:
+        def token_to_id(self, token):
+            return free.tokens[4] if token == "<|endoftext|>" else None
+
+        def __getattr__(self, attribute):
+            return getattr(original, attribute)
+
+    original = engine.tokenizer
+    assert name and engine.config["eos_token_id"] is None
+    monkeypatch.setitem(engine.__dict__, "tokenizer", Neox())
+    assert ended(engine) == ("eos", free.tokens[:4])
+
+
+def test_no_stop_text_is_none(engine, free):
+    assert ended(engine, stop=None) == ended(engine, stop=[]) == ("length", free.tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompt": [-1]}, "token id -1 is out of range"),
+        ({"prompt": [1.0]}, "token ids are float64: give integers"),
+        ({"prompt": [None]}, "token ids are object: give integers"),
+        ({"prompt": [[1], [1, 2]]}, "token ids are no plain list: give integers"),
+        ({"prompt": [2**70]}, "token ids are object: give integers"),
+        ({"prompt": None}, "token ids are object: give integers"),
+        ({"prompt": b"hello"}, "token ids are .*: give integers"),
+        ({"prompt": "caf\udce9"}, r"the text 'caf\\udce9' is not UTF-8"),
+        ({"prompt": "a", "stop": [None]}, r"stop is \[None\]: give a string"),
+        ({"prompt": "a", "eos": -1}, "token id -1 is out of range"),
+        ({"prompt": "a", "eos": [265]}, "token id 265 is out of range"),
+        ({"prompt": "a", "eos": ["b"]}, "token ids are <U1: give integers"),
+    ],
+)
+def test_what_is_no_prompt_or_setting_is_named(engine, arguments, named):
+    with pytest.raises(DfssmError, match=named):
+        engine.generate(**arguments)

@@ -1,0 +1,173 @@
+"""The one rule by which text becomes tokens."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+from dfssm.targets.text import document, encode, encode_documents, end_tokens, load_tokenizer
+
+LONG = "hello world " * 11
+
+
+def save(tokenizer, path):
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture
+def cutting(tokenizer, tmp_path):
+    """A tokenizer.json as training scripts leave it: it asks for 8 tokens a text, filled up to 8."""
+    tokenizer = tokenizer.from_str(tokenizer.to_str())
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    return save(tokenizer, tmp_path / "tokenizer.json")
+
+
+@pytest.fixture
+def bundle_of(cpu_target, tmp_path, monkeypatch):
+    """bundle_of(tokenizer.json) -> a bundle with it."""
+
+    def make(file, config=tiny.CONFIG):
+        content = file.read_bytes()
+        monkeypatch.setattr(tiny, "write_tokenizer", lambda path: path.write_bytes(content))
+        return tiny.write_bundle(tmp_path / "b", config, target=cpu_target)
+
+    return make
+
+
+def test_a_text_is_taken_whole_whatever_the_file_asks_for(cutting, tokenizer, bundle_of):
+    ids = tokenizer.encode(LONG).ids
+    assert len(ids) > 8
+    assert load_tokenizer(cutting, "another").encode(LONG).ids == ids
+    engine = Engine.load(bundle_of(cutting))
+    generation = engine.generate(LONG, max_tokens=0)
+    list(generation)
+    assert generation.prompt_tokens == len(ids)
+
+
+def test_the_command_reads_the_whole_prompt(cutting, tokenizer, bundle_of):
+    from dfssm.cli.main import dfssm
+
+    arguments = ["run", str(bundle_of(cutting)), "-p", LONG, "-n", "1", "--json"]
+    found = json.loads(CliRunner().invoke(dfssm, arguments, catch_exceptions=False).stdout)
+    assert found["prompt_tokens"] == len(tokenizer.encode(LONG).ids)
+
+
+def test_padding_beyond_all_memory_is_not_done(tokenizer, tmp_path):
+    contents = json.loads(tokenizer.to_str())
+    contents["padding"] = {
+        **{"strategy": {"Fixed": 10**18}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
+    }
+    (tmp_path / "t.json").write_text(json.dumps(contents))
+    assert load_tokenizer(tmp_path / "t.json", "another").encode("hello").ids == tokenizer.encode("hello").ids
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100000, b'{"model": {"type": "BPE"}}', b"\xff\xfe", None])
+def test_what_is_no_tokenizer_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "t.json").write_bytes(content)
+    with pytest.raises(DfssmError, match=r"^[^\n]*t.json: [^\n]*; give another$"):
+        load_tokenizer(tmp_path / "t.json", "another")
+
+
+def test_ids_decide_and_not_the_number_of_tokens(tokenizer, tmp_path):
+    size = tiny.CONFIG.vocab_size
+    padded = tokenizer.from_str(tokenizer.to_str())
+    padded.add_special_tokens(["[PAD]"])
+    file = save(padded, tmp_path / "padded.json")
+    with pytest.raises(
+        DfssmError, match=rf"token '\[PAD\]' has id {size}, the model knows ids 0 to {size - 1}; give x"
+    ):
+        load_tokenizer(file, "x", size)
+    assert load_tokenizer(file, "x", size + 1).get_vocab_size() == size + 1
+    gaps = json.loads(tokenizer.to_str())
+    name = next(name for name, index in gaps["model"]["vocab"].items() if index == 7)
+    gaps["model"]["vocab"][name] = 5000  # no more tokens than before
+    (tmp_path / "gaps.json").write_text(json.dumps(gaps))
+    with pytest.raises(DfssmError, match=f"has id 5000, the model knows ids 0 to {size - 1}"):
+        load_tokenizer(tmp_path / "gaps.json", "x", size)
+
+
+def test_a_tokenizer_that_changed_under_an_open_bundle_is_refused(bundle_of, tokenizer, tmp_path):
+    bundle = bundle_of(save(tokenizer, tmp_path / "t.json"))
+    engine = Engine.load(bundle)
+    file = bundle / "tokenizer.json"
+    file.write_text(file.read_text().replace("hell", "hexl"))
+    with pytest.raises(DfssmError, match=r"tokenizer.json: has changed since the model was opened"):
+        engine.generate("hello")
+
+
+def test_the_template_begins_a_text_and_only_that():
+    llama = tiny.byte_fallback_tokenizer()
+    begin = llama.token_to_id("<s>")
+    assert encode("he", llama) == [begin, *encode("he", llama, begins=False)]
+
+
+def test_documents_begin_as_prompts_do_and_end_once():
+    from tokenizers import processors
+
+    llama = tiny.byte_fallback_tokenizer()
+    begin, end = map(llama.token_to_id, ("<s>", "</s>"))
+    plain = llama.encode("he", add_special_tokens=False).ids
+    (found,) = encode_documents(["he"], llama)
+    assert document(found, end) == [begin, *plain, end] == [*encode("he", llama), end]
+    both = [("<s>", begin), ("</s>", end)]
+    llama.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=both)
+    (found,) = encode_documents(["he"], llama)
+    assert document(found, end) == [begin, *plain, end]
+
+
+def test_training_and_scoring_read_the_same_tokens(tmp_path):
+    from dfssm.distill.data import encode as encode_to_train
+    from dfssm.eval.text import read_text
+
+    class Model:
+        tokenizer, vocab_size = tiny.byte_fallback_tokenizer(), 265
+        end = tokenizer.token_to_id("</s>")
+
+    texts = ["he 日本語", "hhe e"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    read = read_text([tmp_path / "a.jsonl"], Model())
+    assert read.ids.tolist() == encode_to_train(texts, Model.tokenizer, Model.end, 265).tolist()
+    ends = np.flatnonzero(read.ids == Model.end)
+    assert read.ids[[0, ends[0] + 1]].tolist() == [Model.tokenizer.token_to_id("<s>")] * 2
+    assert read.ends[ends].tolist() == np.cumsum([len(text.encode()) for text in texts]).tolist()
+    assert (np.diff(read.ends) >= 0).all() and read.scored_bytes == sum(len(text.encode()) for text in texts)
+
+
+class TestEnds:
+    def test_the_configs_ids_come_first(self, tokenizer):
+        tokenizer = tokenizer.from_str(tokenizer.to_str())
+        assert end_tokens(None, tokenizer) == ()
+        assert end_tokens(0, tokenizer) == (0,) and end_tokens([7, 0, 7], tokenizer) == (7, 0)
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        assert end_tokens(None, tokenizer) == (tokenizer.token_to_id("<|endoftext|>"),)
+        assert end_tokens(0, tokenizer) == (0,)
+
+    @pytest.mark.parametrize("value", ["</s>", -1, [1, "x"], [True], 1.0, {}])
+    def test_what_is_no_id_is_refused(self, value, tokenizer):
+        with pytest.raises(DfssmError, match="config: eos_token_id is .*; it must be null, an integer >= 0, or a list"):
+            end_tokens(value, tokenizer)
+
+    def test_several_go_through_a_bundle(self, bundle_of, tokenizer, tmp_path):
+        from dfssm.cli.main import dfssm
+
+        config = dataclasses.replace(tiny.CONFIG, eos_token_id=(3, 264))
+        bundle = bundle_of(save(tokenizer, tmp_path / "t.json"), config)
+        assert json.loads((bundle / "manifest.json").read_text())["config"]["eos_token_id"] == [3, 264]
+
+        def run(*more):
+            arguments = ["run", str(bundle), "-p", "hello", "-n", "30", "--json", "--temperature", "3", "--seed", "1"]
+            return json.loads(CliRunner().invoke(dfssm, [*arguments, *more], catch_exceptions=False).stdout)
+
+        free = run("--eos", "264")["tokens"]
+        cut = run("--eos", str(free[5]), "--eos", str(free[9]))
+        first = min(free.index(free[5]), free.index(free[9]))
+        assert (cut["finish_reason"], cut["tokens"]) == ("eos", free[:first])
