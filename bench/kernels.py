@@ -75,7 +75,7 @@ def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
     out = np.empty((1, tokens, rows), F32)
 
     def run():
-        _native.binary_scaffold_matmul(isa, x, **weights, layout=1, threads=threads, out=out)
+        _native.BinaryScaffoldMatMul(isa, x, **weights, layout=1, threads=threads, out=out)
 
     def check():
         run()
@@ -98,7 +98,7 @@ def head(rng, isa, threads, name, tokens) -> Kernel:
     out = np.empty((1, tokens, VOCABULARY), F32)
 
     def run():
-        _native.int8_matmul(isa, x, w, w_scale, threads=threads, out=out)
+        _native.Int8MatMul(isa, x, w, w_scale, threads=threads, out=out)
 
     def check():
         run()
@@ -130,12 +130,12 @@ def scan(rng, isa, threads, name, dtype, tokens, layers) -> Kernel:
     out = np.empty_like(inputs["x"])
 
     def run():
-        return _native.selective_scan_step(isa, **inputs, threads=threads, in_place=True, out=out)
+        return _native.SelectiveScanStep(isa, **inputs, threads=threads, in_place=True, out=out)
 
     def check():
         batched = ("x", "dt", "B", "C", "state", "state_scale")
         first = {k: v[:1].copy() if k in batched else v for k, v in inputs.items()}
-        actual = _native.selective_scan_step(isa, **first, threads=threads)
+        actual = _native.SelectiveScanStep(isa, **first, threads=threads)
         sizes = dict(N=D_STATE, T=tokens, state=dtype)
         for output, a, e in zip(
             ("y", "new_state", "new_scale"), actual, selective_scan_step_ref(**first), strict=False
@@ -153,10 +153,10 @@ def conv(rng, isa, threads, name, tokens) -> Kernel:
     out = np.empty_like(inputs["x"])
 
     def run():
-        _native.causal_conv1d_step(isa, **inputs, threads=threads, in_place=True, out=out)
+        _native.CausalConv1dStep(isa, **inputs, threads=threads, in_place=True, out=out)
 
     def check():
-        actual = _native.causal_conv1d_step(isa, **inputs)
+        actual = _native.CausalConv1dStep(isa, **inputs)
         for a, e in zip(actual, causal_conv1d_step_ref(**inputs), strict=True):
             op_tolerance("CausalConv1dStep", dict(W=4)).check(a, e, name)
 
@@ -170,7 +170,7 @@ def norm(rng, isa, threads, name, gated) -> Kernel:
     if not gated:
         inputs["x"] = inputs.pop("y")
         del inputs["z"]
-    function = _native.gated_rms_norm if gated else _native.rms_norm
+    function = _native.GatedRMSNorm if gated else _native.RMSNorm
     out = np.empty((LAYERS, channels), F32)
 
     def run():

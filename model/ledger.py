@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dfssm.opset.packing import padded_rows
-from dfssm.opset.schema import LAYOUT_ROW16
+from dfssm.opset.layouts import LAYOUTS
 
 from .config import DFSSMConfig
 from .tensors import ROLES, student_tensors
@@ -19,8 +18,8 @@ def model_bytes(config: dict[str, Any], layout: int = 0) -> dict[str, int]:
     found = dict.fromkeys(ROLES, 0)
     for name, tensor in student_tensors(DFSSMConfig.from_dict(config)).items():
         shape = tensor.shape
-        if layout == LAYOUT_ROW16 and name.endswith((".bits", ".up")):  # whose rows that layout pads
-            shape = (*shape[:-2], padded_rows(shape[-2]), shape[-1])
+        if name.endswith((".bits", ".up")):  # whose rows the layout pads
+            shape = (*shape[:-2], LAYOUTS[layout].padded(shape[-2]), shape[-1])
         found[tensor.role] += math.prod(shape) * _BYTES[tensor.dtype]
     return found
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset import DOMAIN, OPS, VERSION, DfssmError
-from dfssm.opset.packing import padded_rows, to_row16, up_to_row16
+from dfssm.opset.layouts import LAYOUTS, Layout
+from dfssm.opset.packing import to_layout, up_to_layout
 from dfssm.opset.schema import LAYOUT_ROW16
 
 from .bundle import DATA, MODEL
@@ -50,14 +51,14 @@ LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
 class _Relaid:
     """A matrix [..., M, width] in another layout, made anew when it is read: holding all would double the model."""
 
-    def __init__(self, source: np.ndarray, relay: Callable[[np.ndarray], np.ndarray]):
+    def __init__(self, source: np.ndarray, relay: Callable[[np.ndarray, Layout], np.ndarray]):
         *lead, rows, width = source.shape
         self._source, self._relay = source, relay
-        self.shape = (*lead, padded_rows(rows), width)
+        self.shape = (*lead, LAYOUTS[LAYOUT].padded(rows), width)
         self.dtype = source.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._relay(np.asarray(self._source))
+        return self._relay(np.asarray(self._source), LAYOUTS[LAYOUT])
 
 
 def probe(**options: Any) -> Probe:
@@ -98,8 +99,8 @@ def installed_library() -> CpuLibrary | None:
 
 
 def lower(tensors: Tensors) -> Tensors:
-    """`tensors` (name -> array, canonical) with each `bits` and `up` in layout 1, re-laid when it is read."""
-    relays = {"bits": to_row16, "up": up_to_row16}
+    """`tensors` (name -> array, canonical) with each `bits` and `up` in LAYOUT, re-laid when it is read."""
+    relays = {"bits": to_layout, "up": up_to_layout}
     lowered: dict[str, Any] = dict(tensors)
     for name, tensor in tensors.items():
         relay = relays.get(name.rpartition(".")[2])

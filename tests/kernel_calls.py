@@ -45,20 +45,12 @@ ISAS = [
 ]
 each_isa = pytest.mark.parametrize("isa", ISAS)
 
-_FUNCTIONS = {
-    "BinaryScaffoldMatMul": "binary_scaffold_matmul",
-    "Int8MatMul": "int8_matmul",
-    "CausalConv1dStep": "causal_conv1d_step",
-    "SelectiveScanStep": "selective_scan_step",
-    "GatedRMSNorm": "gated_rms_norm",
-    "RMSNorm": "rms_norm",
-}
 OUTPUTS = ("y", "new_state", "new_state_scale")
 
 
 def run(op: str, isa: str, inputs: dict, **options) -> tuple[np.ndarray, ...]:
     """Outputs of one op, always a tuple; `options` are attributes, threads, in_place, out."""
-    outputs = getattr(native(isa), _FUNCTIONS[op])(isa, **inputs, **options)
+    outputs = getattr(native(isa), op)(isa, **inputs, **options)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -56,9 +56,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
         if layout == 1:
             bits, stored_up = to_row16(bits), up_to_row16(up)
         ones = np.ones(M, F32)
-        y = native(isa).binary_scaffold_matmul(
-            isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout
-        )
+        y = native(isa).BinaryScaffoldMatMul(isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout)
         np.testing.assert_array_equal(y, expected, err_msg=f"M={M} R={R} n={n}")
 
 
@@ -71,7 +69,7 @@ def test_scaffold_at_the_ends_of_int8(isa, layout):
     empty = np.zeros((0, K), np.int8), np.zeros(0, F32), np.zeros((M, 0), np.int8), np.ones(M, F32)
     for n, value in itertools.product((1, 2, 7), (127.0, -127.0)):
         x = np.full((n, K), value, F32)
-        y = native(isa).binary_scaffold_matmul(isa, x, bits, np.ones(M, F32), *empty, layout=layout)
+        y = native(isa).BinaryScaffoldMatMul(isa, x, bits, np.ones(M, F32), *empty, layout=layout)
         np.testing.assert_array_equal(y, np.full((n, M), K * value))
 
 
@@ -83,7 +81,7 @@ def test_int8_matmul_is_exact_in_integers(isa):
         x = _whole_numbers(rng, n, K)
         w = rng.integers(-128, 128, (M, K), dtype=np.int8)
         w[0] = -128
-        y = native(isa).int8_matmul(isa, x, w, np.ones(M, F32))
+        y = native(isa).Int8MatMul(isa, x, w, np.ones(M, F32))
         np.testing.assert_array_equal(y, x.astype(np.int64) @ w.T.astype(np.int64), err_msg=f"K={K} M={M} n={n}")
 
 
@@ -168,7 +166,7 @@ def test_conv_against_float64(isa, width):
         expected = bias + sum(window[:, w : w + T] * weight[:, w] for w in range(width))
         if activation == "silu":
             expected = expected / (1 + np.exp(-expected))
-        y, new_state = native(isa).causal_conv1d_step(isa, x, state, weight, bias, activation)
+        y, new_state = native(isa).CausalConv1dStep(isa, x, state, weight, bias, activation)
         reduction(width + 1).check(y, expected, f"C={C} T={T} {activation}")
         np.testing.assert_array_equal(new_state, window[:, T:].swapaxes(1, 2).astype(F32))
 
@@ -185,10 +183,10 @@ def test_norms_against_float64(isa):
         v = v.reshape(3, groups, size)
         expected = v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-5)
         expected = expected.reshape(3, C) * weight
-        actual = native(isa).gated_rms_norm(isa, y, z, weight, 1e-5, groups)
+        actual = native(isa).GatedRMSNorm(isa, y, z, weight, 1e-5, groups)
         reduction(size).check(actual, expected, f"gated, C={C} groups={groups}")
         expected = y / np.sqrt((y.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5) * weight
-        reduction(C).check(native(isa).rms_norm(isa, y, weight), expected, f"C={C}")
+        reduction(C).check(native(isa).RMSNorm(isa, y, weight), expected, f"C={C}")
 
 
 @each_isa
@@ -197,7 +195,7 @@ def test_silu_error_bound(isa):
     x = np.concatenate([np.linspace(-86, 86, 200_001), [-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]]).astype(F32)
     C = x.size
     weight = np.tile(np.array([0, 1], F32), (C, 1))
-    y, _ = native(isa).causal_conv1d_step(isa, x[None, None], np.zeros((1, C, 1), F32), weight, np.zeros(C, F32))
+    y, _ = native(isa).CausalConv1dStep(isa, x[None, None], np.zeros((1, C, 1), F32), weight, np.zeros(C, F32))
     exact = x * np.exp(-np.logaddexp(0, -x.astype(np.float64)))
     # beyond -87 the exponential stops at exp(-87) = 1.6e-38: an error of |x| times that
     bound = 4 * EPS32 * np.abs(exact) + np.where(x < -86, np.abs(x) * 2e-38, 0)

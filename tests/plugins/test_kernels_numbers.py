@@ -57,7 +57,7 @@ def test_a_row_that_is_not_finite_becomes_nan_and_no_other(isa, bad):
             assert np.isnan(s[1]) and not q[1].any() and total[1] == 0
             for a, e in zip((q, s, total), clean, strict=True):
                 np.testing.assert_array_equal(a[[0, 2]], e[[0, 2]])
-            y = native(isa).int8_matmul(isa, x, np.ones((5, K), np.int8), np.ones(5, F32))
+            y = native(isa).Int8MatMul(isa, x, np.ones((5, K), np.int8), np.ones(5, F32))
             assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 
@@ -181,7 +181,7 @@ def _valid_matmul():
 )
 def test_a_misfit_is_named(change, message):
     with pytest.raises(ValueError, match=f"^Int8MatMul: {message}$"):
-        _native.int8_matmul("scalar", **(_valid_matmul() | change))
+        _native.Int8MatMul("scalar", **(_valid_matmul() | change))
 
 
 CONV = Case("CausalConv1dStep", dict(B=1, T=2, C=8, W=4), {"x_start": 3})
@@ -241,7 +241,7 @@ def test_a_range_of_columns_that_does_not_fit_is_named(case, change, attributes,
 
 def test_an_unknown_isa_is_named():
     with pytest.raises(ValueError, match=r"^Int8MatMul: isa is 'sse9'; this CPU can use: scalar.*$"):
-        _native.int8_matmul("sse9", **_valid_matmul())
+        _native.Int8MatMul("sse9", **_valid_matmul())
 
 
 def _default_isa(value):

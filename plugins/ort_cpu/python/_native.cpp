@@ -347,7 +347,7 @@ void run(Call<opset::RMSNorm>& call) {
 }
 
 template <class S>
-void define(py::module_& m, const char* function) {
+void define(py::module_& m) {
   std::string doc = std::string(S::kName) + "(isa";
   for (const TensorSpec& spec : S::kInputSpecs) doc += std::string(", ") + spec.name + " " + shape_text(spec);
   for (size_t i = 0; i < S::kOp.attribute_count; ++i) doc += std::string(", ") + S::kAttributes[i];
@@ -355,7 +355,7 @@ void define(py::module_& m, const char* function) {
       ", threads=1, in_place=False, out=None): opset/ops/. Leading dimensions of activations may be left "
       "out.";
   m.def(
-      function,
+      S::kName,
       [](const std::string& isa, const py::args& args, const py::kwargs& kwargs) {
         return named(S::kName, [&] {
           Call<S> call(isa, args, kwargs);
@@ -465,18 +465,16 @@ std::string default_isa() {
 PYBIND11_MODULE(_native, m) {
   using namespace dfssm;
   using py::arg;
-  m.doc() = "The CPU kernels of dfssm over NumPy arrays, one call an operator; `isa` is one of isas().";
+  m.doc() =
+      "The CPU kernels of dfssm over NumPy arrays, one function an op, named as it; `isa` is one of isas().";
   m.def("isas", &isas, "Names of the kernel tables this CPU can run, the plainest first.");
   m.def("default_isa", &default_isa,
         "Name of the table in use: DFSSM_ISA if set (ValueError if unusable), or the best.");
   m.def("quantize_activations", &quantize_activations, arg("isa"), arg("x"),
         "x f32 [n,K] -> q i8 [n,K], s f32 [n], sum i32 [n].");
-  define<opset::BinaryScaffoldMatMul>(m, "binary_scaffold_matmul");
-  define<opset::Int8MatMul>(m, "int8_matmul");
-  define<opset::CausalConv1dStep>(m, "causal_conv1d_step");
-  define<opset::SelectiveScanStep>(m, "selective_scan_step");
-  define<opset::GatedRMSNorm>(m, "gated_rms_norm");
-  define<opset::RMSNorm>(m, "rms_norm");
+#define DEFINE(op) define<opset::op>(m);
+  DFSSM_OPS(DEFINE)
+#undef DEFINE
   m.def("pack_bits", &pack_bits_array, arg("signs"),
         "Signs i8 or bool [...,M,K] (> 0 is +1) -> bits u8 [...,M,K/8].");
   m.def("unpack_bits", &unpack_bits_array, arg("bits"),
