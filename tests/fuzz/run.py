@@ -45,6 +45,7 @@ class Fuzzer:
         if self.executions == self.runs or time.monotonic() > self.until:
             print(f"{self.name}: {self.executions} executions, {self.read} read, {len(self.findings)} findings")
             sys.stdout.flush()
+            entries.clean()
             os._exit(bool(self.findings))
         self.executions += 1
         try:
