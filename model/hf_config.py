@@ -87,8 +87,9 @@ def hf_config(config: Mamba2Config, dtype: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; DfssmError if it is missing or is none."""
     try:
-        values = json.loads(paths.file(path, "the file of that name of a checkpoint").read_text())
-    except ValueError as error:
+        # Editors of Windows put a byte order mark in front.
+        values = json.loads(paths.file(path, "the file of that name of a checkpoint").read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise DfssmError(f"{path}: is not JSON ({error}); copy the checkpoint again") from None
     if not isinstance(values, dict):
         raise DfssmError(f"{path}: is not a JSON object; copy the checkpoint again")
@@ -105,6 +106,8 @@ class _Options:
         value = self.values.get(name, default)
         if value is None:
             raise DfssmError(f"{self.source}: {name} is missing; copy the checkpoint's own config.json")
+        if type(value) is float and value.is_integer():
+            value = int(value)  # as other languages write it
         if type(value) is not int:
             raise DfssmError(f"{self.source}: {name} is {value!r}; it must be an integer")
         return value
@@ -118,15 +121,13 @@ class _Options:
         return value
 
     def dt_limit(self, name: str) -> Any:
-        """transformers 5 writes infinity as {"__float__": "Infinity"}; JSON has none."""
-        bounds = self.values.get(name, _NO_LIMIT)
+        """Null is no limit. transformers 5 writes infinity as {"__float__": "Infinity"}; JSON has none."""
+        bounds = self.values.get(name)
+        if type(bounds) is not list:
+            return _NO_LIMIT if bounds is None else bounds
         infinity = {"__float__": "Infinity"}
-        return [math.inf if bound == infinity else bound for bound in bounds] if type(bounds) is list else bounds
-
-    def token_id(self, name: str) -> Any:
-        """transformers allows a list of ids; the first is the one that a text ends with."""
-        value = self.values.get(name)
-        return value[0] if isinstance(value, list) and value else value
+        found = [math.inf if bound == infinity else bound for bound in bounds]
+        return [0.0, *found[1:]] if found[:1] == [None] else found
 
 
 def _from_transformers(options: _Options) -> tuple[dict[str, Any], bool]:
@@ -148,8 +149,8 @@ def _from_transformers(options: _Options) -> tuple[dict[str, Any], bool]:
         # One rms a group, as mamba_ssm trains, and as transformers does since it mended its one rms over all
         # groups. A model that was trained with the latter says so by a key of ours: "norm_groups": 1.
         "norm_groups": options.integer("norm_groups", sizes["ngroups"]),
-        "bos_token_id": options.token_id("bos_token_id"),
-        "eos_token_id": options.token_id("eos_token_id"),
+        "bos_token_id": options.values.get("bos_token_id"),
+        "eos_token_id": options.values.get("eos_token_id"),
     }
     return fields, options.only("use_conv_bias", True, False)
 

@@ -7,6 +7,7 @@ Pickled weights are read with weights_only, so no code runs.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -21,10 +22,13 @@ from dfssm.opset.paths import WEIGHTS
 from .checkpoint import read_tensors
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
+from .hf_tokens import with_tokens
 from .teacher import Mamba2LM
 from .tensors import EMBEDDING, HEAD, weights
 
 CONFIG_FILE, WEIGHTS_FILE = paths.CONFIG, WEIGHTS[0]
+_AROUND = re.compile(r"^(?:(?:_orig_mod|module|model|_fsdp_wrapped_module)\.)+")
+_BACKBONE = "backbone."
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -36,8 +40,10 @@ def load_teacher(path: str | Path) -> Mamba2LM:
     """
     path = paths.teacher(path)
     config, conv_bias = read_config(path / CONFIG_FILE)
+    config = with_tokens(config, path)
     source = _weights_path(path)
     tensors = _read_weights(source)
+    tensors = _plain_names(source, tensors)
     if EMBEDDING.alias in tensors and EMBEDDING.source not in tensors:
         tensors[EMBEDDING.source] = tensors.pop(EMBEDDING.alias)
     if config.tie_embeddings:
@@ -79,6 +85,21 @@ def save_teacher(model: Mamba2LM, path: str | Path, dtype: torch.dtype = torch.f
     write_file(path / CONFIG_FILE, config)
 
 
+def _plain_names(source: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that checkpoints have, without what torch.compile, DistributedDataParallel, FSDP or a module around the
+    model put in front; the tensors of a model saved without its head get theirs.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = _AROUND.sub("", name, count=1)
+        if not plain.startswith((_BACKBONE, HEAD.source)):
+            plain = _BACKBONE + plain
+        if plain in named:
+            raise DfssmError(f"{source}: tensor {plain} is there twice, once as {name}; save the model alone")
+        named[plain] = tensor
+    return named
+
+
 def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """Remove a tensor from `tensors`, checked and as fp32."""
     if name not in tensors:
@@ -111,6 +132,8 @@ def _weights_path(folder: Path) -> Path:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.name.endswith(".index.json"):
         content = read_tensors(path, "copy the checkpoint again")[0]
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]  # a training's checkpoint has more beside it
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise DfssmError(f"{path}: is not a mapping of names to tensors; save the model's state_dict")
         return dict(content)

@@ -15,7 +15,10 @@ from .errors import DfssmError
 MANIFEST, CONFIG = "manifest.json", "config.json"
 """The file that makes a folder a bundle, and the one that makes it a checkpoint."""
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "consolidated.safetensors",  # Mistral's own
+)
 """Of a checkpoint; one in both formats is read from safetensors, as transformers does."""
 
 STUDENT = "model.pt"
@@ -69,6 +72,8 @@ def find(path: str | Path, *wanted: str) -> tuple[str, Path]:
     if not kind:
         lacks = " and no ".join({"teacher": CONFIG, "bundle": MANIFEST}[name] for name in wanted if name != "student")
         why = f"it has no {lacks}; " if stat.S_ISDIR(mode) and lacks else ""
+        if why and "teacher" in wanted and (path / "params.json").is_file():
+            why = f"it has Mistral's params.json but no {CONFIG}; put transformers' own there, or "
         raise DfssmError(f"{path} is not {names}: {why}give {give}")
     noun = _KINDS[kind][place != path]
     if kind not in wanted:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from mamba2_ref import edit_json, hf_folder, hf_model
+from safetensors.torch import save_file
 
 from dfssm.model.config import PRESETS, DFSSMConfig, Mamba2Config
 from dfssm.model.hf_config import read_config
@@ -165,11 +166,12 @@ def test_norm_groups_follow_n_groups_unless_the_file_says_otherwise(tmp_path):
 
 def test_infinity_of_every_version_and_a_list_of_ends(tmp_path):
     folder = hf_folder(hf_model(), tmp_path / "hf")
+    (folder / "generation_config.json").unlink()
     for bounds in ([0.5, math.inf], [0.5, {"__float__": "Infinity"}], [0.5, None]):
         edit_json(folder / "config.json", time_step_limit=bounds, eos_token_id=[7, 9], bos_token_id=3)
         config = load_teacher(folder).config
         assert config.dt_limit == (0.5, math.inf)
-        assert (config.eos_token_id, config.bos_token_id) == (7, 3)
+        assert (config.eos_token_id, config.bos_token_id) == ((7, 9), 3)
 
 
 @pytest.mark.parametrize(
@@ -232,3 +234,136 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(DfssmError, match="student, not a teacher"):
         save_teacher(DFSSMLM(DFSSMConfig.from_teacher(CONFIG, rank=2)), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+class TestTokens:
+    """Which ids end a text is known at import, from whatever file of the folder says so."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A checkpoint as state-spaces publishes them: its config.json names no token."""
+        mamba_ssm_folder(tmp_path / "ssm", random_teacher())
+        return tmp_path / "ssm"
+
+    @staticmethod
+    def write(folder, **files):
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+    @staticmethod
+    def ends(folder):
+        return load_teacher(folder).config.eos_token_id
+
+    def test_nothing_says_so(self, folder):
+        assert self.ends(folder) is None
+
+    @pytest.mark.parametrize(
+        "tokenizer",
+        [
+            {"added_tokens": [{"id": 11, "content": "<|endoftext|>", "special": True}], "model": {"vocab": {"a": 0}}},
+            {"model": {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 11}}},
+            {"model": {"type": "Unigram", "vocab": [[f"t{i}", -1.0] for i in range(11)] + [["<|endoftext|>", 0.0]]}},
+        ],
+    )
+    def test_the_tokenizers_end_of_text(self, folder, tokenizer):
+        self.write(folder, tokenizer=tokenizer)
+        assert self.ends(folder) == 11
+
+    def test_all_that_is_said_in_order_and_once(self, folder):
+        self.write(
+            folder,
+            tokenizer={"added_tokens": [{"id": 11, "content": "<|endoftext|>"}, {"id": 12, "content": "</s>"}]},
+            tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<|endoftext|>"},
+            generation_config={"eos_token_id": [30, 12]},
+        )
+        assert (self.ends(folder), load_teacher(folder).config.bos_token_id) == ((30, 12, 11), 11)
+        edit_json(folder / "generation_config.json", eos_token_id=31)
+        assert self.ends(folder) == (31, 12, 11)
+
+    def test_config_json_comes_first(self, tmp_path):
+        folder = hf_folder(hf_model(), tmp_path / "hf")
+        edit_json(folder / "config.json", eos_token_id=[7, 9], bos_token_id=3)
+        self.write(folder, generation_config={"eos_token_id": 9}, tokenizer_config={"eos_token": "<e>"})
+        self.write(folder, tokenizer={"added_tokens": [{"id": 20, "content": "<e>"}]})
+        config = load_teacher(folder).config
+        assert (config.eos_token_id, config.bos_token_id) == ((7, 9, 20), 3)
+
+    def test_ids_beside_the_tokenizer_config_alone(self, folder):
+        self.write(folder, tokenizer_config={"eos_token": "<e>", "added_tokens_decoder": {"5": {"content": "<e>"}}})
+        assert self.ends(folder) == 5
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "[]", "[" * 9999, '{"eos_token": 3, "eos_token_id": "x", "added_tokens": 1, "model": []}', "\xff"],
+    )
+    def test_files_that_say_nothing(self, folder, content):
+        self.write(folder, tokenizer=content, tokenizer_config=content, generation_config=content)
+        assert self.ends(folder) is None
+
+    def test_ids_that_the_model_does_not_have(self, folder):
+        self.write(folder, generation_config={"eos_token_id": [48, -1, True, 47]})
+        assert self.ends(folder) == 47
+
+    def test_they_go_on_into_the_student(self, folder, tmp_path):
+        from dfssm.model.convert import convert
+
+        self.write(folder, generation_config={"eos_token_id": [30, 12]})
+        assert convert(load_teacher(folder))[0].eos_token_id == (30, 12)
+
+
+def renamed(model, rename):
+    return {rename(name): tensor for name, tensor in mamba_ssm_tensors(model).items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model._orig_mod.module.", ""]
+)
+def test_names_with_what_training_puts_in_front(tmp_path, prefix):
+    model = random_teacher()
+    folder = mamba_ssm_folder(tmp_path / "a", model)
+    torch.save(renamed(model, lambda name: prefix + name), folder / "pytorch_model.bin")
+    assert same_weights(load_teacher(folder), model)
+    torch.save({"epoch": 3, "state_dict": renamed(model, lambda name: prefix + name)}, folder / "pytorch_model.bin")
+    assert same_weights(load_teacher(folder), model)
+    if prefix:  # the model without its head, which is tied
+        names = renamed(model, lambda name: prefix + name.removeprefix("backbone."))
+        del names[f"{prefix}lm_head.weight"]
+        torch.save(names, folder / "pytorch_model.bin")
+        assert same_weights(load_teacher(folder), model)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    model = random_teacher()
+    folder = mamba_ssm_folder(tmp_path / "a", model)
+    torch.save(mamba_ssm_tensors(model) | renamed(model, lambda name: f"module.{name}"), folder / "pytorch_model.bin")
+    with pytest.raises(DfssmError, match=r"is there twice, once as module\.backbone"):
+        load_teacher(folder)
+
+
+def test_configs_as_other_programs_write_them(tmp_path):
+    folder = hf_folder(hf_model(), tmp_path / "hf")
+    expected = load_teacher(folder)
+    values = json.loads((folder / "config.json").read_text()) | {"expand": 2.0, "time_step_limit": None}
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(values).encode())
+    assert load_teacher(folder).config == expected.config and same_weights(load_teacher(folder), expected)
+    for bounds in ([None, None], [0.0, None], [None, math.inf]):
+        (folder / "config.json").write_text(json.dumps(values | {"time_step_limit": bounds}))
+        assert load_teacher(folder).config.dt_limit == (0.0, math.inf)
+    ssm = MAMBA_SSM_JSON["ssm_cfg"] | {"dt_limit": [0.0, None], "d_state": 8.0}
+    folder = mamba_ssm_folder(tmp_path / "ssm", random_teacher(), ssm_cfg=ssm)
+    assert load_teacher(folder).config == CONFIG
+
+
+def test_mistrals_own_weights(tmp_path):
+    """Codestral Mamba as Mistral gives it: one file, under mamba_ssm's names inside a module of their own."""
+    model = random_teacher(Mamba2Config(**CONFIG.to_dict() | {"tie_embeddings": False}))
+    save_teacher(model, tmp_path / "raw")
+    (tmp_path / "raw" / "model.safetensors").unlink()
+    save_file(renamed(model, lambda name: f"model.{name}"), tmp_path / "raw" / "consolidated.safetensors")
+    assert same_weights(load_teacher(tmp_path / "raw"), model)
+    assert same_weights(load_teacher(tmp_path / "raw" / "consolidated.safetensors"), model)
+    (tmp_path / "raw" / "config.json").rename(tmp_path / "raw" / "params.json")
+    with pytest.raises(
+        DfssmError, match=r"it has Mistral's params.json but no config.json; put transformers' own there"
+    ):
+        load_teacher(tmp_path / "raw")

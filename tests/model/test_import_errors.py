@@ -81,7 +81,7 @@ def test_an_untied_head_must_be_there(folder):
         ({"num_heads": 5}, "num_heads * head_dim is 80 and expand * hidden_size 64"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"state_size": "8"}, "state_size is '8'; it must be an integer"),
-        ({"expand": 2.0}, "expand is 2.0; it must be an integer"),
+        ({"expand": 2.5}, "expand is 2.5; it must be an integer"),
         ({"conv_kernel": 5}, "d_conv is 5; it must be an integer 2..4"),
         ({"n_groups": 3}, "ngroups is 3; it must divide the number of heads"),
         ({"norm_groups": 3}, "norm_groups is 3; it must divide d_inner"),
