@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +37,9 @@ def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.
 
 def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) -> None:
     """Raise DfssmError unless `tensors` are exactly those of `config`, finite where they are floats."""
+    if config.n_layer > len(tensors):  # before a list of a million layers is made
+        found = f"has {len(tensors)} tensors, too few for the {config.n_layer} layers of its configuration"
+        raise DfssmError(f"{source}: {found}; export or convert the student again")
     specs = tensor_specs(config)
     for name in specs:
         if name not in tensors:
@@ -132,7 +135,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
     except pickle.UnpicklingError:
         raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # the unpickler raises whatever the damaged bytes make it stumble over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DfssmError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
@@ -143,7 +146,7 @@ def _read(path: Path) -> tuple[dict, Any]:
         tensors, metadata = read_tensors(path, "copy or export it again")
         try:
             version, config = int(metadata.get("version", 0)), json.loads(metadata.get("config", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DfssmError(f"{path}: its metadata cannot be read; export the student again") from None
         return {"format": metadata.get("format"), "version": version, "config": config}, tensors
     with path.open("rb") as file:

@@ -147,7 +147,10 @@ def _parse_dt_limit(value: Any) -> tuple[float, float]:
         raise DfssmError(
             f"config: dt_limit is {value!r}; it must be [low, high] with 0 <= low < high (null = no limit)"
         )
-    return float(bounds[0]), float(bounds[1])
+    try:
+        return float(bounds[0]), float(bounds[1])
+    except OverflowError:  # a whole number that no float holds
+        raise DfssmError("config: dt_limit has a bound of over 300 digits; null means no limit") from None
 
 
 # The state-spaces checkpoints: 50277 GPT-NeoX tokens, padded to a multiple of 16.

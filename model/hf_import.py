@@ -48,6 +48,10 @@ def load_teacher(path: str | Path) -> Mamba2LM:
         tensors[EMBEDDING.source] = tensors.pop(EMBEDDING.alias)
     if config.tie_embeddings:
         _drop_tied_head(source, tensors)
+    if config.n_layer > len(tensors):  # before a list of a million layers is made
+        raise DfssmError(
+            f"{source}: has {len(tensors)} tensors, too few for {config.n_layer} layers; copy the checkpoint again"
+        )
     loaded = {}
     for weight in weights(config):
         if weight.name.endswith("conv.bias") and not conv_bias:
@@ -142,7 +146,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise DfssmError(f"{path}: weight_map is missing; copy the checkpoint again")
     tensors: dict[str, Tensor] = {}
     for name in sorted({str(shard) for shard in shards.values()}):
-        if Path(name).name != name:
+        if Path(name).name != name or len(name) > 255:  # NAME_MAX
             raise DfssmError(f"{path}: shard {name!r} is not beside the index; copy the checkpoint again")
         if not (path.parent / name).is_file():
             raise DfssmError(f"{path.parent}: shard {name} is missing; copy the checkpoint again")

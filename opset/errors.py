@@ -5,5 +5,8 @@ class DfssmError(Exception):
     """Something the user can mend: one line that names the thing, its value and the remedy.
 
     The commands print it without a traceback and exit with 1. Anything else that escapes is a bug and keeps its
-    traceback.
+    traceback. What a file or a library says may have line ends: the message has none.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split("\n")) if "\n" in message else message)

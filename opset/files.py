@@ -1,15 +1,16 @@
 """Writing files and folders: there whole or not at all. The one place that does it; standard library only.
 
-A draft with a random name is made beside the target, synced to the disk, and renamed into place; then the folder is
-synced, so that the name survives a power cut too. Two writers of one target, threads or processes, in one container or
-two, never share a draft: the last one to finish wins. A draft is locked (flock) while its writer lives; one that nobody
-holds is what a killed writer left, and the next writer of the same target removes it.
+A draft is made in a folder with a random name beside the target, synced to the disk, and renamed into place; then the
+folder around it is synced, so that the name survives a power cut too. Two writers of one target, threads or processes,
+in one container or two, never share a draft: the last one to finish wins. A draft is locked (flock) while its writer
+lives. One that nobody holds is what a killed writer left; the next writer of the same target removes it, and whatever
+else lies in its folder: some libraries write through files of their own.
 
 A folder is replaced by exchange (renameat2), so that there is a complete one at every moment. Where the file system has
 no exchange, it is two renames: a writer killed between them leaves the old folder beside the target, under a name that
 ends in .old, and the next writer puts it back. Where a folder cannot be renamed at all (overlay file systems, for one
-that came with the image), its files are replaced one by one: a writer killed on the way leaves a mixture, which the
-hashes in a bundle's manifest refuse, until the next writer completes it.
+that came with the image), its files are replaced one by one: a writer that is killed on the way, or meets a full disk,
+leaves a mixture, which the hashes in a bundle's manifest refuse, until the next writer completes it.
 
 What is no regular file, a device or a pipe, is written through, and a link is followed: what it names is replaced.
 """
@@ -69,7 +70,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     with writing(target):
         target = target.resolve()
         _collect(target)
-        draft, lock = _make_draft(target, lambda draft: draft.mkdir())
+        draft, lock = _make_draft(target)
     try:
         yield draft
         with writing(target):
@@ -123,20 +124,19 @@ def _write_through(target: Path, content: bytes | str | Callable[[Path], object]
 @contextmanager
 def _draft_file(target: Path) -> Iterator[Path]:
     _collect(target)
-    draft, lock = _make_draft(target, lambda draft: draft.touch(0o600, exist_ok=False))
+    folder, lock = _make_draft(target)
     try:
-        yield draft
+        yield folder / "draft"
     finally:
-        with contextlib.suppress(OSError):  # it is gone after the rename
-            draft.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
-def _make_draft(target: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
-    """A new draft beside `target`, and the descriptor that holds its lock."""
+def _make_draft(target: Path) -> tuple[Path, int]:
+    """A new folder for a draft beside `target`, and the descriptor that holds its lock."""
     while True:
         draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
-        make(draft)
+        draft.mkdir()
         # Who collects drafts at this moment may take it for a left one, as long as it is not locked: then another.
         try:
             lock = os.open(draft, os.O_RDONLY)

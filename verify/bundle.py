@@ -15,6 +15,7 @@ import numpy as np
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
+from dfssm.opset.files import writing
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target
@@ -70,7 +71,8 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
                 f"({difference.tolerance.reason})"
             )
 
-    taps = write_tapped(folder / MODEL, folder)
+    with writing(folder):
+        taps = write_tapped(folder / MODEL, folder)
     taps = [tap for tap in taps if tap.op != "Residual"]
     calls = [TOKENS] + [1] * target.VERIFY_STEPS
     try:

@@ -293,5 +293,5 @@ ENTRIES: dict[str, Entry] = {
     "ort_ops": Entry("seed", lambda: [bytes([number]) for number in range(64)], _op, mutate.any_bytes),
 }
 
-OPEN = ("ort_ops", "state", "student_pt", "teacher_pickle")
+OPEN = ("ort_ops",)
 """Entries whose fixed run meets a finding that is not mended yet (open_findings/README.md): left out of `make test`."""

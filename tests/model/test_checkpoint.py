@@ -1,14 +1,17 @@
 """model.pt and .safetensors: what was written is read, and every fault is one line that names it."""
 
+import dataclasses
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dfssm.model.checkpoint import load_student_tensors, save_student, tensor_specs
+from dfssm.model.checkpoint import check_tensors, load_student_tensors, save_student, tensor_specs
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import init_student
 from dfssm.model.student import DFSSMLM, load_student
@@ -171,3 +174,34 @@ def test_loaded_student_runs(tmp_path, tensors):
         save_student(tmp_path / name, CONFIG, tensors)
         results.append(load_student(tmp_path / name)(torch.tensor([[1, 2, 3]]))[0])
     assert torch.equal(*results)
+
+
+def test_more_layers_than_tensors_is_said_before_they_are_listed(tmp_path):
+    """52 kB that asked for a list of ten million layers: minutes and gigabytes."""
+    config = dataclasses.replace(tiny.CONFIG, n_layer=10**7)
+    with pytest.raises(DfssmError, match="has 1 tensors, too few for the 10000000 layers of its configuration"):
+        check_tensors("m.pt", config, {"embedding.weight": torch.zeros(1)})
+
+
+def test_a_damaged_pickle_is_one_line(tmp_path):
+    """torch's unpickler raises IndexError, TypeError, struct.error and others over bytes that mean nothing."""
+    path = tmp_path / "m.pt"
+    save_student(path, tiny.CONFIG, {name: torch.from_numpy(array) for name, array in tiny.tensors().items()})
+    records = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            records[name] = archive.read(name)
+    (pickled,) = [name for name in records if name.endswith("data.pkl")]
+    refused = 0
+    for at in range(0, len(records[pickled]), 7):
+        damaged = bytearray(records[pickled])
+        damaged[at] ^= 0x55
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in records.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else content)
+        try:
+            load_student_tensors(path)
+        except DfssmError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100

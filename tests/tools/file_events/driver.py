@@ -33,8 +33,6 @@ NEVER = 1 << 40
 
 # Faults that are not mended yet: what tells one, and whose it is. They are printed, and do not fail the run.
 OPEN = {
-    "left: ['.tmp": "safetensors' save_file makes a draft of its own beside the one that it is given",
-    "onnx/__init__.py": "verification writes its tapped graph without `writing`",
     "inline_container.cc": "a checkpoint of a training that meets a full disk names torch's failed check instead",
 }
 shim = ctypes.CDLL(None)
