@@ -107,7 +107,7 @@ def test_header_names_every_op_and_input():
         assert all(f'{{"{t.name}", ' in struct for t in (*op.inputs, *op.outputs))
         assert all(f" {a.name} = " in struct and f'visitor("{a.name}"' in struct for a in op.attributes)
         assert f"int64_t {', '.join(op.symbols)};" in struct
-    assert "float dt_max = HUGE_VALF;" in text and "kTileRows[] = {1, 16};" in text
+    assert "float dt_max = HUGE_VALF;" in text and "kTileRows[] = {1, 16" in text
 
 
 def test_the_build_makes_the_same_header_without_numpy(tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import simulated_avx512
-from kernel_calls import F32, isas_to_test, native, run
+from kernel_calls import F32, KNOWN, isas_to_test, native, run
 
 from dfssm import _native
 from dfssm.opset import OPS
@@ -50,9 +50,11 @@ def test_simulated_quantisation_is_real():
 
 
 def test_the_simulation_takes_the_place_of_what_the_cpu_lacks():
-    assert isas_to_test(["scalar", "avx2"], simulate=False) == ["scalar", "avx2", SIMULATED]
-    assert isas_to_test(["scalar", "avx2", REAL], simulate=False) == ["scalar", "avx2", REAL]
-    assert isas_to_test(["scalar", "avx2", REAL], simulate=True) == ["scalar", "avx2", REAL, SIMULATED]
+    others = [isa for isa in KNOWN if isa != REAL]
+    assert REAL in KNOWN and {"scalar", "avx2"} <= set(others)
+    assert isas_to_test(others, simulate=False) == [*others, SIMULATED]
+    assert isas_to_test(KNOWN, simulate=False) == KNOWN
+    assert isas_to_test(KNOWN, simulate=True) == [*KNOWN, SIMULATED]
 
 
 @pytest.mark.parametrize(("value", "forced"), [("", False), (REAL, True)])
