@@ -33,7 +33,7 @@ class Scorer(Protocol):
     Attributes:
         kind: "teacher", "student" or "bundle". vocab_size: it knows the ids 0 to vocab_size - 1.
         tokenizer: `tokenizers.Tokenizer`. ends: ids of the tokens that end a text. end: the first of them, which
-            separates documents.
+            separates documents. begin: of the token that begins a text, None where the config names none.
         max_batch: the most rows of a state.
     """
 
@@ -42,6 +42,7 @@ class Scorer(Protocol):
     tokenizer: Tokenizer
     ends: tuple[int, ...]
     end: int
+    begin: int | None
     max_batch: int
 
     def new_state(self, batch: int) -> Any:
@@ -141,6 +142,7 @@ class EngineScorer:
         self.tokenizer = tokenizer or self.engine.tokenizer
         self.ends = require_ends(self.engine.config.get("eos_token_id"), self.tokenizer)
         self.end = self.ends[0]
+        self.begin = self.engine.config.get("bos_token_id")
         self.max_batch = self.engine.backend.max_batch  # a TensorRT engine is built for so many
 
     def new_state(self, batch: int) -> Any:

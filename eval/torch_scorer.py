@@ -39,6 +39,7 @@ class TorchScorer:
         self.tokenizer = tokenizer
         self.ends = require_ends(self.model.config.eos_token_id, tokenizer)
         self.end = self.ends[0]
+        self.begin = self.model.config.bos_token_id
 
     def new_state(self, batch: int) -> Mamba2State:
         return self.model.new_state(batch)

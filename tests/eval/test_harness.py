@@ -173,6 +173,23 @@ class TestModel:
         )
         assert found[0] == free and found[1] == free[: free.find(stop)] and found[2]
 
+    def test_a_bundle_answers_as_its_student_does(self, demo, demo_bundle, story):
+        """On the same requests; one int8 activation on the other side of a tie is 0.04 nats here."""
+        paths = (demo / "model.pt", demo_bundle)
+        student, bundle = (DfssmLM(path, str(demo / "tokenizer.json"), batch_size=2) for path in paths)
+        for kind, arguments in {
+            "loglikelihood": [(story, " One day"), ("", story), (story + " She", " saw a big dog.")],
+            "loglikelihood_rolling": [(story,), ("The dog",)],
+        }.items():
+            found, expected = (getattr(m, kind)(instances(kind, *arguments), True) for m in (bundle, student))
+            if kind == "loglikelihood":
+                assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+                found, expected = ([value for value, _ in values] for values in (found, expected))
+            assert found == pytest.approx(expected, abs=0.1)
+        asked = [(story[:79], {"until": ["\n"], "max_gen_toks": 40}), ("The dog", {"max_new_tokens": 20})]
+        found, expected = (m.generate_until(instances("generate_until", *asked), True) for m in (bundle, student))
+        assert found == expected and all(found)
+
     def test_sampling_is_refused(self, scorers):
         with pytest.raises(DfssmError, match="generates greedily"):
             DfssmLM(scorers["bundle"]).generate_until(instances("generate_until", ("a", {"do_sample": True})))

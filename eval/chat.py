@@ -1,0 +1,81 @@
+"""Chat templates: Jinja that lies beside a model, rendered as transformers does, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dfssm.opset.errors import DfssmError
+
+FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # put behind what the model is to go on with, to find it in the rendered text
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """The chat template in `folder`: chat_template.jinja, else that of tokenizer_config.json.
+
+    Raises DfssmError where there is none, or it is no template.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError):
+            config = {}
+        config = config if isinstance(config, dict) else {}
+        file = folder / FILE
+        text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        if isinstance(text, list):  # several, by name
+            text = next((entry.get("template") for entry in text if entry.get("name") == "default"), None)
+        if not isinstance(text, str):
+            raise DfssmError(f"{folder}: has no chat template; put {FILE} there, or leave out --apply_chat_template")
+        tokens = {name: config.get(name) for name in _TOKENS}
+        self.tokens = {
+            name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token
+        }
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self.template = environment.from_string(text)
+        except TemplateError as error:
+            raise DfssmError(f"{folder}: its chat template cannot be read ({error}); put a right one there") from None
+
+    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of `messages`, up to where the model is to answer or, without the prompt for that, to go on with the
+        last of them. Messages of the role system are left out if the template refuses them.
+        """
+        try:
+            return self._render([*messages], add_generation_prompt)
+        except TemplateError:
+            try:
+                return self._render([m for m in messages if m["role"] != "system"], add_generation_prompt)
+            except TemplateError as error:
+                raise DfssmError(f"the chat template refuses these messages ({error}): use another") from None
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        if not add_generation_prompt:
+            messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + _TAG}]
+        text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens)
+        if add_generation_prompt:
+            return text
+        at = text.rindex(_TAG.strip())
+        return text[:at] if text[at:].startswith(_TAG) else text[:at].rstrip()  # a template that trims
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False} | options)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
