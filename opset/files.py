@@ -3,14 +3,14 @@
 A draft is made in a folder with a random name beside the target, synced to the disk, and renamed into place; then the
 folder around it is synced, so that the name survives a power cut too. Two writers of one target, threads or processes,
 in one container or two, never share a draft: the last one to finish wins. A draft is locked (flock) while its writer
-lives. One that nobody holds is what a killed writer left; the next writer of the same target removes it, and whatever
+lives. One that nobody holds is what a killed writer left; the next writer into the same place removes it, and whatever
 else lies in its folder: some libraries write through files of their own.
 
 A folder is replaced by exchange (renameat2), so that there is a complete one at every moment. Where the file system has
 no exchange, it is two renames: a writer killed between them leaves the old folder beside the target, under a name that
-ends in .old, and the next writer puts it back. Where a folder cannot be renamed at all (overlay file systems, for one
-that came with the image), its files are replaced one by one: a writer that is killed on the way, or meets a full disk,
-leaves a mixture, which the hashes in a bundle's manifest refuse, until the next writer completes it.
+ends in .dfssm-old, and the next writer puts it back. Where a folder cannot be renamed at all (on an overlay file system
+one that came with the image), its files are replaced one by one: a writer that is killed on the way, or meets a full
+disk, leaves a mixture, which the hashes in a bundle's manifest refuse, until the next writer completes it.
 
 What is no regular file, a device or a pipe, is written through, and a link is followed: what it names is replaced.
 """
@@ -32,6 +32,11 @@ from .errors import DfssmError
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
+
+# Names of drafts, and of folders on their way out: nobody else's files look like these.
+_NEW, _OLD = ".dfssm-new", ".dfssm-old"
+_LONGEST = 200  # bytes of the target's name in it: a name may have 255
+_DRAFT = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}({_NEW}|{_OLD})")
 
 # Answers of a file system that has no exchange, or none for this folder. EXDEV: overlayfs, a folder of a lower layer.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM)
@@ -69,7 +74,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     target = Path(path)
     with writing(target):
         target = target.resolve()
-        _collect(target)
+        _collect(target.parent)
         draft, lock = _make_draft(target)
     try:
         yield draft
@@ -123,7 +128,7 @@ def _write_through(target: Path, content: bytes | str | Callable[[Path], object]
 
 @contextmanager
 def _draft_file(target: Path) -> Iterator[Path]:
-    _collect(target)
+    _collect(target.parent)
     folder, lock = _make_draft(target)
     try:
         yield folder / "draft"
@@ -132,10 +137,14 @@ def _draft_file(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _short(name: str) -> str:
+    return os.fsencode(name)[:_LONGEST].decode(errors="ignore")
+
+
 def _make_draft(target: Path) -> tuple[Path, int]:
     """A new folder for a draft beside `target`, and the descriptor that holds its lock."""
     while True:
-        draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+        draft = target.with_name(f".{_short(target.name)}.{secrets.token_hex(8)}{_NEW}")
         draft.mkdir()
         # Who collects drafts at this moment may take it for a left one, as long as it is not locked: then another.
         try:
@@ -154,18 +163,16 @@ def _make_draft(target: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _collect(target: Path) -> None:
-    """Remove the drafts of `target` that a killed writer has left, and put back what it had taken away."""
-    name = re.compile(rf"\.{re.escape(target.name[:200])}\.[0-9a-f]{{16}}\.(tmp|old)")
+def _collect(folder: Path) -> None:
+    """Remove the drafts that killed writers have left in `folder`, and put back what they had taken away."""
     with contextlib.suppress(OSError):
-        for left in sorted(target.parent.iterdir()):
-            if (found := name.fullmatch(left.name)) and (lock := _abandoned(left)) is not None:
-                if found[1] == "old" and not os.path.lexists(target):
-                    left.rename(target)
-                elif left.is_dir():
+        for left in sorted(folder.iterdir()):
+            if (found := _DRAFT.fullmatch(left.name)) and (lock := _abandoned(left)) is not None:
+                target = folder / found[1]
+                if found[2] == _NEW or os.path.lexists(target):
                     shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+                elif len(os.fsencode(found[1])) < _LONGEST - 3:  # a whole name
+                    left.rename(target)
                 os.close(lock)
 
 
@@ -218,7 +225,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _rename_twice(draft: Path, target: Path) -> None:
-    old = draft.with_suffix(".old")
+    old = draft.with_name(draft.name.removesuffix(_NEW) + _OLD)
     lock = os.open(target, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

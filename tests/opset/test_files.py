@@ -273,3 +273,25 @@ def test_the_draft_of_a_living_writer_stays(tmp_path):
         with new_folder(tmp_path / "b", replace=True) as second:
             assert draft.is_dir() and second != draft
     assert names(tmp_path) == ["b", "b.txt"]
+
+
+def test_drafts_of_other_targets_are_collected_too_and_foreign_files_stay(tmp_path):
+    """A writer killed after its rename leaves an empty draft of a file that nobody may write again."""
+    left = tmp_path / f".tokenizer.json.{'0' * 16}.dfssm-new"
+    left.mkdir()
+    (left / "draft").write_text("half")
+    foreign = [tmp_path / f".a.{'0' * 16}.tmp", tmp_path / f".a.{'0' * 16}.dfssm-new.txt"]
+    for path in foreign:
+        path.write_text("not ours")
+    make(tmp_path / "lost", "old")
+    (tmp_path / "lost").rename(tmp_path / f".lost.{'1' * 16}.dfssm-old")
+    write_file(tmp_path / "b", b"")
+    assert names(tmp_path) == sorted(["b", "lost", *(path.name for path in foreign)])
+
+
+@pytest.mark.parametrize("name", ["é" * 120, "a" * 255])
+def test_a_name_as_long_as_it_may_be(tmp_path, name):
+    for text in ("one", "two"):
+        write_file(tmp_path / name, text)
+        make(tmp_path / f"{name[:-1]}b", text)
+    assert (tmp_path / name).read_text() == "two" and len(names(tmp_path)) == 2
