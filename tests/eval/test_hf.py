@@ -53,7 +53,9 @@ def folder(request, tmp_path_factory):
     """A random teacher with a tokenizer as GPT-NeoX's, which begins a text with nothing, or as Llama's, with <s>."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(3)
-    model = Mamba2LM(Mamba2Config(vocab_size=265, d_model=32, n_layer=2, d_state=8, headdim=8)).requires_grad_(False)
+    shape = dict(vocab_size=265, d_model=32, n_layer=2, d_state=8, headdim=8)
+    end = {"neox": 264, "llama": 263}[request.param]
+    model = Mamba2LM(Mamba2Config(**shape, eos_token_id=end)).requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.2 * torch.randn_like(parameter)
     save_teacher(model, folder)
@@ -75,7 +77,7 @@ def both(request, folder, hf_class):
     """(theirs, ours) with one `add_bos_token`."""
     model = transformers.Mamba2ForCausalLM.from_pretrained(folder).eval()
     theirs = hf_class(pretrained=model, tokenizer=str(folder), batch_size=1, add_bos_token=request.param)
-    return theirs, DfssmLM(folder, batch_size=3, add_bos_token=request.param)
+    return theirs, DfssmLM(folder, batch_size=3, **({} if request.param is None else {"add_bos_token": request.param}))
 
 
 def requests(kind, model, arguments):
