@@ -15,8 +15,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
-NATIVE := $(shell find plugins cmake scripts -type f -not -name '*.pyc') CMakeLists.txt opset/schema.py opset/header.py
-CXX_FILES := $(shell find plugins tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find plugins cmake scripts opset -type f -not -name '*.pyc') CMakeLists.txt
+CXX_FILES := $(shell find plugins opset tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The environment, in two sizes; the larger one serves for both. Made once, and again when the native sources or what it
 # should hold change.

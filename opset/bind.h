@@ -220,7 +220,8 @@ inline int64_t value(const Dim& dim, const int64_t* sizes) {
 // Of a tensor with the leading dimension `planes`: 1 where that is 1 and so not there.
 inline size_t left_out(const Op& op, const TensorSpec& spec, const int64_t* sizes) {
   const int lead = spec.dims[0].symbol;
-  return spec.dims[0].operation == 0 && lead >= op.size_count && sizes[lead] == 1;
+  // The upper bound is for gcc 12, which inlines this into ops without integer attributes and warns.
+  return spec.dims[0].operation == 0 && lead >= op.size_count && lead < op.symbol_count && sizes[lead] == 1;
 }
 
 [[noreturn]] inline void wrong_shape(const Op& op, const TensorSpec& spec, const Tensor& got,
