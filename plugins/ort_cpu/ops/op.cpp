@@ -318,14 +318,15 @@ void infer_shapes(const opset::Op& op, OrtShapeInferContext* context) {
   // Not the optional outputs: the API does not tell whether the node has them.
   for (size_t output = 0; output < op.required_outputs; ++output) {
     const TensorSpec& spec = op.outputs[output];
-    std::vector<Known> dims;
-    if (spec.over >= 0) {
-      dims = inputs[spec.over];
-    } else {
+    // Not copied where they are those of an input: the copy of a vector asks for a libstdc++ of gcc 11, newer than
+    // what a wheel may count on.
+    std::vector<Known> made;
+    if (spec.over < 0) {
       for (size_t i = 0; i < spec.rank; ++i) {
-        if (const auto dim = find(spec.dims[i])) dims.push_back(*dim);
+        if (const auto dim = find(spec.dims[i])) made.push_back(*dim);
       }
     }
+    const std::vector<Known>& dims = spec.over < 0 ? made : inputs[spec.over];
     if (dims.size() != spec.rank) continue;
     std::vector<int64_t> values;
     std::vector<const char*> symbols;
