@@ -89,7 +89,8 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
     """
     from dfssm.distill.recipe import RECIPES, Recipe
 
-    teacher, output = paths.teacher(teacher), paths.output_folder(output)
+    teacher = paths.teacher(teacher)
+    output = paths.output_folder(output, teacher)
     given = {name: options.pop(name) for name in _names(Recipe)}
     recipe = dataclasses.replace(RECIPES[recipe_name], **{k: v for k, v in given.items() if v is not None})
     if only_plan:

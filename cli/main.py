@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -50,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     """
     try:
         code = dfssm.main(args=args, prog_name="dfssm", standalone_mode=False)
-        sys.stdout.flush()
+        _flush()
     except DfssmError as error:
         code = fail(f"dfssm: error: {' '.join(str(error).splitlines())}", 1)
     except click.ClickException as error:
@@ -62,12 +63,22 @@ def main(args: list[str] | None = None) -> None:
         # Nobody reads on: leave nothing in the buffer that the interpreter would try to write at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1  # as click does where it meets this first
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = fail(f"dfssm: error: the output cannot be written ({error.strerror}): make room", 1)
     sys.exit(code or 0)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where the shell has closed it
+        sys.stdout.flush()
 
 
 def fail(message: str, code: int) -> int:
     """Print `message` to stderr, after what stdout still holds, and return `code`."""
-    sys.stdout.flush()
+    _flush()
     click.echo(message, err=True)
     return code
 

@@ -34,7 +34,7 @@ def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **setting
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")
     if save_state is not None:
-        save_state = paths.output_file(save_state)
+        save_state = paths.output_file(save_state, bundle)
     if not prompt and not load_state:
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     from dfssm.runtime import Engine

@@ -68,7 +68,8 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, where there is
     one, is put beside FILE, for dfcompile to find; one that is there already stays.
     """
-    teacher, output = paths.teacher(teacher), paths.output_file(output)
+    teacher = paths.teacher(teacher)
+    output = paths.output_file(output, teacher)
     require(PACKAGES)
     from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import convert as convert_teacher

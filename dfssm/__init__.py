@@ -3,7 +3,12 @@
 The links beside this file are the list of its parts: each is a folder of the repository's top level.
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime 1.32 writes an identity of the machine below HOME and reports to its makers; nothing here asks for that.
+# It looks when it is imported. Who wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from importlib.metadata import version

@@ -110,14 +110,22 @@ def file_or_folder(path: str | Path, give: str) -> Path:
     return _look(path, give)[0]
 
 
-def output_file(path: str | Path) -> Path:
-    """The path, if a file can be written there or replaced; DfssmError otherwise."""
-    return _output(path, "a file", stat.S_IFREG)
+def output_file(path: str | Path, source: Path | None = None) -> Path:
+    """The path, if a file can be written there or replaced; DfssmError otherwise, and for a file that is there in
+    `source`, the folder that the command reads: it would destroy what it was given.
+    """
+    output = _output(path, "a file", stat.S_IFREG)
+    if source and output.exists() and output.resolve().parent == source.resolve():
+        raise DfssmError(f"cannot write {path}: it is a file of {source}, which is read; give another place")
+    return output
 
 
-def output_folder(path: str | Path) -> Path:
-    """The path, if a folder can be made there or written in; DfssmError otherwise."""
-    return _output(path, "a folder", stat.S_IFDIR)
+def output_folder(path: str | Path, source: Path | None = None) -> Path:
+    """The path, if a folder can be made there or written in; DfssmError otherwise, and for `source` itself."""
+    output = _output(path, "a folder", stat.S_IFDIR)
+    if source and output.resolve() == source.resolve():
+        raise DfssmError(f"cannot write into {path}: it is what is read; give another folder")
+    return output
 
 
 def _look(path: str | Path, give: str) -> tuple[Path, int]:

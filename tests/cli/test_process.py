@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -102,3 +104,41 @@ def test_a_terminal_that_lacks_a_character_goes_on(tiny_bundle):
         env=os.environ | {"PYTHONIOENCODING": "latin-1"},
     )
     assert done.returncode == 0 and "?" in done.stdout
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tiny_bundle):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*DFSSM, "inspect", tiny_bundle], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the output cannot be written (No space left on device)" in done.stderr
+
+
+def test_a_closed_stdout_is_no_bug(tiny_bundle):
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *DFSSM, "inspect", str(tiny_bundle)], stderr=subprocess.PIPE, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_written_below_home(tiny_bundle, tmp_path):
+    """ONNX Runtime 1.32 keeps an identity of the machine there, for its telemetry."""
+    (tmp_path / "home").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    done = dfssm("run", tiny_bundle, "-p", "a", "-n", 2, env=environment | {"HOME": str(tmp_path / "home")})
+    assert done.returncode == 0 and os.listdir(tmp_path / "home") == []
+
+
+def test_what_is_read_is_not_written_over(tiny_bundle, tmp_path):
+    teacher = shutil.copytree(Path(__file__).parents[2] / "examples/demo/teacher", tmp_path / "teacher")
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "link").symlink_to(teacher / "model.safetensors")
+    before = {path: path.read_bytes() for folder in (teacher, bundle) for path in folder.iterdir() if path.is_file()}
+    for arguments in (
+        ["convert", teacher, "-o", teacher / "model.safetensors"],
+        ["convert", teacher, "-o", tmp_path / "link"],
+        ["distill", teacher, "--data", teacher / "held_out.txt", "-o", teacher],
+        ["run", bundle, "-p", "a", "-n", 1, "--save-state", bundle / "manifest.json"],
+    ):
+        done = dfssm(*arguments)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, arguments
+    assert {path: path.read_bytes() for path in before} == before
