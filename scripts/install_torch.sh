@@ -14,7 +14,9 @@ python=$1
 requirements=$(cd "$(dirname "$0")/.." && pwd)/requirements/torch.txt
 version=$(sed -n 's/^torch==//p' "$requirements")
 
-installed=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || :)
+# Without a list of its files it is what an interrupted installation has left.
+installed=$("$python" -c 'from importlib.metadata import distribution
+torch = distribution("torch"); print(torch.version if torch.files else "")' 2>/dev/null || :)
 case $installed in "$version" | "$version"+*) exit 0 ;; esac
 
 pip() { "$python" -m pip install -q --disable-pip-version-check "$@" -r "$requirements"; }
