@@ -62,8 +62,9 @@ if ! [ -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
 fi
 python=$venv/bin/python
 
-# On a terminal pip shows its own progress.
-pip() { "$python" -m pip install $quiet --disable-pip-version-check "$@"; }
+# On a terminal pip shows its own progress. PIP_USE_PEP517: what comes as source is built in isolation, which the pip of
+# Debian 12 does not do by itself.
+pip() { PIP_USE_PEP517=1 "$python" -m pip install $quiet --disable-pip-version-check "$@"; }
 if [ -t 1 ]; then quiet=; else quiet=-q; fi
 
 step "torch $(sed -n 's/^torch==//p' "$root/requirements/torch.txt") (the CPU build is about 200 MB)"
