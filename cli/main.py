@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
         code = dfssm.main(args=args, prog_name="dfssm", standalone_mode=False)
         _flush()
     except DfssmError as error:
-        code = fail(f"dfssm: error: {' '.join(str(error).splitlines())}", 1)
+        code = fail(f"dfssm: error: {error}", 1)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         command(args, prog_name="dfcompile", standalone_mode=False)
     except DfssmError as error:
-        print(f"dfcompile: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"dfcompile: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except click.ClickException as error:
         error.show()

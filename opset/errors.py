@@ -9,4 +9,4 @@ class DfssmError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split("\n")) if "\n" in message else message)
+        super().__init__(" ".join(message.splitlines()))
