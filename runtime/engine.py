@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.threads import default_threads
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.text import end_tokens, load_tokenizer
 
@@ -19,7 +20,6 @@ from .memory import trim
 from .sampling import Sampling
 from .slots import Slots
 from .state import State, require_model
-from .threads import default_threads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
