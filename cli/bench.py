@@ -1,4 +1,4 @@
-"""`dfssm bench`: how fast a bundle runs on this machine."""
+"""`dfssm bench`: the speed of a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .options import (
     table,
     threads_option,
     trust_option,
+    whole,
 )
 
 
@@ -23,16 +24,22 @@ from .options import (
 @bundle_argument
 @threads_option
 @trust_option
-@click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to read.")
-@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="To decode a round.")
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, metavar="N")
-@click.option("--peer", "peers", multiple=True, type=click.Choice(["stock-ort"]), help="Measure it in the same rounds.")
+@click.option("--prompt", type=whole(1, 2**20), default=128, metavar="N", help="Length of the prompt (prefill).")
+@click.option("--tokens", type=whole(1, 2**20), default=32, metavar="N", help="Tokens to decode in each round.")
+@click.option("--rounds", type=whole(1, 10_000), default=7, metavar="N", help="Figures are medians over the rounds.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(["stock-ort"]),
+    help="Also time ONNX Runtime's own 2-bit operators, in the same rounds.",
+)
 @json_option
 def bench(bundle: str, as_json: bool, **settings) -> None:
-    """Decode and prefill speed of BUNDLE beside the machine's floor, its memory and its load time.
+    """Measure the speed of BUNDLE on this machine.
 
-    The outputs are checked first, and a bundle that computes something else is not timed. docs/bench.md
-    explains the figures.
+    Decode is compared with the limit that memory bandwidth sets; prefill, memory and load time are measured too. The
+    outputs are checked first: a bundle that computes wrong values is not timed. docs/bench.md explains the figures.
     """
     folder = paths.bundle(bundle)
     if settings["peers"]:
@@ -51,15 +58,15 @@ def _text(result: dict) -> str:
         [
             "decode",
             f"{result['tok_s']:.1f} tok/s",
-            f"middle half {low:.1f} to {high:.1f}, {result['gb_s']:.1f} GB/s",
+            f"quartiles {low:.1f} to {high:.1f}, {result['gb_s']:.1f} GB/s",
         ],
         [
-            "floor",
+            "limit",
             f"{result['floor_tok_s']:.1f} tok/s",
-            f"{megabytes(moved['weights'])} read at {result['read_gb_s']:.1f} GB/s, state "
-            f"{megabytes(moved['state_read'])} read and written at {result['read_write_gb_s']:.1f} GB/s",
+            f"memory bandwidth: {megabytes(moved['weights'])} of weights read at {result['read_gb_s']:.1f} GB/s, "
+            f"{megabytes(moved['state_read'])} of state read and written at {result['read_write_gb_s']:.1f} GB/s",
         ],
-        ["share", f"{100 * result['floor_share']:.0f} %", "of the floor's speed, by rounds"],
+        ["share", f"{100 * result['floor_share']:.0f} %", "of that limit, median over the rounds"],
         ["prefill", f"{result['prefill_tok_s']:.1f} tok/s", f"prompt of {result['prompt']} tokens"],
     ]
     for name, peer in result["peers"].items():
@@ -67,18 +74,18 @@ def _text(result: dict) -> str:
     rows += [[f"batch {batch['batch']}", f"{batch['tok_s']:,.0f} tok/s", _beside(batch)] for batch in result["batches"]]
     rows += [
         ["memory", megabytes(result["rss_bytes"]), _memory(result)],
-        ["load", f"{result['load_seconds']:.2f} s", "with the hashes of all files"],
+        ["load", f"{result['load_seconds']:.2f} s", "hashes of all files checked"],
     ]
     check = result["check"]
     return "\n".join(
         [
             f"{_what_ran(result)}, {result['state_dtype']} states",
-            f"checked against {check['reference']}: logits off by {check['rms_rel']:.1e} (rms), "
-            f"allowed {check['allowed']}",
+            f"checked against {check['reference']}: relative rms error of the logits {check['rms_rel']:.1e} "
+            f"({check['allowed']} allowed)",
             "",
             table(rows, right={1}),
             "",
-            f"medians of {result['rounds']} rounds of {result['tokens']} tokens, batch 1",
+            f"medians over {result['rounds']} rounds of {result['tokens']} tokens, batch 1",
         ]
     )
 
@@ -88,20 +95,20 @@ def _what_ran(result: dict) -> str:
     if gpu:
         return f"{gpu['name']}, {gpu['builder']} {gpu['version']}, lowering {gpu['lowering']}"
     return (
-        f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores, kernels "
-        f"{result['isa'] or 'of ONNX Runtime'}, ONNX Runtime {machine['packages']['onnxruntime']}"
+        f"{machine['cpu']}, {result['threads']} threads on {machine['cores']} cores, kernels: "
+        f"{result['isa'] or 'those of ONNX Runtime'}, ONNX Runtime {machine['packages']['onnxruntime']}"
     )
 
 
 def _beside(batch: dict) -> str:
     """What one batch size is compared with."""
-    floor = f"the step alone; {100 * batch['floor_share']:.0f} % of its floor, {batch['floor_tok_s']:,.0f} tok/s"
-    predicted = f"; {batch['predicted_tok_s']:,.0f} tok/s were predicted" if batch["predicted_tok_s"] else ""
-    return floor + predicted + ("" if batch["recorded"] else "; not recorded as a CUDA graph")
+    limit = f"step only; {100 * batch['floor_share']:.0f} % of its limit, {batch['floor_tok_s']:,.0f} tok/s"
+    predicted = f"; predicted {batch['predicted_tok_s']:,.0f} tok/s" if batch["predicted_tok_s"] else ""
+    return limit + predicted + ("" if batch["recorded"] else "; not recorded as a CUDA graph")
 
 
 def _memory(result: dict) -> str:
     return (
-        f"while decoding: {megabytes(result['file_bytes'])} of files (weights), "
-        f"{megabytes(result['anonymous_bytes'])} its own; peak {megabytes(result['peak_rss_bytes'])}"
+        f"resident while decoding: {megabytes(result['file_bytes'])} mapped files (weights), "
+        f"{megabytes(result['anonymous_bytes'])} private; peak {megabytes(result['peak_rss_bytes'])}"
     )

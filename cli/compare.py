@@ -1,4 +1,4 @@
-"""`dfssm compare`: does the bundle compute what the student computes?"""
+"""`dfssm compare`: a bundle against the student in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
-from .options import bundle_argument, json_option, print_result, progress_bar, table, trust_option
+from .options import bundle_argument, json_option, print_result, progress_bar, table, trust_option, whole
 
 
 @click.command()
 @bundle_argument
 @click.argument("model", type=click.Path())
-@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N", help="Tokens to run.")
+@click.option("--tokens", type=whole(2, 4096), default=64, metavar="N", help="Number of tokens to run.")
 @trust_option
 @json_option
 def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
-    """Compare BUNDLE with the torch student in MODEL. Exits 1 when an output is off.
+    """Compare BUNDLE with its student in PyTorch.
 
-    The bundle runs as it is, most tokens as one prompt and the last ones step by step. The student's layers
-    get what the bundle's layers got, so an error shows in the layer where it arises.
+    MODEL is the student (model.pt or .safetensors) that the bundle was compiled from. Most tokens are run as one
+    prompt, the last ones step by step. Each PyTorch layer gets the inputs of the bundle's layer, so that an error shows
+    in the layer that makes it. Exits with 1 if an error exceeds its tolerance.
     """
     of_bundle, of_model = paths.bundle(bundle), paths.student(model)
     require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
@@ -35,11 +36,11 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
 
 
 def _text(result: dict) -> str:
-    lines = [f"{result['tokens']} tokens; errors as shares of the largest expected value", ""]
-    rows = [["output", "max", "allowed", "typical", "allowed", ""]]
+    lines = [f"{result['tokens']} tokens; errors relative to the largest expected value", ""]
+    rows = [["output", "max error", "allowed", "typical error", "allowed", ""]]
     for name, found in _by_kind(result["outputs"]).items():
         rows.append([name, *_figures(found), "ok" if found["passed"] else "FAILED"])
-    lines += [table(rows, right={1, 2, 3, 4}), "", "layers, max:"]
+    lines += [table(rows, right={1, 2, 3, 4}), "", "max error by layer ('!': above the allowed one)"]
     layers: dict[str, dict] = {}
     for name, found in result["layers"].items():
         layer, tap = name.rsplit(".", 1)
@@ -52,9 +53,9 @@ def _text(result: dict) -> str:
     lines.append(table(rows, right=set(range(1, len(first) + 1))))
     typical = max(found["typical_rel"] or 0.0 for found in result["layers"].values())
     allowed = next(iter(first.values()))["typical_tolerance"]
-    lines += [f"typical error of the worst channel {typical:.1e}, allowed {allowed:.1e}", ""]
+    lines += [f"typical error of the worst channel: {typical:.1e} ({allowed:.1e} allowed)", ""]
     if not result["identical"]:
-        lines.append("the graph as shipped gives other outputs than the same graph with its layers' values shown")
+        lines.append("the shipped graph and the same graph with its inner values exposed give different outputs")
     lines.append("passed" if result["passed"] else "FAILED")
     return "\n".join(lines)
 

@@ -16,24 +16,25 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import Needs, require
 from dfssm.targets.bundle import TOKENIZER
 
-from .options import json_option, print_result, table
+from .options import SEED, THREADS, json_option, print_result, real, table, whole
 
 
 def recipe_options(command):
     """An option for each ingredient of a recipe: its default is that of the recipe named with --recipe."""
-    from dfssm.distill.recipe import CHOICES, RECIPES, Recipe
+    from dfssm.distill.recipe import RECIPES, Recipe
 
     for field in reversed(dataclasses.fields(Recipe)):
-        name, kind = field.name.replace("_", "-"), {"int": int, "float": float, "str": str}.get(field.type)
+        name, known = field.name.replace("_", "-"), field.metadata
         usual, *others = ((recipe, getattr(values, field.name)) for recipe, values in RECIPES.items())
         shown = [_shown(usual[1])] + [f"{recipe}: {_shown(value)}" for recipe, value in others if value != usual[1]]
-        text = f"{field.metadata['help']}  [default: {'; '.join(shown)}]"
+        text = f"{known['help']}  [default: {'; '.join(shown)}]"
         if field.type == "bool":
             command = click.option(f"--{name}/--no-{name}", default=None, help=text)(command)
+        elif "choices" in known:
+            command = click.option(f"--{name}", type=click.Choice(known["choices"]), help=text)(command)
         else:
-            kind = click.Choice(CHOICES[field.name]) if field.name in CHOICES else kind
-            metavar = None if field.name in CHOICES else "X"
-            command = click.option(f"--{name}", type=kind, metavar=metavar, help=text)(command)
+            kind = whole if field.type == "int" else real
+            command = click.option(f"--{name}", type=kind(*known["range"]), metavar="X", help=text)(command)
     return command
 
 
@@ -43,49 +44,54 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _count(name: str, default: int | None = None, help: str = "", metavar: str = "N", lowest: int = 1) -> Callable:
+def _count(
+    name: str, default: int | None, help: str, metavar: str = "N", least: int = 1, most: int = 2**31
+) -> Callable:
     """An option that takes a whole number."""
-    kind, shown = click.IntRange(lowest), default is not None
-    return click.option(name, type=kind, default=default, show_default=shown, metavar=metavar, help=help or None)
+    return click.option(name, type=whole(least, most), default=default, metavar=metavar, help=help)
 
 
 @click.command()
 @click.argument("teacher", type=click.Path())
-@click.option("--data", required=True, multiple=True, metavar="PATH", help="Text, JSON lines, parquet, a folder of "
-              "them, or hf:NAME[:CONFIG][@SPLIT]; may be given again.")  # fmt: skip
-@click.option("-o", "--output", required=True, type=click.Path(), metavar="DIR")
-@click.option("--recipe", "recipe_name", type=click.Choice(["binary", "paper"]), default="binary", show_default=True)
-@_count("--total-tokens", 32_000_000)
-@_count("--tokens", 512, "Of a window.", lowest=2)
-@_count("--batch", 8, "Windows a step.")
-@_count("--micro-batch", help="Windows at once on a device; all of its own.")
+@click.option("--data", required=True, multiple=True, metavar="PATH", help="Training text: text, JSON lines or parquet "
+              "files, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.")  # fmt: skip
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Folder to write to.")
+@click.option("--recipe", "recipe_name", type=click.Choice(["binary", "paper"]), default="binary",
+              help="Sets the defaults of --rank to --state-dtype; paper: as published.")  # fmt: skip
+@_count("--total-tokens", 32_000_000, "Tokens to train on.", most=10**15)
 @recipe_options
-@_count("--seed", 0, lowest=0)
-@click.option("--held-out", type=click.FloatRange(0, 0.5), default=0.02, show_default=True, metavar="SHARE",
-              help="Of each file, from its end.")  # fmt: skip
-@_count("--held-out-documents", 1000, "Of a stream.", lowest=0)
-@_count("--held-out-tokens", 2**17, "Of these at most so many are measured, in windows spread over all.")
-@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="Other than the teacher's own.")
-@click.option("--device", metavar="NAME", help="cpu or cuda; a GPU where there is one.")
-@_count("--threads", help="Of a CPU.")
-@_count("--top-k", 0, "Run the teacher before, once, and keep its K likeliest tokens on disk; 0: beside the student.",
-        metavar="K", lowest=0)  # fmt: skip
+@_count("--tokens", 512, "Tokens in a window.", least=2, most=2**20)
+@_count("--batch", 8, "Windows per step, on all devices together.", most=2**20)
+@_count("--micro-batch", None, "Windows per pass on a device.  [default: all of its share]", most=2**20)
+@click.option("--seed", type=SEED, default=0, metavar="S", help="Random seed.")
+@click.option("--held-out", type=real(0, 0.5), default=0.02, metavar="SHARE",
+              help="Share of each file, from its end, that is held out.")  # fmt: skip
+@_count("--held-out-documents", 1000, "Documents that are held out of a stream (hf:), its first ones.", least=0)
+@_count("--held-out-tokens", 2**17, "Evaluate on at most N of the held-out tokens, spread over all.")
+@click.option(
+    "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the teacher's."
+)
+@click.option("--device", metavar="NAME", help="PyTorch device: cpu or cuda.  [default: cuda where there is a GPU]")
+@click.option("--threads", type=THREADS, metavar="N", help="CPU threads.  [default: by PyTorch]")
+@_count("--top-k", 0, "Run the teacher once, in advance, and store its K most likely tokens; 0: run it in training.",
+        metavar="K", least=0)  # fmt: skip
 @click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
-@_count("--log-every", 10, metavar="STEPS")
-@_count("--save-every", 200, metavar="STEPS")
-@_count("--keep", 2, "Newest checkpoints.")
-@_count("--evaluate-every", 200, metavar="STEPS")
-@click.option("--tensorboard", is_flag=True, help="Log to DIR/tensorboard too.")
-@click.option("--wandb", metavar="PROJECT", help="Log to a project of Weights & Biases too.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
-@click.option("--plan", "only_plan", is_flag=True, help="Print the memory and time it takes, and stop.")
-@_count("--devices", 1, "For --plan.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the layers with torch.compile.")
+@_count("--log-every", 10, "Steps from one line of log.jsonl to the next.", "STEPS")
+@_count("--save-every", 200, "Steps from one checkpoint to the next.", "STEPS")
+@_count("--keep", 2, "Checkpoints to keep.")
+@_count("--evaluate-every", 200, "Steps from one held-out perplexity to the next.", "STEPS")
+@click.option("--tensorboard", is_flag=True, help="Also log to DIR/tensorboard.")
+@click.option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in DIR.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only print an estimate of memory and time.")
+@_count("--devices", 1, "Number of devices, for --plan.", most=2**20)
 @json_option
 def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -> None:
-    """Distil TEACHER, a Mamba-2 checkpoint folder, into a 1-bit student: DIR/model.pt.
+    """Train a 1-bit student of TEACHER by distillation.
 
-    Under torchrun all its ranks share the work.
+    TEACHER is the folder of a Mamba-2 checkpoint, the student is DIR/model.pt. Runs on one device, or under torchrun
+    on many.
     """
     from dfssm.distill.recipe import RECIPES, Recipe
 
@@ -166,7 +172,7 @@ def _text(result: dict) -> str:
     found = result["perplexity"]
     if not found:
         return f"{result['output']}: {result['tokens']:,} tokens in {result['seconds']:.0f} s, no held-out text"
-    rows = [["", "perplexity", "/ teacher's", "KL from it" if result["kl"] else ""]]
+    rows = [["", "perplexity", "/ teacher's", "KL from teacher" if result["kl"] else ""]]
     for name, value in found.items():
         kl = f"{result['kl'][name]:.4f}" if name in result["kl"] else ""
         rows.append([name, f"{value:.3f}", f"{value / found['teacher']:.3f}", kl])

@@ -1,4 +1,4 @@
-"""`dfssm doctor`: what this machine has, what will be used, why not."""
+"""`dfssm doctor`: what this machine has, what is used, and what is missing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from dfssm.opset.extras import lacking
 
 from .options import json_option, megabytes, print_result, table
 
+_USES = {
+    "run": "run bundles, eval perplexity of them",
+    "compile": "compile for ort-cpu and onnx",
+    "train": "distill",
+    "evaluate": "eval tasks (of a bundle)",
+    "tensorrt_build": "compile for trt",
+    "tensorrt_run": "run trt bundles",
+}
+
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """What this machine has, what will be used, and why not. Exits 1 when no target is usable."""
+    """Show what works on this machine, and what is missing.
+
+    Exits with 1 if no target is usable.
+    """
     result = examine()
     print_result(result, as_json, _text)
     if not any(target["usable"] for target in result["targets"].values()):
@@ -45,7 +57,7 @@ def examine() -> dict:
 
 
 def _why_not(probes: dict) -> dict[str, str]:
-    """What one may want to do -> what it lacks here, and the command that mends it; "" where it lacks nothing."""
+    """Use -> what it lacks here, and the command that mends it; "" where it lacks nothing."""
     from dfssm.compiler.pipeline import PACKAGES as OF_COMPILER
     from dfssm.distill import PACKAGES as OF_TRAINING
     from dfssm.eval.suite import PACKAGES as OF_TASKS
@@ -66,10 +78,10 @@ def _text(result: dict) -> str:
     machine = result["machine"]
     memory = machine["memory_bytes"]
     rows = [
-        ["CPU", f"{machine['cpu']}, {machine['cores']} cores to use"],
+        ["CPU", f"{machine['cpu']}, {machine['cores']} usable cores"],
         ["memory", megabytes(memory) if memory else "unknown"],
         ["system", f"{machine['system']}, Python {machine['python']}"],
-        ["kernels for", ", ".join(result["isas"]) or "none: the native part of dfssm is not installed"],
+        ["kernels", ", ".join(result["isas"]) or "none: the native part of dfssm is not installed"],
         ["packages", ", ".join(f"{name} {found or 'missing'}" for name, found in result["packages"].items())],
     ]
     rows += [[name, value] for name, value in result["environment"].items() if value is not None]
@@ -78,8 +90,8 @@ def _text(result: dict) -> str:
         uses = ", ".join(f"{part} {value}" for part, value in target["uses"].items())
         lines.append(f"target {name}: " + (f"usable ({uses})" if target["usable"] else f"no: {target['why_not']}"))
     rows = [
-        [f"  {name.replace('tensorrt_', 'TensorRT: ')}", "yes" if use["usable"] else f"no: {use['why_not']}"]
+        [f"  {_USES[name]}", "yes" if use["usable"] else f"no: {use['why_not']}"]
         for name, use in result["usable_for"].items()
     ]
-    lines += ["", "usable for", table(rows)]
+    lines += ["", "can be used to", table(rows)]
     return "\n".join(lines)

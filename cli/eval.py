@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import click
 from tqdm import tqdm
 
 from dfssm.opset.extras import require
 
-from .options import json_option, print_result, table, trust_option
+from .options import json_option, print_result, table, trust_option, whole
 
 model_argument = click.argument("model", metavar="MODEL", type=click.Path())
 tokenizer_option = click.option(
-    "--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json other than the model's."
+    "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the model's."
 )
-device_option = click.option("--device", metavar="NAME", help="Of torch, for teacher and student: cpu or cuda.")
+device_option = click.option("--device", metavar="NAME", help="PyTorch device of a teacher or student: cpu or cuda.")
 
 
 @click.group(name="eval")
 def evaluate() -> None:
-    """Measure a teacher, a student or a bundle: perplexity, tasks."""
+    """Evaluate a teacher, a student or a bundle."""
 
 
 @evaluate.command()
@@ -30,34 +31,28 @@ def evaluate() -> None:
     required=True,
     multiple=True,
     type=click.Path(),
-    metavar="FILE",
-    help="Text, JSON lines, parquet, or a folder of them; may be given again.",
+    metavar="PATH",
+    help="Text, JSON lines or parquet, or a folder of such files. Repeatable.",
 )
-@click.option("--window", default=1024, show_default=True, metavar="N", help="Tokens the model reads at once.")
-@click.option("--stride", default=512, show_default=True, metavar="N", help="From one window to the next.")
-@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Score the first N tokens only.")
+@click.option("--window", type=whole(2, 2**20), default=1024, metavar="N", help="Tokens in a window.")
+@click.option("--stride", type=whole(1, 2**20), default=512, metavar="N", help="Tokens from one window to the next.")
+@click.option("--tokens", type=whole(1, 2**40), metavar="N", help="Score only the first N tokens.")
 @click.option(
     "--chunk",
-    type=click.IntRange(1),
+    type=whole(1, 2**20),
     default=64,
-    show_default=True,
     metavar="N",
-    help="Tokens scored by one run; 1 rounds a narrow state after each, as decoding does.",
+    help="Tokens scored in one call. 1: fp16 and int8 states are rounded after every token, as in decoding.",
 )
-@click.option(
-    "--reference",
-    type=click.Path(),
-    metavar="MODEL",
-    help="What MODEL should equal, as a student its teacher: give the divergence from it.",
-)
+@click.option("--reference", type=click.Path(), metavar="MODEL", help="Also measure the KL divergence from this model.")
 @tokenizer_option
 @device_option
 @trust_option
 @json_option
 def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer, device, as_json) -> None:
-    """Perplexity of MODEL on text, over strided windows.
+    """Measure the perplexity of MODEL on text, over strided windows.
 
-    MODEL is a checkpoint folder of a teacher, a student's model.pt or .safetensors, or a bundle.
+    MODEL is a teacher (the folder of a Mamba-2 checkpoint), a student (model.pt or .safetensors) or a bundle.
     """
     from dfssm.eval.perplexity import measure, require_stride
     from dfssm.eval.scorer import locate, open_scorer, packages
@@ -88,21 +83,21 @@ def perplexity(model, data, window, stride, tokens, chunk, reference, tokenizer,
 @evaluate.command()
 @model_argument
 @click.option("--tasks", "names", required=True, metavar="NAME,...", help="Tasks of lm-evaluation-harness.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N questions of each task.")
+@click.option("--limit", type=whole(1), metavar="N", help="Ask only the first N questions of each task.")
 @click.option(
     "--data",
     type=click.Path(),
     metavar="DIR",
-    help="Folder of local questions; without it the harness downloads.",
+    help="Folder with the questions (docs/eval.md); else they are downloaded.",
 )
 @tokenizer_option
 @device_option
 @trust_option
 @json_option
 def tasks(model, names, limit, data, tokenizer, device, as_json) -> None:
-    """Scores of MODEL in tasks, by lm-evaluation-harness.
+    """Score MODEL on tasks of lm-evaluation-harness.
 
-    MODEL is a checkpoint folder of a teacher, a student's model.pt or .safetensors, or a bundle.
+    MODEL is a teacher (the folder of a Mamba-2 checkpoint), a student (model.pt or .safetensors) or a bundle.
     """
     from dfssm.eval.suite import run_tasks
 
@@ -112,18 +107,33 @@ def tasks(model, names, limit, data, tokenizer, device, as_json) -> None:
     print_result(run_tasks(model, names, data, limit, tokenizer, device), as_json, _tasks_text)
 
 
+@evaluate.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[lm_eval's arguments]")
+def harness(arguments) -> None:
+    """Run the command lm_eval with our `--model dfssm`."""
+    from dfssm.eval.suite import PACKAGES
+
+    require(PACKAGES)
+    from lm_eval.__main__ import cli_evaluate
+
+    import dfssm.eval.harness  # noqa: F401 (registers the model type)
+
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+
+
 def _perplexity_text(result: dict) -> str:
     lines = [
-        f"{result['model']} ({result['kind']}): perplexity {result['perplexity']:.4f} on {result['tokens']} tokens, "
-        f"{result['bits_per_byte']:.4f} bits a byte",
-        f"windows of {result['window']}, stride {result['stride']}, {result['bytes']} bytes",
+        f"{result['model']} ({result['kind']}): perplexity {result['perplexity']:.4f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte",
+        f"{result['tokens']} tokens, {result['bytes']} bytes, windows of {result['window']}, stride {result['stride']}",
     ]
     if against := result["reference"]:
         lines += [
-            f"{against['model']} ({against['kind']}): perplexity {against['perplexity']:.4f}, the model's is "
-            f"{against['ratio']:.4f} times that",
-            f"divergence from it {against['kl']:.5f} ± {against['kl_stderr']:.5f} nats a token, the same "
-            f"likeliest token {against['same_top']:.2%}",
+            f"reference {against['model']} ({against['kind']}): perplexity {against['perplexity']:.4f}, "
+            f"ratio {against['ratio']:.4f}",
+            f"KL divergence from it {against['kl']:.5f} ± {against['kl_stderr']:.5f} nats per token, same most likely "
+            f"token {against['same_top']:.2%}",
         ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`dfssm inspect`: what a model or a bundle consists of."""
+"""`dfssm inspect`: config, sizes and files of a student or a bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
-from dfssm.opset.hashing import sha256
 
 from .options import json_option, megabytes, print_result, table
 
@@ -20,18 +19,16 @@ _BAR = 40
 @click.argument("path", metavar="MODEL|BUNDLE", type=click.Path())
 @json_option
 def inspect(path: str, as_json: bool) -> None:
-    """Sizes by role, config and files of a model.pt (or .safetensors) or of a bundle."""
+    """Show the sizes and files of a student or a bundle."""
     kind, found = paths.find(path, "student", "bundle")
     print_result(_bundle(found) if kind == "bundle" else _model(found), as_json, _text)
 
 
 def _bundle(folder: Path) -> dict:
     from dfssm.model.ledger import model_bytes
-    from dfssm.targets.bundle import Bundle
+    from dfssm.targets.bundle import open_bundle
 
-    with Bundle(folder) as bundle:
-        bundle.check(hashes=False)
-        manifest = bundle.manifest
+    manifest = open_bundle(folder, hashes=False)
     return {
         "path": str(folder),
         "target": manifest.target,
@@ -39,8 +36,6 @@ def _bundle(folder: Path) -> dict:
         "config": manifest.config,
         "sizes": model_bytes(manifest.config, manifest.layout),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
-        "machine": manifest.machine,
-        "model_sha256": manifest.model_sha256 or None,
         "tools": manifest.tools,
         "verification": manifest.verification,
     }
@@ -55,8 +50,6 @@ def _model(path: Path) -> dict:
     sizes = dict.fromkeys(ROLES, 0)
     for name, tensor in tensors.items():
         sizes[role(name)] += tensor.numel() * tensor.element_size()
-    with path.open("rb") as file:
-        digest = sha256(file)
     return {
         "path": str(path),
         "target": None,
@@ -64,8 +57,6 @@ def _model(path: Path) -> dict:
         "config": config.to_dict(),
         "sizes": sizes,
         "files": {path.name: path.stat().st_size},
-        "machine": None,
-        "model_sha256": digest,
         "tools": None,
         "verification": None,
     }
@@ -73,12 +64,10 @@ def _model(path: Path) -> dict:
 
 def _text(result: dict) -> str:
     config, sizes = result["config"], result["sizes"]
-    kind, digest = "student", result["model_sha256"]
-    if result["target"]:
-        kind = f"bundle for {result['target']} on {result['machine'] or 'any machine'}, {result['state_dtype']} states"
+    kind = f"bundle for {result['target']}, {result['state_dtype']} states" if result["target"] else "student"
     shape = (
-        f"{config['n_layer']} layers of {config['d_model']}, state {config['d_state']}, "
-        f"vocabulary {config['vocab_size']}, rank {config['rank']}"
+        f"{config['n_layer']} layers, d_model {config['d_model']}, d_state {config['d_state']}, "
+        f"vocabulary {config['vocab_size']}, rank {config['rank']}, planes {config['planes']}"
     )
     whole = sum(sizes.values())
     rows = [
@@ -90,10 +79,9 @@ def _text(result: dict) -> str:
     lines = [
         f"{result['path']}: {kind}",
         shape,
-        *([f"student's sha256 {digest}"] if digest else []),
         "",
         table(rows, right={2, 3}),
-        f"weights {megabytes(whole)}",
+        f"all weights: {megabytes(whole)}",
         "",
     ]
     return "\n".join([*lines, table(files, right={1})])

@@ -1,15 +1,12 @@
-"""`dfssm`: the group of subcommands, and how errors end."""
+"""The entry points of `dfssm` and `dfcompile`."""
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
 from importlib import import_module
 
 import click
 
-from dfssm.opset.errors import DfssmError
+from .process import errors_in_one_line, run
 
 # name -> module of this folder, attribute. A module is imported when its command is called: `dfssm --help` is
 # quick and needs nothing but click, and no command waits for torch unless it uses it.
@@ -39,48 +36,22 @@ class LazyGroup(click.Group):
         return getattr(import_module(module, __package__), attribute)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="dfssm")
 def dfssm() -> None:
-    """Run, measure and inspect DF-SSM models. `dfcompile` makes the bundles."""
+    """Tools for 1-bit Mamba-2 language models (DF-SSM). The command dfcompile compiles a model into a bundle."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0; 1 for an error of the user's to mend, a failed check, or a pipe that nobody
-    reads on; 2 for wrong usage; 130 for Ctrl-C. A bug keeps its traceback.
-    """
-    try:
-        code = dfssm.main(args=args, prog_name="dfssm", standalone_mode=False)
-        _flush()
-    except DfssmError as error:
-        code = fail(f"dfssm: error: {error}", 1)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = fail("", 130)
-    except BrokenPipeError:
-        # Nobody reads on: leave nothing in the buffer that the interpreter would try to write at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1  # as click does where it meets this first
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = fail(f"dfssm: error: the output cannot be written ({error.strerror}): make room", 1)
-    sys.exit(code or 0)
+    """Entry point of `dfssm`; always exits."""
+    run(dfssm, "dfssm", args)
 
 
-def _flush() -> None:
-    if sys.stdout is not None:  # as it is where the shell has closed it
-        sys.stdout.flush()
-
-
-def fail(message: str, code: int) -> int:
-    """Print `message` to stderr, after what stdout still holds, and return `code`."""
-    _flush()
-    click.echo(message, err=True)
-    return code
+def dfcompile(args: list[str] | None = None) -> None:
+    """Entry point of `dfcompile`; always exits. Whatever the failure, no bundle is left behind."""
+    with errors_in_one_line("dfcompile"):
+        from .compile import command
+    run(command, "dfcompile", args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Options and output that several subcommands share."""
+"""Options and output that several commands share."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import click
@@ -13,9 +15,39 @@ from tqdm import tqdm
 
 from dfssm.targets.trust import VARIABLE
 
+
+class Number(click.ParamType):
+    """A number from `least` to `most`, both included; `kind` is int or float. NaN is none."""
+
+    def __init__(self, kind: type[int] | type[float], least: float, most: float):
+        self.kind, self.least, self.most = kind, least, most
+        self.name = "integer" if kind is int else "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            found = self.kind(value)
+        except ValueError:
+            found = math.nan
+        if not self.least <= found <= self.most:
+            article = "an" if self.kind is int else "a"
+            self.fail(f"{value} is not {article} {self.name} from {self.least:,} to {self.most:,}", param, ctx)
+        return found
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Number:
+    return Number(int, least, most)
+
+
+def real(least: float, most: float) -> Number:
+    return Number(float, least, most)
+
+
+SEED = whole(0, 2**63 - 1)
+THREADS = whole(1, 1024)
+
 bundle_argument = click.argument("bundle", type=click.Path())
 threads_option = click.option(
-    "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads; 0 = one a physical core."
+    "--threads", type=whole(0, 1024), default=0, metavar="N", help="CPU threads; 0: one per physical core."
 )
 
 
@@ -34,21 +66,33 @@ trust_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_trust,
-    help="Run the code in the bundle: its own library, or an engine from somebody else.",
+    help="Run native code that comes with the bundle: its own op library, or an engine built elsewhere.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; yields what is called with the steps done, and of how many."""
-    with tqdm(desc=name, disable=None, leave=False) as bar:
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr, where that is a terminal, one after the other; yields what is called with the name of the work,
+    the steps done, and of how many.
+    """
+    with ExitStack() as stack:
+        bars: dict[str, tqdm] = {}
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                stack.close()  # the bar before
+                bars[name] = stack.enter_context(tqdm(desc=name, total=total, disable=None, leave=False))
+            bars[name].update(done - bars[name].n)
 
         yield progress
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """One such bar."""
+    with progress_bars() as progress:
+        yield partial(progress, name)
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
@@ -82,6 +126,6 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

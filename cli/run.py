@@ -10,26 +10,36 @@ import click
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 
-from .options import bundle_argument, json_option, print_result, threads_option, trust_option
+from .options import SEED, bundle_argument, json_option, print_result, real, threads_option, trust_option, whole
 
 
 @click.command()
 @bundle_argument
-@click.option("-p", "--prompt", default="", metavar="TEXT", help="What to continue.")
-@click.option("-n", "--max-tokens", default=128, show_default=True, metavar="N", help="At most N tokens.")
-@click.option("--temperature", default=0.0, show_default=True, metavar="T", help="0 = the likeliest token.")
-@click.option("--top-k", default=0, metavar="K", help="Draw from the K likeliest; 0 = all.")
-@click.option("--top-p", default=1.0, metavar="P", help="Draw from the likeliest that hold probability P.")
-@click.option("--seed", type=int, metavar="S", help="Repeat the same draws.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
-@click.option("--eos", multiple=True, type=int, metavar="ID", help="End at this token, not the model's; repeatable.")
-@click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue what a saved state has read.")
+@click.option("-p", "--prompt", default="", show_default=False, metavar="TEXT", help="Text to continue.")
+@click.option("-n", "--max-tokens", type=whole(0), default=128, metavar="N", help="Generate at most N tokens.")
+@click.option(
+    "--temperature", type=real(0, 1e6), default=0.0, metavar="T", help="Sampling temperature; 0: the most likely token."
+)
+@click.option("--top-k", type=whole(0), default=0, metavar="K", help="Sample from the K most likely tokens; 0: all.")
+@click.option(
+    "--top-p",
+    type=real(1e-9, 1),
+    default=1.0,
+    metavar="P",
+    help="Sample from the most likely tokens whose probabilities add up to P.",
+)
+@click.option("--seed", type=SEED, metavar="S", help="Random seed; the same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
+@click.option(
+    "--eos", multiple=True, type=whole(0), metavar="ID", help="Stop at this token, not at the model's own. Repeatable."
+)
+@click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue from a state that was saved.")
 @click.option("--save-state", type=click.Path(), metavar="FILE", help="Save the state at the end.")
 @threads_option
 @trust_option
 @json_option
 def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **settings) -> None:
-    """Continue a text. It streams to stdout; a line about the speed follows on stderr."""
+    """Generate text with BUNDLE. It streams to stdout; a line with the speed follows on stderr."""
     bundle = paths.bundle(bundle)
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")

@@ -13,7 +13,7 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.targets.bundle import TOKENIZER
 
-from .options import json_option, megabytes, print_result
+from .options import SEED, json_option, megabytes, print_result, whole
 
 output_option = click.option(
     "-o",
@@ -21,30 +21,30 @@ output_option = click.option(
     required=True,
     type=click.Path(),
     metavar="FILE",
-    help="model.pt or .safetensors.",
+    help="The student to write: model.pt or .safetensors.",
 )
 planes_option = click.option(
-    "--planes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Binary planes."
+    "--planes", type=whole(1, 8), default=1, metavar="N", help="Binary planes: about N bits per weight."
 )
 rank_option = click.option(
-    "--rank", type=click.IntRange(0), default=16, show_default=True, metavar="R", help="Of the correction."
+    "--rank", type=whole(0, 4096), default=16, metavar="R", help="Rank of the int8 low-rank correction; 0: none."
 )
 
 
 @click.command()
-@click.option("--preset", metavar="NAME", help="A published shape: mamba2-130m to mamba2-2.7b.")
-@click.option("--config", type=click.Path(), metavar="FILE", help="A JSON file of a shape.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="S")
+@click.option("--preset", metavar="NAME", help="A published shape, from mamba2-130m to mamba2-2.7b.")
+@click.option("--config", type=click.Path(), metavar="FILE", help="A config as JSON (docs/format.md).")
+@click.option("--seed", type=SEED, default=0, metavar="S", help="Random seed of the weights.")
 @rank_option
 @planes_option
 @output_option
 @json_option
 def init(preset, config, seed, rank, planes, output, as_json) -> None:
-    """Write a random student of a real shape, for benchmarks and tests."""
+    """Write a student with random weights, for benchmarks and tests."""
     if (preset is None) == (config is None):
         raise click.UsageError("Give either --preset or --config.")
     if config is not None:
-        config = paths.file(config, "a JSON file of a shape, as in docs/format.md", paths.CONFIG)
+        config = paths.file(config, "a config as JSON, as in docs/format.md", paths.CONFIG)
     output = paths.output_file(output)
     require(PACKAGES)
     from dfssm.model.checkpoint import save_student
@@ -63,10 +63,11 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
 @output_option
 @json_option
 def convert(teacher, rank, planes, output, as_json) -> None:
-    """Make a student of TEACHER without data: signs, scales, and a low rank of what they leave.
+    """Make a 1-bit student of TEACHER without training.
 
-    TEACHER is a folder or file of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, where there is
-    one, is put beside FILE, for dfcompile to find; one that is there already stays.
+    A weight becomes its sign, times a per-row scale; a low-rank correction is fitted to the residual. TEACHER is the
+    folder of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, if it has one, is copied to the
+    folder of FILE, where dfcompile finds it; an existing one is kept.
     """
     teacher = paths.teacher(teacher)
     output = paths.output_file(output, teacher)
@@ -106,6 +107,6 @@ def _report(output: Path, config, tensors: dict) -> dict:
 def _text(result: dict) -> str:
     config = result["config"]
     return (
-        f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers of "
-        f"{config['d_model']}, rank {config['rank']}, planes {config['planes']}"
+        f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers, "
+        f"d_model {config['d_model']}, rank {config['rank']}, planes {config['planes']}"
     )

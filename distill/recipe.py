@@ -4,65 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from dfssm.opset.errors import DfssmError
 
-CHOICES = {
-    "hard": ("sign", "levels"),
-    "anneal": ("none", "continuous", "levels"),
-    "init": ("svd", "activations", "zero"),
-    "activations": ("int8", "float"),
-    "state_dtype": ("fp32", "int8"),
-}
+
+def _number(default: float, least: float, most: float, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most)})
 
 
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _choice(default: str, others: Sequence[str], help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": (default, *others)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The ingredients. An invalid value raises DfssmError.
+    """The ingredients, each with its help text and its range or choices. Any other value raises DfssmError.
 
     Learning rates rise over `warmup` of the steps and fall along a cosine to `final_lr` of themselves.
     """
 
-    rank: int = _option(16, "Rank of the int8 low-rank correction.")
-    planes: int = _option(1, "Binary planes of the scaffold: 2 is about 2 bits a weight.")
-    hard: str = _option("sign", "What a weight becomes: its sign, or one of 17 levels as published.")
-    anneal: str = _option("none", "What it comes from: nothing else, the continuous latent, or the 17 levels.")
-    anneal_share: float = _option(0.5, "Share of the scaffold's steps over which the hard weights fade in.")
-    init: str = _option("svd", "Low rank at the start: SVD of the residual, weighted by activations, or zero.")
-    activations: str = _option("int8", "Inputs of the projections in training.")
-    train_float: bool = _option(True, "Train norms, convolution, A, D, dt and the embedding too.")
-    scaffold_share: float = _option(1.0, "Share of the steps after which only the low rank trains, in float.")
-    lr: float = _option(8e-3, "Highest learning rate.")
-    low_rank_lr: float = _option(1.0, "Of the low rank, times --lr.")
-    float_lr: float = _option(0.25, "Of what ships in float, times --lr.")
-    warmup: float = _option(0.05, "Share of the steps over which the rate rises.")
-    final_lr: float = _option(0.05, "Learning rate at the end, times --lr; a cosine leads there.")
-    cross_entropy: float = _option(0.0, "Weight of the cross entropy beside the KL divergence from the teacher.")
-    hidden: float = _option(0.0, "Weight of the distance between the layers' outputs and the teacher's.")
-    ste_window: float = _option(1.5, "The sign passes gradients to latents below this, in scales of the row.")
-    state_dtype: str = _option("fp32", "int8: round the state between the chunks of a window.")
+    rank: int = _number(16, 0, 4096, "Rank of the int8 low-rank correction; 0: none.")
+    planes: int = _number(1, 1, 8, "Binary planes: about N bits per weight.")
+    hard: str = _choice("sign", ["levels"], "What weights become: their signs, or one of 17 levels as published.")
+    anneal: str = _choice(
+        "none", ["continuous", "levels"], "What they are annealed from: nothing, the continuous latents, or 17 levels."
+    )
+    anneal_share: float = _number(0.5, 0, 1, "Share of the scaffold's training over which they are annealed.")
+    init: str = _choice(
+        "svd", ["activations", "zero"], "Initial low rank: SVD of the residual, the same weighted by activations, or 0."
+    )
+    activations: str = _choice("int8", ["float"], "Inputs of the projections in training.")
+    train_float: bool = dataclasses.field(
+        default=True, metadata={"help": "Also train the norms, the convolution, A, D, dt and the embedding."}
+    )
+    scaffold_share: float = _number(
+        1.0,
+        0,
+        1,
+        "Share of the steps that train the scaffold; then only the low rank trains, in float. 1: both at once.",
+    )
+    lr: float = _number(8e-3, 1e-12, 1e3, "Peak learning rate.")
+    low_rank_lr: float = _number(1.0, 1e-6, 1e6, "Learning rate of the low rank, as a multiple of --lr.")
+    float_lr: float = _number(0.25, 1e-6, 1e6, "Learning rate of the float parameters, as a multiple of --lr.")
+    warmup: float = _number(0.05, 0, 1, "Share of the steps over which the learning rate rises.")
+    final_lr: float = _number(0.05, 0, 1, "Learning rate at the end of the cosine decay, as a multiple of --lr.")
+    cross_entropy: float = _number(0.0, 0, 1e6, "Weight of the cross entropy, added to the KL divergence.")
+    hidden: float = _number(0.0, 0, 1e6, "Weight of the squared error of the hidden states, layer by layer.")
+    ste_window: float = _number(
+        1.5, 1e-6, 1e6, "Straight-through gradient: it passes to latents below this, in units of the row's scale."
+    )
+    state_dtype: str = _choice("fp32", ["int8"], "int8: round the state between the chunks of a window.")
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise DfssmError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name, lowest in (("rank", 0), ("planes", 1)):
-            if getattr(self, name) < lowest:
-                raise DfssmError(f"{name} is {getattr(self, name)}; it must be {lowest} or above")
-        for name in ("lr", "ste_window", "low_rank_lr", "float_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise DfssmError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("anneal_share", "scaffold_share", "warmup", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DfssmError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        for name in ("cross_entropy", "hidden"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise DfssmError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        for field in dataclasses.fields(self):
+            name, value, known = field.name, getattr(self, field.name), field.metadata
+            if "choices" in known and value not in known["choices"]:
+                raise DfssmError(f"{name} is {value!r}; choose one of {', '.join(known['choices'])}")
+            if "range" in known and not known["range"][0] <= value <= known["range"][1]:
+                raise DfssmError("{} is {}; give a number from {:,} to {:,}".format(name, value, *known["range"]))
 
     def blend(self, progress: float) -> float:
         """Share of the hard weights at `progress` (0 to 1) of the run."""

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import click
 
+from dfssm.cli.options import SEED, THREADS, real, whole
+from dfssm.cli.process import run
 from dfssm.distill import PACKAGES
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import require
+from dfssm.opset.extras import lacking, require
 
-try:
-    require(PACKAGES)  # before torch, whose absence is the user's to mend
-except DfssmError as error:
-    raise SystemExit(f"error: {error}") from None
+if message := lacking(PACKAGES):  # torch, which is imported next
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 import torch
 import torch.nn.functional as F
@@ -122,29 +122,30 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--data", required=True, multiple=True, type=click.Path(), metavar="PATH",
-              help="Text, JSON lines, parquet, or a folder of them; may be given again.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(), default="teacher", show_default=True)
-@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="One that there is already.")
-@click.option("--vocab-size", default=4096, show_default=True, help="Of a tokenizer that is trained.")
-@click.option("--d-model", default=256, show_default=True)
-@click.option("--layers", default=6, show_default=True)
-@click.option("--d-state", default=64, show_default=True)
-@click.option("--headdim", default=64, show_default=True)
-@click.option("--longest", type=click.IntRange(1), default=6000, show_default=True, help="Steps at the full rate.")
-@click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a step.")
-@click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
-@click.option("--lr", default=2e-3, show_default=True)
-@click.option("--held-out", type=click.FloatRange(0, 0.5), default=0.02, show_default=True, help="Of each file's end.")
-@click.option("--every", type=click.IntRange(1), default=200, show_default=True, help="Steps: measure, and save.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True, help="Of a CPU.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile the layers.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUTPUT.")
+              help="Training text: text, JSON lines or parquet files, or a folder of them. Repeatable.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(), default="teacher", metavar="DIR", help="Folder to write to.")
+@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json; else one is trained.")
+@click.option("--vocab-size", type=whole(257, 2**20), default=4096, help="Tokens of a trained tokenizer.")
+@click.option("--d-model", type=whole(32, 2**16), default=256, help="Width of the model.")
+@click.option("--layers", type=whole(1, 1024), default=6, help="Number of layers.")
+@click.option("--d-state", type=whole(1, 1024), default=64, help="State size of each channel.")
+@click.option("--headdim", type=whole(1, 2**16), default=64, help="Channels of a head.")
+@click.option("--longest", type=whole(1), default=6000, help="Most steps at the full learning rate.")
+@click.option("--warmup", type=whole(1), default=100, help="Steps over which the learning rate rises.")
+@click.option("--batch", type=whole(1, 2**20), default=8, help="Windows per step.")
+@click.option("--tokens", type=whole(2, 2**20), default=256, help="Tokens in a window.")
+@click.option("--lr", type=real(1e-12, 1e3), default=2e-3, help="Peak learning rate.")
+@click.option("--held-out", type=real(0, 0.5), default=0.02, help="Share of each file, from its end, that is held out.")
+@click.option("--every", type=whole(1), default=200, help="Steps from one held-out loss and checkpoint to the next.")
+@click.option("--seed", type=SEED, default=0, help="Random seed.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="PyTorch device: cpu or cuda.")
+@click.option("--threads", type=THREADS, default=os.cpu_count(), help="CPU threads.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the layers with torch.compile.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in DIR.")
 def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled, resume, **options):
+    """Train a small Mamba-2 teacher until its held-out loss stops falling."""
     require({"": packages(text_files(data))})
     output = paths.output_folder(output)
     if tokenizer is not None:
@@ -225,7 +226,4 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
 
 
 if __name__ == "__main__":
-    try:
-        train_teacher()
-    except DfssmError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(train_teacher, Path(__file__).name)

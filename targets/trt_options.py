@@ -33,16 +33,20 @@ def _option(default: str | int | bool | None, help: str, **texts: str) -> Any:
 class Options:
     """What a user may choose; docs/trt.md says what each means. `sm` is a list as in "86,89"."""
 
-    builder: str = _option("auto", "auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).")
-    sm: str = _option("", "GPUs to build for, as 86,89.", metavar="LIST", default_text="the one here, else all")
-    max_batch: int = _option(1, "Most sequences of a call.", metavar="N")
-    max_tokens: int = _option(512, "Most tokens of a call.", metavar="N")
-    lowering: str = _option("plugin", "plugin (our kernels) or native (no plugin, one token a call).")
-    timing_cache: str | Path | None = _option(None, "File of kernel timings to read and write.")
-    version_compatible: bool = _option(False, "Runs in later versions of TensorRT, too.")
-    hardware_compatible: bool = _option(False, "Runs on other GPUs from Ampere on, too (tensorrt).")
-    embed_plugins: bool = _option(False, "The engine holds the plugin library.")
-    strip_weights: bool = _option(False, "The engine holds no weights; refit it where it runs.")
+    builder: str = _option("auto", "auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).", metavar="NAME")
+    sm: str = _option(
+        "", "compute capabilities to build for, as 86,89.", metavar="LIST", default_text="this GPU's, else all"
+    )
+    max_batch: int = _option(1, "largest batch.", metavar="N")
+    max_tokens: int = _option(512, "largest number of tokens per call.", metavar="N")
+    lowering: str = _option(
+        "plugin", "plugin (our kernels) or native (no plugins, one token per call).", metavar="NAME"
+    )
+    timing_cache: str | Path | None = _option(None, "file of kernel timings to read and write.", metavar="FILE")
+    version_compatible: bool = _option(False, "the engine also runs in later versions of TensorRT.")
+    hardware_compatible: bool = _option(False, "the engine also runs on other GPUs from Ampere on (tensorrt).")
+    embed_plugins: bool = _option(False, "put the plugin library into the engine.")
+    strip_weights: bool = _option(False, "leave the weights out of the engine; it is refitted where it runs.")
 
 
 OPTIONS = tuple(Option(field.name, **field.metadata) for field in fields(Options))

@@ -20,8 +20,8 @@ HEAVY = ("torch", "onnx", "transformers", "lm_eval", "datasets", "polygraphy")
 
 DRIVER = """
 import contextlib, io, json, os, sys
+from dfssm.cli.main import dfcompile
 from dfssm.cli.main import main as dfssm
-from dfssm.compiler.cli import main as dfcompile
 
 heavy, commands = json.load(sys.stdin)
 done = []

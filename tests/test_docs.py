@@ -8,8 +8,8 @@ import click
 import pytest
 from documents import ROOT, anchors, commands, every, links
 
+from dfssm.cli.compile import command as dfcompile
 from dfssm.cli.main import dfssm
-from dfssm.compiler.cli import command as dfcompile
 
 NAMES = [str(path.relative_to(ROOT)) for path in every()]
 PROGRAMS = {"dfssm": dfssm, "dfcompile": dfcompile}

@@ -120,7 +120,7 @@ def test_the_package_offers_its_api_lazily():
 
 @pytest.mark.parametrize(
     "module",
-    ["dfssm", "dfssm.cli.main", "dfssm.compiler.cli", "dfssm.runtime", "dfssm.eval.perplexity", "dfssm.verify"],
+    ["dfssm", "dfssm.cli.main", "dfssm.cli.compile", "dfssm.runtime", "dfssm.eval.perplexity", "dfssm.verify"],
 )
 def test_commands_start_light(module):
     code = f"import sys, {module}\nprint(*(m for m in ('torch', 'onnx', 'transformers') if m in sys.modules))"

@@ -66,7 +66,7 @@ def test_text(on_gpu, tiny_bundle, monkeypatch):
     monkeypatch.setattr(device, "predicted", lambda *arguments: 12345.6)
     text = run(tiny_bundle)
     assert text.startswith("NVIDIA L4, tensorrt-rtx 1.7.1, lowering plugin, fp16 states\n")
-    assert "batch 8" in text and "12,346 tok/s were predicted" in text and "not recorded" not in text
+    assert "batch 8" in text and "predicted 12,346 tok/s" in text and "not recorded" not in text
 
 
 def test_a_cpu_bundle_has_no_batches(tiny_bundle):

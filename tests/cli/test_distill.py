@@ -9,13 +9,14 @@ import tiny
 import torch
 
 from dfssm.cli.main import main
-from dfssm.distill.recipe import CHOICES, RECIPES, Recipe
+from dfssm.distill.recipe import RECIPES, Recipe
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
+CHOICES = {f.name: f.metadata["choices"] for f in dataclasses.fields(Recipe) if "choices" in f.metadata}
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +123,6 @@ class TestUsage:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--lr", 0], "lr is 0.0; it must be above 0"),
-            (["--lr", "nan"], "lr is nan; it must be above 0"),
-            (["--warmup", 2], "warmup is 2.0; it must be from 0 to 1"),
-            (["--hidden", -1], "hidden is -1.0; it must be 0 or above"),
-            (["--planes", 0], "planes is 0; it must be 1 or above"),
-            (["--rank", -1], "rank is -1; it must be 0 or above"),
             (["--device", "tpu"], "device 'tpu' is not known; choose cpu or cuda"),
             (["--batch", 4, "--micro-batch", 3], "batch is 4 windows; give a multiple of ranks x micro-batch = 1 x 3"),
             (["--resume"], "has no checkpoint to resume from; leave out --resume to begin"),
@@ -182,7 +177,7 @@ class TestRun:
         assert result.exit_code == 0
         lines = result.stdout.splitlines()
         assert lines[0].startswith(f"{tmp_path / 'out'}: 64 tokens in ")
-        assert lines[1].split() == ["perplexity", "/", "teacher's", "KL", "from", "it"]
+        assert lines[1].split() == ["perplexity", "/", "teacher's", "KL", "from", "teacher"]
         rows = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[2:]}
         assert list(rows) == ["teacher", "data_free", "student", "float_low_rank", "float_embedding"]
         assert rows["teacher"][1:] == [1]

@@ -94,10 +94,13 @@ def test_a_bare_install_names_all_that_a_command_takes(missing, command):
     "command, message",
     [
         (
-            ["-m", "dfssm.eval", "run", "--model", "dfssm"],
+            ["-m", "dfssm.cli.main", "eval", "harness", "run", "--model", "dfssm"],
             f"dfssm: error: {MISSING['dfssm eval tasks b --tasks piqa']}\n",
         ),
-        ([EXAMPLE, "--data", "a.txt"], f"error: {lacks('torch', install=repr('dfssm[distill]'))}\n"),
+        (
+            [EXAMPLE, "--data", "a.txt"],
+            f"01_train_teacher.py: error: {lacks('torch', install=repr('dfssm[distill]'))}\n",
+        ),
     ],
 )
 def test_so_do_the_other_programs(folder, bare, command, message):

@@ -201,10 +201,10 @@ def test_a_line_break_in_a_name_is_none_in_the_line(folder):
     assert done.err.startswith("dfssm: error: no where does not exist: ") and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [["dfssm.cli.main", "convert"], ["dfssm.compiler.cli", "--target", "ort-cpu"]])
+@pytest.mark.parametrize("command", [["main", "convert"], ["dfcompile", "--target", "ort-cpu"]])
 def test_the_process_of_a_user(folder, command):
-    module, *arguments = command
-    code = f"import sys, {module}\ntry: {module}.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    function, *arguments = command
+    code = f"import sys, dfssm.cli.main as m\ntry: m.{function}(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     more = ["-o", "new.pt"] if "convert" in arguments else []
     run = [sys.executable, "-c", code, *arguments, b"caf\xe9", *more]
     done = subprocess.run(run, cwd=folder, capture_output=True, timeout=60)

@@ -12,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+
+from dfssm.model.checkpoint import save_student
 
 DFSSM = [sys.executable, "-c", "from dfssm.cli.main import main; main()"]
+DFCOMPILE = [sys.executable, "-c", "from dfssm.cli.main import dfcompile; dfcompile()"]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "01_train_teacher.py"
 
 
 def dfssm(*arguments, **options):
@@ -43,7 +48,8 @@ def test_a_users_error_is_one_line_and_1(command, tmp_path):
 
 def test_wrong_usage_is_2():
     done = dfssm("run", "--no-such-option")
-    assert done.returncode == 2 and done.stdout == "" and "No such option" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "dfssm run: error: No such option '--no-such-option': see dfssm run --help\n"
     assert dfssm("nonsense").returncode == 2
 
 
@@ -106,18 +112,63 @@ def test_a_terminal_that_lacks_a_character_goes_on(tiny_bundle):
     assert done.returncode == 0 and "?" in done.stdout
 
 
-def test_a_full_disk_behind_stdout_is_one_line(tiny_bundle):
+@pytest.fixture(scope="module")
+def printing(tiny_bundle, tmp_path_factory):
+    """What each kind of command prints: a result as text and as JSON, help, the version, text that streams."""
+    folder = tmp_path_factory.mktemp("printing")
+    model = folder / "model.pt"
+    tensors = {name: torch.from_numpy(array) for name, array in tiny.tensors().items()}
+    save_student(model, tiny.CONFIG, tensors)
+    compiled = [model, "--target", "onnx", "--no-verify", "--force", "-o", folder / "bundle"]
+    return {
+        "inspect": [*DFSSM, "inspect", tiny_bundle],
+        "json": [*DFSSM, "inspect", tiny_bundle, "--json"],
+        "help": [*DFSSM, "bench", "--help"],
+        "version": [*DFSSM, "--version"],
+        "run": [*DFSSM, "run", tiny_bundle, "-p", "hello", "-n", 3],
+        "dfcompile": [*DFCOMPILE, *compiled],
+        "dfcompile json": [*DFCOMPILE, *compiled, "--json"],
+        "example": [sys.executable, EXAMPLE, "--help"],
+    }
+
+
+PRINTING = ["inspect", "json", "help", "version", "run", "dfcompile", "dfcompile json", "example"]
+
+
+@pytest.mark.parametrize("name", PRINTING)
+def test_a_full_disk_behind_stdout_is_one_line(printing, name):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*DFSSM, "inspect", tiny_bundle], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "the output cannot be written (No space left on device)" in done.stderr
-
-
-def test_a_closed_stdout_is_no_bug(tiny_bundle):
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *DFSSM, "inspect", str(tiny_bundle)], stderr=subprocess.PIPE, text=True
+        done = subprocess.run(list(map(str, printing[name])), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(
+        ": error: the output cannot be written (No space left on device): make room"
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error") == 1
+
+
+@pytest.mark.parametrize("name", PRINTING)
+def test_a_pipe_that_nobody_reads_is_quiet(printing, name):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(list(map(str, printing[name])), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0", "1 2"])
+@pytest.mark.parametrize("name", PRINTING)
+def test_a_closed_stream_is_no_bug(printing, name, closed):
+    """The command does its work; its files get nothing of what is printed."""
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closing}', "sh", *map(str, printing[name])], capture_output=True)
+    assert done.returncode == 0 and b"rror" not in done.stderr and b"Traceback" not in done.stderr
+    assert bool(done.stdout) == ("1" not in closed)
+
+
+def test_errors_go_nowhere_where_stderr_is_full(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*DFSSM, "inspect", tmp_path / "none"], stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_nothing_is_written_below_home(tiny_bundle, tmp_path):

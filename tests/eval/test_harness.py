@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
+from dfssm.cli.main import main  # noqa: E402
 from dfssm.eval.harness import DfssmLM  # noqa: E402
 from dfssm.eval.suite import TASKS, run_tasks  # noqa: E402
 
@@ -220,18 +221,19 @@ class TestModel:
         code = "import dfssm.eval.harness; from lm_eval.api.registry import get_model; get_model('dummy')"
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    def test_through_us_it_knows_it_for_every_task(self, monkeypatch):
+    def test_through_us_it_knows_it_for_every_task(self, monkeypatch, capsys):
         import lm_eval.__main__
-
-        from dfssm.eval.__main__ import main
 
         def command():
             assert lm_eval.api.registry.get_model("dfssm") is DfssmLM
+            assert sys.argv[1:] == ["--model", "dfssm", "-h", "--limit", "1"]
             raise DfssmError("a user's error")
 
+        monkeypatch.setattr(sys, "argv", ["pytest"])
         monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", command)
-        with pytest.raises(SystemExit, match="^dfssm: error: a user's error$"):
-            main()
+        with pytest.raises(SystemExit) as end:
+            main(["eval", "harness", "--model", "dfssm", "-h", "--limit", "1"])
+        assert end.value.code == 1 and capsys.readouterr().err == "dfssm: error: a user's error\n"
 
 
 class TestTaskFiles:

@@ -160,7 +160,7 @@ def test_refusals(example, teacher, text, tmp_path, arguments, message):
 def test_a_refusal_is_one_line(tmp_path):
     result = train("--data", tmp_path / "nowhere", "-o", tmp_path)
     assert result.returncode == 1 and not list(tmp_path.iterdir())
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("01_train_teacher.py: error: ") and result.stderr.count("\n") == 1
 
 
 def test_a_student_is_distilled_compiled_and_writes(cpu_target, teacher, text, tmp_path):

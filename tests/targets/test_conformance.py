@@ -12,7 +12,7 @@ import pytest
 import student_ref
 import tiny
 
-from dfssm.compiler.cli import command
+from dfssm.cli.compile import command
 from dfssm.opset import DfssmError
 from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16, STATE_DTYPES
 from dfssm.runtime.ort import OrtBackend
@@ -116,7 +116,7 @@ def test_lowering_keeps_the_names_and_whole_dtypes(target):
 
 def test_what_it_builds_is_a_bundle(target, bundle):
     folder = bundle(target)
-    manifest = open_bundle(folder).manifest
+    manifest = open_bundle(folder)
     assert set(target.FILES) <= set(manifest.files) and manifest.weights == target.WEIGHTS
     assert manifest.layout == target.LAYOUT and bool(manifest.engine) == target.IS_ENGINE
 

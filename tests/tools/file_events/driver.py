@@ -79,8 +79,8 @@ def run(command: Command, place: Path, event: int, mode: int, more: tuple[str, .
 
 
 def _call(name: str, arguments: list[str]) -> int:
+    from dfssm.cli.main import dfcompile
     from dfssm.cli.main import main as dfssm
-    from dfssm.compiler.cli import main as dfcompile
 
     try:
         (dfcompile if name == "dfcompile" else dfssm)(arguments)
@@ -205,11 +205,11 @@ def commands(work: Path) -> Iterator[Command]:
             raise SystemExit(f"{arguments}: status {status}: {err.getvalue()}")
 
     made("dfcompile", work / "0.pt", "--target", "ort-cpu", "-o", work / "old", "--no-verify")
-    old = open_bundle(work / "old").manifest.files
+    old = open_bundle(work / "old").files
     yield Command(
         "dfcompile", work / "old", "bundle",
         lambda place: [str(work / "1.pt"), "--target", "ort-cpu", "-o", str(place / "bundle"), "--force"],
-        lambda path: read(path, lambda path: "old" if open_bundle(path).manifest.files == old else "new"),
+        lambda path: read(path, lambda path: "old" if open_bundle(path).files == old else "new"),
     )  # fmt: skip
 
     made("dfssm", "convert", work / "teacher", "-o", work / "old.pt", "--rank", 2)

@@ -1,6 +1,6 @@
 import pytest
 
-from dfssm.opset import threads
+from dfssm.runtime import threads
 
 
 @pytest.fixture

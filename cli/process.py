@@ -1,0 +1,72 @@
+"""How every command ends: its exit status, errors in one line, an output that is closed or full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import click
+
+from dfssm.opset.errors import DfssmError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: with 0; 1 for an error that the user can mend, for a failed check, and where nobody reads
+    the output; 2 for wrong usage; 130 for Ctrl-C. A bug keeps its traceback.
+    """
+    with errors_in_one_line(name):
+        status = command.main(args=args, prog_name=name, standalone_mode=False)
+    sys.exit(status or 0)
+
+
+@contextmanager
+def errors_in_one_line(name: str) -> Iterator[None]:
+    """In the `with` block, an error that is no bug ends the process as `run` says, with a line on stderr."""
+    _open_standard_streams()
+    try:
+        yield
+        sys.stdout.flush()
+    except DfssmError as error:
+        _exit(1, f"{name}: error: {error}")
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else name
+        message = " ".join(error.format_message().split())
+        _exit(error.exit_code, f"{path}: error: {message.rstrip('.')}: see {path} --help")
+    except (click.Abort, KeyboardInterrupt):
+        _exit(130)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            _exit(1)
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _exit(1, f"{name}: error: the output cannot be written ({error.strerror}): make room")
+
+
+def _open_standard_streams() -> None:
+    """Where the shell has closed stdin, stdout or stderr, /dev/null takes its place: the next file that is opened would
+    get its number, and what a library prints would be written there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))
+
+
+def _exit(status: int, message: str = "") -> NoReturn:
+    """Write what stdout still holds, then the message to stderr, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is sys.stderr and message:
+                click.echo(message, err=True)
+            stream.flush()
+        except OSError:  # leave nothing that the interpreter would try to write at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(status) from None
