@@ -1,9 +1,6 @@
 """What the harness's own model type `hf` makes of a teacher's folder, is what ours makes of it."""
 
 import json
-import sys
-import types
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,8 +9,10 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'dfssm[eval]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'dfssm[dev]'")
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'dfssm[dev]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 from dfssm.eval.harness import DfssmLM  # noqa: E402
@@ -31,21 +30,6 @@ PAIRS = [
     *(("hello world hello", " w"), ("hello world", " who would"), ("{begin}hello", " world")),
 ]
 TEXTS = ["hello world", "é" * 40, "a", "{begin}hello", "Once upon\n\na time 日本語"]
-
-
-@pytest.fixture(scope="module")
-def hf_class():
-    """The harness's class. Of accelerate, which it imports, one process on a CPU calls nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not find_spec("accelerate"):
-            package, utils = types.ModuleType("accelerate"), types.ModuleType("accelerate.utils")
-            package.Accelerator = package.InitProcessGroupKwargs = package.find_executable_batch_size = None
-            package.utils, utils.get_max_memory = utils, None
-            patch.setitem(sys.modules, "accelerate", package)
-            patch.setitem(sys.modules, "accelerate.utils", utils)
-        from lm_eval.models.huggingface import HFLM
-
-        yield HFLM
 
 
 @pytest.fixture(scope="module", params=["neox", "llama"])
@@ -73,10 +57,10 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[None, True, False], ids=["bos None", "bos True", "bos False"])
-def both(request, folder, hf_class):
+def both(request, folder):
     """(theirs, ours) with one `add_bos_token`."""
     model = transformers.Mamba2ForCausalLM.from_pretrained(folder).eval()
-    theirs = hf_class(pretrained=model, tokenizer=str(folder), batch_size=1, add_bos_token=request.param)
+    theirs = HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, add_bos_token=request.param)
     return theirs, DfssmLM(folder, batch_size=3, **({} if request.param is None else {"add_bos_token": request.param}))
 
 
