@@ -9,6 +9,7 @@ import click
 from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
+from dfssm.opset.hashing import sha256
 
 from .options import json_option, megabytes, print_result, table
 
@@ -26,9 +27,11 @@ def inspect(path: str, as_json: bool) -> None:
 
 def _bundle(folder: Path) -> dict:
     from dfssm.model.ledger import model_bytes
-    from dfssm.targets.bundle import open_bundle
+    from dfssm.targets.bundle import Bundle
 
-    manifest = open_bundle(folder, hashes=False)
+    with Bundle(folder) as bundle:
+        bundle.check(hashes=False)
+        manifest = bundle.manifest
     return {
         "path": str(folder),
         "target": manifest.target,
@@ -36,6 +39,8 @@ def _bundle(folder: Path) -> dict:
         "config": manifest.config,
         "sizes": model_bytes(manifest.config, manifest.layout),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
+        "machine": manifest.machine,
+        "model_sha256": manifest.model_sha256 or None,
         "tools": manifest.tools,
         "verification": manifest.verification,
     }
@@ -50,6 +55,8 @@ def _model(path: Path) -> dict:
     sizes = dict.fromkeys(ROLES, 0)
     for name, tensor in tensors.items():
         sizes[role(name)] += tensor.numel() * tensor.element_size()
+    with path.open("rb") as file:
+        digest = sha256(file)
     return {
         "path": str(path),
         "target": None,
@@ -57,6 +64,8 @@ def _model(path: Path) -> dict:
         "config": config.to_dict(),
         "sizes": sizes,
         "files": {path.name: path.stat().st_size},
+        "machine": None,
+        "model_sha256": digest,
         "tools": None,
         "verification": None,
     }
@@ -64,7 +73,9 @@ def _model(path: Path) -> dict:
 
 def _text(result: dict) -> str:
     config, sizes = result["config"], result["sizes"]
-    kind = f"bundle for {result['target']}, {result['state_dtype']} states" if result["target"] else "student"
+    kind, digest = "student", result["model_sha256"]
+    if result["target"]:
+        kind = f"bundle for {result['target']} on {result['machine'] or 'any machine'}, {result['state_dtype']} states"
     shape = (
         f"{config['n_layer']} layers, d_model {config['d_model']}, d_state {config['d_state']}, "
         f"vocabulary {config['vocab_size']}, rank {config['rank']}, planes {config['planes']}"
@@ -79,6 +90,7 @@ def _text(result: dict) -> str:
     lines = [
         f"{result['path']}: {kind}",
         shape,
+        *([f"student's sha256 {digest}"] if digest else []),
         "",
         table(rows, right={2, 3}),
         f"all weights: {megabytes(whole)}",

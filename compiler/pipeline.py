@@ -14,6 +14,7 @@ from dfssm.model import PACKAGES as OF_MODEL
 from dfssm.opset import DfssmError, paths
 from dfssm.opset.extras import require
 from dfssm.opset.files import new_folder, writing
+from dfssm.opset.hashing import sha256
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target, trust
@@ -67,6 +68,7 @@ class Job:
     tokenizer: Path | None
     stage: Path
     progress: Progress
+    model_sha256: str = ""
     config: Any = None  # DFSSMConfig
     tensors: dict[str, Any] = field(default_factory=dict)  # name -> array, canonical
     lowered: Mapping[str, Any] = field(default_factory=dict)  # name -> array, in the target's layout
@@ -146,6 +148,8 @@ def load(job: Job) -> None:
     """Read and check the model: names, shapes and dtypes. The tensors stay in the mapped file until they are used."""
     from dfssm.model.checkpoint import load_student_tensors
 
+    with job.model.open("rb") as file:
+        job.model_sha256 = sha256(file)
     job.config, tensors = load_student_tensors(job.model)
     job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
     if job.tokenizer:
@@ -213,6 +217,8 @@ def finish(job: Job) -> None:
             tools={tool: version(tool) for tool in TOOLS} | {"python": platform.python_version()},
             verification=job.verification,
             engine=job.engine,
+            machine=None if job.target.PORTABLE else platform.machine(),
+            model_sha256=job.model_sha256,
         )
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
 

@@ -10,8 +10,11 @@ checkpoints, lies in the file as fp16: that loses nothing, and is fp32 again whe
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,14 @@ from torch import Tensor
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
+from dfssm.opset.hashing import on_threads
 
 from .config import DFSSMConfig
 from .tensors import student_tensors
 
 FORMAT, VERSION = "dfssm", 1
+
+_PIECE = 1 << 18  # bytes of a read: still in the core's cache when they are summed up
 
 
 def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -132,12 +138,37 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+        if mapped := zipfile.is_zipfile(path):
+            _check_records(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
     except pickle.UnpicklingError:
         raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
     except Exception as error:  # the unpickler raises whatever the damaged bytes make it stumble over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DfssmError(f"{path}: cannot be read ({reason}); {remedy}") from None
+
+
+def _check_records(path: Path) -> None:
+    """Compare the records of torch's archive with their CRC32s, at which a reader that maps them does not look."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        records = sorted(archive.infolist(), key=lambda record: -record.file_size)
+        # As torch writes them: one after the other, as they are. Then their sizes are bounded by that of the file.
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not stored or sum(record.file_size for record in records) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records are not stored as they are")
+        handle = file.fileno()
+
+        def check(record: zipfile.ZipInfo) -> None:
+            name, extra = struct.unpack("<HH", os.pread(handle, 4, record.header_offset + 26))
+            at = record.header_offset + 30 + name + extra  # behind the local header
+            found, end = 0, at + record.file_size
+            while at < end and (piece := os.pread(handle, min(_PIECE, end - at), at)):
+                found = zlib.crc32(piece, found)
+                at += len(piece)
+            if at < end or found != record.CRC:
+                raise zipfile.BadZipFile(f"the CRC32 of {record.filename} differs")
+
+        on_threads(check, records)
 
 
 def _read(path: Path) -> tuple[dict, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from dfssm.targets import get_target, has_engine
-from dfssm.targets.bundle import Manifest
+from dfssm.targets.bundle import Bundle
 from dfssm.targets.trust import own_library
 
+from .config import require_config
 from .state import Layout, State
 
 
@@ -66,17 +66,24 @@ class Backend(Protocol):
         """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
 
 
-def open_backend(folder: Path, manifest: Manifest, threads: int, trust: bool = False) -> Backend:
-    """The backend of the bundle's target. DfssmError when it cannot run here, or holds code that is not trusted."""
-    target = get_target(manifest.target)
-    own = own_library(folder, manifest, target.LIBRARY, trust)
+def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool = True) -> Backend:
+    """The backend of the bundle's target. DfssmError when it cannot run here, holds code that is not trusted, or is not
+    what its manifest says.
+    """
+    target = get_target(bundle.manifest.target)
+    own = own_library(bundle, target.LIBRARY, trust)
+    backend: Backend
     if has_engine(target):
         from .cuda import Cuda
         from .tensorrt import TensorRTBackend
 
-        target.check(folder, manifest, own)
+        target.check(bundle.folder, bundle.manifest, own)
         cuda = Cuda()
-        return TensorRTBackend(target.open_engine(folder, manifest, own, trust), cuda)
-    from .ort import OrtBackend
+        backend = TensorRTBackend(target.open_engine(bundle, bundle.manifest, own, trust), cuda)
+    else:
+        from .ort import OrtBackend
 
-    return OrtBackend(target.open_session(folder, threads=threads, own=own), in_place=target.IN_PLACE)
+        session = target.open_session(bundle, threads=threads, own=own, mmap=mmap)
+        backend = OrtBackend(session, in_place=target.IN_PLACE)
+    require_config(bundle.folder, bundle.manifest, backend.layout, backend.vocab_size)
+    return backend

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.threads import default_threads
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.text import end_tokens, load_tokenizer
 
@@ -19,7 +20,6 @@ from .memory import trim
 from .sampling import Sampling
 from .slots import Slots
 from .state import State, require_model
-from .threads import default_threads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,16 +52,19 @@ class Engine:
         self.vocab_size = backend.vocab_size
 
     @classmethod
-    def load(cls, path: str | Path, threads: int = 0, verify_hashes: bool = True, trust: bool = False) -> Engine:
+    def load(
+        cls, path: str | Path, threads: int = 0, verify_hashes: bool = True, trust: bool = False, mmap: bool = True
+    ) -> Engine:
         """Open the bundle in folder `path`.
 
         Args: `threads` = 0 is one a physical core; `verify_hashes` = False compares only the files' sizes; `trust`: run
-            the code that the bundle holds, its own library or engine (`dfssm.targets.trust`).
+            the code that the bundle holds, its own library or engine (`dfssm.targets.trust`); `mmap` = False reads the
+            weights into memory: then no change of the files reaches this engine.
         Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
-        folder, threads = Path(path), threads or default_threads()
-        manifest = open_bundle(folder, hashes=verify_hashes)
-        return cls(folder, manifest, open_backend(folder, manifest, threads, trust), threads)
+        threads = threads or default_threads()
+        with open_bundle(path, hashes=verify_hashes) as bundle:
+            return cls(bundle.folder, bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

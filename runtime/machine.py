@@ -7,9 +7,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dfssm.opset.threads import default_threads
 from dfssm.targets.ort_cpu import installed_library
-
-from .threads import default_threads
 
 PACKAGES = ("dfssm", "numpy", "onnxruntime", "tokenizers", "onnx", "torch", "polygraphy")
 

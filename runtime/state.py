@@ -205,7 +205,7 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
     if differing is not None:
         found, wanted = state.layout.get(differing), layout.get(differing)
         raise DfssmError(
-            f"{differing} of the state is {_describe(found)}, this bundle has {_describe(wanted)}: "
+            f"{differing} of the state is {describe(found)}, this bundle has {describe(wanted)}: "
             "use the bundle that it was made with"
         )
     if state.logits.shape[1] != vocab:
@@ -224,5 +224,6 @@ def _recent(text: str, batch: int, vocab: int) -> np.ndarray:
     return found
 
 
-def _describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:
+def describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:
+    """A state's dtype and shape of one row, in words."""
     return "missing" if entry is None else f"{np.dtype(entry[0]).name}{list(entry[1])}"

@@ -6,35 +6,43 @@ needs, so it imports neither torch nor onnx.
 
 import hashlib
 import json
+import platform
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import DfssmError, paths
+from dfssm.opset import DfssmError, hashing, paths
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 
 from . import TARGETS, get_target
+from .files import Files
 
 FORMAT = "dfssm-bundle"
-VERSION = 1
+VERSION = 2
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ENGINE = "model.engine"
 TOKENIZER = "tokenizer.json"
 
-_ENTRY = {"sha256": str, "bytes": int}  # of a file
+ITSELF = "manifest_sha256"
+_BLANK = "0" * 64  # stands in its place while the manifest is hashed
+
+# Of a file: what its entry holds.
+_ENTRIES = {1: {"sha256": str, "bytes": int}, 2: {"sha256": str, "chunks_sha256": str, "bytes": int}}
+_NEW = {"machine": None, "model_sha256": ""}  # since version 2
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Contents of manifest.json.
 
-    `config` is the model config by its JSON keys, `files` maps a file name to {"sha256": hex, "bytes": int} for every
-    file of the bundle but the manifest, `tools` the versions that made it, `verification` the result of comparing the
-    bundle with the student it was made from ({"passed": None} when that was skipped). `engine` is what a target says of
-    the model.engine it built, {} where there is none.
+    `config` is the model config by its JSON keys, `files` maps a file name to its `file_entry` for every file of the
+    bundle but the manifest, `tools` the versions that made it, `verification` the result of comparing the bundle with
+    the student it was made from ({"passed": None} when that was skipped). `engine` is what a target says of the
+    model.engine it built, {} where there is none. `machine`: the architecture that the bundle is for, as
+    `platform.machine` names it; None for any. `model_sha256`: of the file of that student; "" in a bundle of version 1.
     """
 
     target: str
@@ -45,10 +53,12 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    machine: str | None = None
+    model_sha256: str = ""
 
     @property
     def weights(self) -> str:
-        """Name of the file that holds the weights: its hash tells one model from another."""
+        """Name of the file that holds the weights: its sha256 tells one model from another."""
         return get_target(self.target).WEIGHTS
 
     def to_json(self) -> str:
@@ -56,27 +66,92 @@ class Manifest:
         contents = asdict(self)
         if not self.engine:
             del contents["engine"]
-        return json.dumps({"format": FORMAT, "version": VERSION} | contents, indent=2) + "\n"
+        return sealed({"format": FORMAT, "version": VERSION} | contents)
+
+
+def sealed(document: dict[str, Any]) -> str:
+    """The text of a manifest of these contents, with the sha256 of itself as its last key."""
+    text = json.dumps(document | {ITSELF: _BLANK}, indent=2) + "\n"
+    before, _, after = text.rpartition(_BLANK)
+    return before + hashlib.sha256(text.encode()).hexdigest() + after
+
+
+class Bundle(Files):
+    """A bundle, open: its `manifest`, and the files that this lists. To be closed, as Files."""
+
+    def __init__(self, folder: str | Path):
+        super().__init__(paths.bundle(folder))
+        self.manifest = _read(self.folder / MANIFEST, self.read(MANIFEST))
+
+    def check(self, hashes: bool = True) -> None:
+        """Compare every file with its size and, unless `hashes` is False, its hash in the manifest.
+
+        Raises DfssmError naming the first file that is missing or differs.
+        """
+        for name, entry in self.manifest.files.items():
+            path, size = self.folder / name, self.size(name)
+            if size != entry["bytes"]:
+                found = f"has {size} bytes, its manifest says {entry['bytes']}"
+                raise DfssmError(f"{path} {found}: copy or compile it again")
+            # Of a file of version 1 there is only the sha256 of the whole, which takes one core.
+            kind = "chunks_sha256" if "chunks_sha256" in entry else "sha256"
+            if hashes and self.use(name, getattr(hashing, kind)) != entry[kind]:
+                raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
+
+
+def open_bundle(folder: str | Path, hashes: bool = True) -> Bundle:
+    """A bundle that may run on this machine, its files checked (`Bundle.check`). Whatever runs a bundle begins here.
+
+    Raises DfssmError as `read_manifest` and `check_files`, and for a bundle that is for another machine.
+    """
+    bundle = Bundle(folder)
+    made_for, here = bundle.manifest.machine, platform.machine()
+    if made_for not in (None, here):
+        raise DfssmError(f"{folder} is for {made_for}, this machine is {here}: compile the model again here")
+    bundle.check(hashes)
+    return bundle
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check `folder`/manifest.json.
 
     Raises DfssmError when the folder is no bundle, is of another version, or when its manifest lacks a key, has a key
-    that this version does not know, or names a target, a state dtype or a file it cannot mean.
+    that this version does not know, is not what was written, or names a target, a state dtype or a file it cannot mean.
     """
-    path = paths.bundle(folder) / MANIFEST
+    with Bundle(folder) as bundle:
+        return bundle.manifest
+
+
+def check_files(folder: str | Path, hashes: bool = True) -> None:
+    """`Bundle.check` of the bundle in a folder."""
+    with Bundle(folder) as bundle:
+        bundle.check(hashes)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """The manifest's entry of one file: the sha256 of the whole, that of its chunks (`hashing`), its size."""
+    with path.open("rb") as file:
+        whole, chunks = hashing.sha256(file), hashing.chunks_sha256(file)
+        return {"sha256": whole, "chunks_sha256": chunks, "bytes": file.tell()}
+
+
+def _read(path: Path, content: bytes) -> Manifest:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        document = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise DfssmError(f'{path} is not the manifest of a bundle: it lacks "format": "{FORMAT}"')
     version = document.pop("version", None)
-    if version != VERSION:
+    if version not in tuple(_ENTRIES):  # what JSON holds need not be hashable
+        known = " and ".join(map(str, _ENTRIES))
         raise DfssmError(
-            f"{path} has bundle version {version!r}, this dfssm reads version {VERSION}: compile the model again"
+            f"{path} has bundle version {version!r}, this dfssm reads versions {known}: compile the model again"
         )
+    if version == 1:
+        document = _NEW | document
+    elif not _is_sealed(content.decode(), document.pop(ITSELF, None)):
+        raise DfssmError(f"{path} does not match its own sha256: copy the bundle or compile the model again")
     document.setdefault("engine", {})
     expected = {f.name for f in fields(Manifest)}
     for key in sorted(expected ^ set(document)):
@@ -89,13 +164,18 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DfssmError(f"{path}: unknown target {manifest.target!r}, known are {', '.join(TARGETS)}")
     if manifest.state_dtype not in tuple(STATE_DTYPES):  # what JSON holds need not be hashable
         raise DfssmError(f"{path}: unknown state_dtype {manifest.state_dtype!r}, known are {', '.join(STATE_DTYPES)}")
+    if not (isinstance(manifest.machine, str | None) and isinstance(manifest.model_sha256, str)):
+        raise DfssmError(f"{path}: 'machine' or 'model_sha256' is no text: compile the model again")
     for name, entry in manifest.files.items():
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
         of_bundle = Path(name).name == name and name.isprintable()
-        whole = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == _ENTRY
+        whole = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == _ENTRIES[version]
         if not (of_bundle and whole):
             raise DfssmError(f"{path}: the entry of file {name!r} is not valid: compile the model again")
     target = get_target(manifest.target)
+    if manifest.layout != target.LAYOUT:
+        found = f"layout is {manifest.layout!r}, target {manifest.target} has {target.LAYOUT}"
+        raise DfssmError(f"{path}: {found}: compile the model again")
     if bool(manifest.engine) != target.IS_ENGINE:
         engines = ", ".join(name for name in TARGETS if get_target(name).IS_ENGINE)
         raise DfssmError(f"{path}: key 'engine' is for target {engines}, and needed there: compile the model again")
@@ -105,37 +185,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def open_bundle(folder: str | Path, hashes: bool = True) -> Manifest:
-    """The manifest of a bundle whose files are those that it lists: `read_manifest`, then `check_files`. Whatever opens
-    a bundle begins here.
-    """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, hashes)
-    return manifest
-
-
-def check_files(folder: str | Path, manifest: Manifest, hashes: bool = True) -> None:
-    """Compare every file of the bundle with its size and, unless `hashes` is False, its sha256 in the manifest.
-
-    Raises DfssmError naming the first file that is missing or differs.
-    """
-    for name, entry in manifest.files.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            raise DfssmError(f"{path} is missing: the bundle is not complete, copy or compile it again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise DfssmError(f"{path} has {size} bytes, its manifest says {entry['bytes']}: copy or compile it again")
-        if hashes and sha256(path) != entry["sha256"]:
-            raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """The manifest's entry of one file: {"sha256": hex, "bytes": int}."""
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_sealed(text: str, digest: object) -> bool:
+    if not isinstance(digest, str) or len(digest) != len(_BLANK):
+        return False
+    before, _, after = text.rpartition(digest)
+    return hashlib.sha256(f"{before}{_BLANK}{after}".encode()).hexdigest() == digest

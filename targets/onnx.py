@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from .bundle import DATA, MODEL
+from .files import Files
 from .session import create_session, session_options
 from .target import Option, Probe, Progress, Tensors
 
@@ -33,6 +34,7 @@ IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
 LIBRARY = ""
+PORTABLE = True
 IN_PLACE = False  # a function body in stock ops reads what it has written
 
 
@@ -59,9 +61,9 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
 
 
 def open_session(
-    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+    folder: str | Path | Files, threads: int = 0, model: str = MODEL, own: Path | None = None, mmap: bool = True
 ) -> onnxruntime.InferenceSession:
     """The graph `model` of `folder` in stock ONNX Runtime. Raises DfssmError when it does not open."""
     # Folding would unpack every scaffold to a byte a weight and hold that, 5 GB for 1.3B where 2 GB do; steps gain
     # little by it.
-    return create_session(Path(folder) / model, session_options(threads), disabled_optimizers=["ConstantFolding"])
+    return create_session(folder, model, session_options(threads), mmap, disabled_optimizers=["ConstantFolding"])

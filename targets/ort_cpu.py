@@ -20,6 +20,7 @@ from dfssm.opset.schema import LAYOUT_ROW16
 
 from .bundle import DATA, MODEL
 from .cpu_library import CpuLibrary
+from .files import Files
 from .library import locate
 from .session import create_session, one_line, session_options
 from .target import Option, Probe, Progress, Tensors
@@ -42,6 +43,7 @@ OPTIONS: tuple[Option, ...] = ()
 IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
+PORTABLE = False
 IN_PLACE = True
 
 LIBRARY = "libdfssm_ort_cpu.so"
@@ -116,7 +118,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
 
 
 def open_session(
-    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+    folder: str | Path | Files, threads: int = 0, model: str = MODEL, own: Path | None = None, mmap: bool = True
 ) -> onnxruntime.InferenceSession:
     """The graph `model` of `folder` with the op library registered.
 
@@ -127,7 +129,7 @@ def open_session(
     options = session_options(threads)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _register(options, library)
-    session = create_session(Path(folder) / model, options)
+    session = create_session(folder, model, options, mmap)
     _check_kernels(session, library)
     return session
 

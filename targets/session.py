@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from mmap import ACCESS_READ, MAP_ANONYMOUS, MAP_PRIVATE
+from mmap import mmap as map_file
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dfssm.opset import DfssmError
+from dfssm.opset.hashing import on_threads
+
+from .bundle import DATA
+from .files import Files, opened
+from .initializers import externals
 
 if TYPE_CHECKING:
     import onnxruntime
 
 # For each CPU. More threads only wait for each other; a hundred thousand of them are never all started.
 MOST_THREADS = 4
+
+_PIECE = 1 << 22  # bytes of the weights that one thread reads at a time
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
@@ -37,16 +52,73 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def create_session(model: Path, options: onnxruntime.SessionOptions, **keywords: Any) -> onnxruntime.InferenceSession:
-    """The session of the graph `model` on the CPU. Raises DfssmError when ONNX Runtime refuses it."""
+def create_session(
+    folder: str | Path | Files, model: str, options: onnxruntime.SessionOptions, mmap: bool = True, **keywords: Any
+) -> onnxruntime.InferenceSession:
+    """The session of the graph `model` in `folder` on the CPU, over weights that are mapped, or read into memory.
+
+    ONNX Runtime gets what was read of the files that `folder` has open, and opens none by itself: so these may be links
+    to anywhere, and are those that were checked. Raises DfssmError when it refuses the graph.
+    """
     import onnxruntime
 
-    if not model.is_file():
-        raise DfssmError(f"{model} is missing: {model.parent} is not a complete bundle, compile the model again")
+    files = opened(folder)
+    path = files.folder / model
+    graph = files.read(model)
+    content = files.use(DATA, _mapped if mmap else _in_memory)
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], **keywords)
-    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-        raise DfssmError(f"ONNX Runtime {onnxruntime.__version__} cannot open {model}: {one_line(error)}") from error
+        weights = {weight.name: weight.of(content) for weight in externals(graph)}
+    except ValueError as error:
+        raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
+    # Of arrays that are ours: the session neither copies nor keeps them.
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    for name, value in zip(weights, values, strict=True):
+        options.add_initializer(name, value)
+    with _place_of_weights(files) as place:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
+        try:
+            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], **keywords)
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            raise DfssmError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {one_line(error)}") from error
+    session.dfssm_weights = values
+    return session
+
+
+@contextmanager
+def _place_of_weights(files: Files) -> Iterator[str]:
+    """A folder where ONNX Runtime finds a file of weights: it does not read it, but wants it to be there, and to be no
+    link to another folder.
+    """
+    try:
+        place = str(files.folder.absolute())
+        place.encode()
+        if not (files.folder / DATA).is_symlink():
+            yield place
+            return
+    except UnicodeEncodeError:  # a path whose bytes are not UTF-8
+        pass
+    with tempfile.TemporaryDirectory(prefix="dfssm-") as place:
+        (Path(place) / DATA).touch()
+        yield place
+
+
+def _mapped(file: BufferedReader) -> np.ndarray:
+    size = os.fstat(file.fileno()).st_size
+    return np.frombuffer(map_file(file.fileno(), size, access=ACCESS_READ) if size else b"", np.uint8)
+
+
+def _in_memory(file: BufferedReader) -> np.ndarray:
+    handle, size = file.fileno(), os.fstat(file.fileno()).st_size
+    # Whole pages: the weights are aligned as in the file.
+    memory = memoryview(map_file(-1, size or 1, flags=MAP_PRIVATE | MAP_ANONYMOUS))[:size]
+
+    def read(start: int) -> None:
+        at, end = start, min(start + _PIECE, size)
+        while at < end and (count := os.preadv(handle, [memory[at:end]], at)):
+            at += count
+
+    on_threads(read, range(0, size, _PIECE))
+    return np.frombuffer(memory, np.uint8)
 
 
 def one_line(error: Exception) -> str:

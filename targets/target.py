@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from .bundle import Manifest
+    from .files import Files
 
 Progress = Callable[[int, int], None]
 """Called with how many steps are done, and of how many."""
@@ -74,6 +75,7 @@ class Target(Protocol):
     """Whether bundles hold an engine (then it is an `EngineTarget`) in the place of the step graph."""
     FILES: tuple[str, ...]  # that every bundle has
     WEIGHTS: str  # the one of them whose hash tells one model from another
+    PORTABLE: bool  # bundles run on machines of any architecture
     IN_PLACE: bool  # a state may be written where it is read
     LIBRARY: str  # the native library that runs bundles, which they hold a copy of; "" for none
 
@@ -92,11 +94,17 @@ class Target(Protocol):
         """
 
     def open_session(
-        self, folder: str | Path, threads: int = 0, model: str = ..., own: Path | None = None
+        self,
+        folder: str | Path | Files,
+        threads: int = 0,
+        model: str = ...,
+        own: Path | None = None,
+        mmap: bool = True,
     ) -> InferenceSession:
         """The graph `model` of a built folder; `model` may name another graph over the same weights. `own`: the copy of
-        the library in the bundle, where it may run in the place of the installed one (`trust.own_library`). Raises
-        DfssmError when it does not open, or when bundles of this target have none.
+        the library in the bundle, where it may run in the place of the installed one (`trust.own_library`). `mmap`:
+        map the weights, else read them into memory. Raises DfssmError when it does not open, or when bundles of this
+        target have none.
         """
 
 
@@ -106,7 +114,9 @@ class EngineTarget(Target, Protocol):
     def check(self, folder: Path, manifest: Manifest, own: Path | None = None) -> None:
         """Raises DfssmError naming what this machine lacks to run the bundle."""
 
-    def open_engine(self, folder: Path, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
+    def open_engine(
+        self, folder: str | Path | Files, manifest: Manifest, own: Path | None = None, trust: bool = False
+    ) -> Any:
         """The bundle's engine, after `check`; `own` as above. Raises DfssmError when it may not run (see `trust`), or
         when its library refuses it.
         """

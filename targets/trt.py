@@ -20,6 +20,7 @@ from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from . import cuda
 from .bundle import ENGINE, MODEL, Manifest
+from .files import Files, opened
 from .library import locate
 from .target import Probe, Progress, Tensors
 from .trt_build import MODULES, Request
@@ -45,6 +46,7 @@ VERIFIED_BY = ("ort-cpu", "onnx")
 IS_ENGINE = True
 FILES = (ENGINE,)
 WEIGHTS = ENGINE
+PORTABLE = False
 IN_PLACE = False  # as far as the target knows: the engine itself says which outputs lie on their inputs
 
 LIBRARY = "libdfssm_trt.so"
@@ -192,14 +194,14 @@ def check(folder: Path, manifest: Manifest, own: Path | None = None) -> None:
         raise DfssmError(f"{made_for}; the GPU here is SM {sm}: compile with --sm {sm}")
 
 
-def open_engine(folder: Path, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
+def open_engine(folder: str | Path | Files, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
     """The bundle's engine as TensorRT's ICudaEngine, after `check`.
 
     Raises DfssmError when it is not trusted, or when TensorRT refuses it or the plugin library.
     """
-    engine = manifest.engine
-    data = (folder / ENGINE).read_bytes()
-    require_engine(folder / ENGINE, hashlib.sha256(data).hexdigest(), trust)  # of the bytes that are run
+    files, engine = opened(folder), manifest.engine
+    path, data = files.folder / ENGINE, files.read(ENGINE)
+    require_engine(path, hashlib.sha256(data).hexdigest(), trust)  # of the bytes that are run
     trt = import_module(MODULES[engine["builder"]])
     logger = trt.Logger(trt.Logger.ERROR)
     if _has_library(engine):
@@ -207,14 +209,14 @@ def open_engine(folder: Path, manifest: Manifest, own: Path | None = None, trust
     runtime = trt.Runtime(logger)
     # Plugins in the engine, or its own runtime, are code that it brings, as trusted as the engine itself.
     runtime.engine_host_code_allowed = engine["version_compatible"]
-    opened = runtime.deserialize_cuda_engine(data)
-    if opened is None:
-        raise DfssmError(f"{engine['builder']} {trt.__version__} cannot load {folder / ENGINE}: see its message above")
-    return opened
+    built = runtime.deserialize_cuda_engine(data)
+    if built is None:
+        raise DfssmError(f"{engine['builder']} {trt.__version__} cannot load {path}: see its message above")
+    return built
 
 
 def open_session(
-    folder: str | Path, threads: int = 0, model: str = MODEL, own: Path | None = None
+    folder: str | Path | Files, threads: int = 0, model: str = MODEL, own: Path | None = None, mmap: bool = True
 ) -> onnxruntime.InferenceSession:
     """Raises DfssmError: what compares a graph's inner values asks for it, and an engine shows none."""
     raise DfssmError(f"{folder} is a TensorRT engine, not a graph for ONNX Runtime: use a bundle of --target ort-cpu")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dfssm.opset import DfssmError
 
-from .bundle import Manifest
+from .bundle import Bundle
 
 VARIABLE = "DFSSM_TRUST"
 
@@ -24,9 +24,9 @@ def trusted(asked: bool) -> bool:
     return asked or os.environ.get(VARIABLE) == "1"
 
 
-def own_library(folder: Path, manifest: Manifest, library: str, asked: bool) -> Path | None:
+def own_library(bundle: Bundle, library: str, asked: bool) -> Path | None:
     """The bundle's own copy of `library` if it is trusted and the manifest lists it; None: the installed one."""
-    return folder / library if library in manifest.files and trusted(asked) else None
+    return bundle.folder / library if library in bundle.manifest.files and trusted(asked) else None
 
 
 def require_engine(engine: Path, sha256: str, asked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ def write_bundle(
         names.append("tokenizer.json")
     files = {name: file_entry(folder / name) for name in names}
     manifest = Manifest(
-        target, json.loads(json.dumps(config.to_dict())), state_dtype, module.LAYOUT, files, engine=engine
-    )
+        target, json.loads(json.dumps(config.to_dict())), state_dtype, module.LAYOUT, files, engine=engine,
+        machine=None if module.PORTABLE else platform.machine(), model_sha256="0" * 64,
+    )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder

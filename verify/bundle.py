@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -100,13 +98,14 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    manifest = open_bundle(bundle)
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
     target = get_target(manifest.target)
     if target.IS_ENGINE:
         raise DfssmError(
             f"{bundle} holds an engine, which shows no values inside: compare the same model as --target ort-cpu"
         )
-    own = own_library(Path(bundle), manifest, target.LIBRARY, asked=False)
+    own = own_library(opened, target.LIBRARY, asked=False)
     student = load_student(model, manifest.state_dtype)
     if student.config.to_dict() != manifest.config:
         raise DfssmError(f"{bundle} was not compiled from {model}: their configs differ")
@@ -127,7 +126,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
         for name in manifest.files:
-            _link_or_copy(bundle / name, folder / name)
+            (folder / name).symlink_to(f"/proc/self/fd/{opened.open(name).fileno()}")  # what was checked
 
         def open_graph(name: str) -> tuple[Infer, Feeds]:
             session = target.open_session(folder, model=name, own=own)
@@ -213,11 +212,3 @@ def _all_figures(difference: Difference) -> dict[str, Any]:
         "typical_tolerance": difference.typical and difference.typical.relative,
         "passed": difference.passed,
     }
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    # A hard link, for ONNX Runtime refuses weights that a symbolic link fetches from another folder.
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -113,6 +114,9 @@ class TestInspect:
             loads(invoke("inspect", tiny_bundle, "--json")),
         )
         assert model["config"] == bundle["config"]
+        assert model["model_sha256"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+        manifest = read_manifest(tiny_bundle)
+        assert (bundle["machine"], bundle["model_sha256"]) == (manifest.machine, manifest.model_sha256)
         assert model["target"] is None and bundle["target"] == read_manifest(tiny_bundle).target
         assert model["files"] == {"model.pt": tiny_model.stat().st_size}
         assert bundle["files"]["model.onnx.data"] == (tiny_bundle / "model.onnx.data").stat().st_size
@@ -125,6 +129,7 @@ class TestInspect:
     def test_a_picture_for_people(self, invoke, tiny_bundle):
         text = invoke("inspect", tiny_bundle).stdout
         assert "█" in text and "scaffold" in text and "fp16 states" in text
+        assert f"student's sha256 {read_manifest(tiny_bundle).model_sha256}" in text
 
     def test_a_missing_path_is_named(self, invoke, tmp_path):
         with pytest.raises(DfssmError, match="nothing does not exist"):

@@ -55,7 +55,7 @@ def test_plugin_bundle(model, tmp_path, capsys):
     assert status == 0 and set(report["files"]) == {"model.engine", trt.LIBRARY}
     assert sorted(path.name for path in out.iterdir()) == ["libdfssm_trt.so", "manifest.json", "model.engine"]
     manifest = read_manifest(out)
-    check_files(out, manifest)
+    check_files(out)
     engine = manifest.engine
     assert report["engine"] == engine and (engine["sm"], engine["why"]) == ([86, 89], "--builder")
     assert engine["refused"] == {"fuse": {}}, "all of a layer is fused"

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,18 @@ def _manifest(path: Path) -> None:
     open_bundle(path.parent)
 
 
+def _graph(path: Path) -> None:
+    import numpy as np
+
+    from dfssm.targets.initializers import externals
+
+    try:
+        for weight in externals(path.read_bytes()):
+            weight.of(np.zeros(1 << 20, np.uint8))
+    except ValueError as error:
+        raise DfssmError(str(error)) from None
+
+
 def _state(path: Path) -> None:
     from dfssm.runtime.state import State
 
@@ -174,15 +187,32 @@ def _made(file: str, write: Callable[[Path], object]) -> bytes:
 def _manifests() -> list[bytes]:
     from dfssm.targets.bundle import Manifest
 
-    files = {file: {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1} for file in BUNDLE}
+    digest = hashlib.sha256(b"x").digest()
+    entry = {"sha256": digest.hex(), "chunks_sha256": hashlib.sha256(digest).hexdigest(), "bytes": 1}
+    files = {file: dict(entry) for file in BUNDLE}
     engine_file = files.pop("model.engine")
     engine = {"builder": "tensorrt", "version": "10.0", "sm": [86]}
     config = _shape().to_dict()
     manifests = [
-        Manifest("ort-cpu", config, "fp16", 1, files, {"dfssm": "0"}, {"passed": None}),
+        Manifest(
+            "ort-cpu", config, "fp16", 1, files, {"dfssm": "0"}, {"passed": None}, {}, platform.machine(), "0" * 64
+        ),
         Manifest("trt", config, "int8", 0, {"model.engine": engine_file}, engine=engine),
     ]
-    return [manifest.to_json().encode() for manifest in manifests]
+    texts = [manifest.to_json() for manifest in manifests]
+    version_1 = json.loads(texts[0]) | {"version": 1, "files": {}}
+    for name, entry in files.items():
+        version_1["files"][name] = {"sha256": entry["sha256"], "bytes": entry["bytes"]}
+    for key in ("machine", "model_sha256", "manifest_sha256"):
+        del version_1[key]
+    return [text.encode() for text in (*texts, json.dumps(version_1))]
+
+
+def _graphs() -> list[bytes]:
+    import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        return [(tiny.write_bundle(Path(folder) / "b", target="onnx", tokenizer=False) / "model.onnx").read_bytes()]
 
 
 def _states() -> list[bytes]:
@@ -270,7 +300,8 @@ def _parquets() -> list[bytes]:
 
 
 ENTRIES: dict[str, Entry] = {
-    "manifest": Entry("manifest.json", _manifests, _manifest, mutate.json_file),
+    "manifest": Entry("manifest.json", _manifests, _manifest, mutate.manifest),
+    "graph": Entry("model.onnx", _graphs, _graph, mutate.any_bytes),
     "state": Entry("a.state", _states, _state, mutate.safetensors),
     "text": Entry("a.txt", _texts, _documents, mutate.any_bytes),
     "json_lines": Entry("a.jsonl", _lines, _documents, mutate.json_lines),

@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from dfssm.targets.bundle import sealed
+
 Mutation = Callable[[bytes, random.Random], bytes]
 
 # Values that readers stumble over, in any place of any document.
@@ -79,6 +81,18 @@ def json_file(data: bytes, rng: random.Random) -> bytes:
         return _dumps(json_value(json.loads(data), rng))
     except (ValueError, RecursionError):
         return any_bytes(data, rng)
+
+
+def manifest(data: bytes, rng: random.Random) -> bytes:
+    """Mostly with a hash of itself that is right again: else nothing but the hash would be tried."""
+    mutated = json_file(data, rng)
+    try:
+        document = json.loads(mutated)
+        if rng.random() < 0.9 and document.pop("manifest_sha256", None):
+            return sealed(document).encode()
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    return mutated
 
 
 def json_lines(data: bytes, rng: random.Random) -> bytes:

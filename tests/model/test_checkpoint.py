@@ -205,3 +205,35 @@ def test_a_damaged_pickle_is_one_line(tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 100
+
+
+@pytest.fixture
+def archive(tmp_path, tensors):
+    """A student of torch's format, and the records of its archive, the largest first."""
+    path = tmp_path / "m.pt"
+    save_student(path, CONFIG, tensors)
+    with zipfile.ZipFile(path) as opened:
+        return path, sorted(opened.infolist(), key=lambda record: -record.file_size)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "pickle"])
+def test_one_inverted_byte_of_a_record_is_found(archive, which):
+    path, records = archive
+    named = {"largest": records[0], "smallest": [r for r in records if "/data/" in r.filename][-1]}
+    named["pickle"] = next(record for record in records if record.filename.endswith("data.pkl"))
+    whole, content = path.read_bytes(), zipfile.ZipFile(path).read(named[which])
+    for at in (whole.index(content), whole.index(content) + len(content) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        name = named[which].filename
+        assert f"cannot be read (the CRC32 of {name} differs); copy or export it again" in refused(path)
+    path.write_bytes(whole)
+    load_student_tensors(path)
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(archive):
+    path, records = archive
+    contents = {record.filename: zipfile.ZipFile(path).read(record) for record in records}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in contents.items():
+            packed.writestr(name, content)
+    assert "its records are not stored as they are" in refused(path)

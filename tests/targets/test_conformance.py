@@ -116,7 +116,7 @@ def test_lowering_keeps_the_names_and_whole_dtypes(target):
 
 def test_what_it_builds_is_a_bundle(target, bundle):
     folder = bundle(target)
-    manifest = open_bundle(folder)
+    manifest = open_bundle(folder).manifest
     assert set(target.FILES) <= set(manifest.files) and manifest.weights == target.WEIGHTS
     assert manifest.layout == target.LAYOUT and bool(manifest.engine) == target.IS_ENGINE
 

@@ -183,12 +183,21 @@ def test_session_that_does_not_open(name, bundle, tmp_path):
     target = get_target(name)
     with pytest.raises(DfssmError, match="model.onnx is missing"):
         target.open_session(tmp_path)
-    (tmp_path / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes()[:-100])
+    graph = (bundle / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(graph)
+    with pytest.raises(DfssmError, match="model.onnx.data is missing"):
+        target.open_session(tmp_path)
+    weights = (bundle / "model.onnx.data").read_bytes()
+    (tmp_path / "model.onnx.data").write_bytes(weights[:-5000])
+    with pytest.raises(DfssmError, match="model.onnx cannot be read .* cannot lie in the .* bytes of model.onnx.data"):
+        target.open_session(tmp_path)
+    (tmp_path / "model.onnx.data").write_bytes(weights)
+    (tmp_path / "model.onnx").write_bytes(graph[:-100])
+    with pytest.raises(DfssmError, match=r"model.onnx cannot be read \(it is cut off\)"):
+        target.open_session(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(graph.replace(b"Gather", b"Gathxx"))
     with pytest.raises(DfssmError, match="cannot open .*model.onnx") as caught:
         target.open_session(tmp_path)
     one_line(caught)
-    (tmp_path / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes())
-    with pytest.raises(DfssmError, match="model.onnx.data"):
-        target.open_session(tmp_path)
     with pytest.raises(DfssmError, match="threads is -1"):
         target.open_session(bundle, threads=-1)

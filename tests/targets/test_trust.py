@@ -1,7 +1,6 @@
 """Code that comes with a bundle: a stranger's does not run, the user's own and what is trusted does."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import pytest
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import get_target, trust
-from dfssm.targets.bundle import MANIFEST, read_manifest
+from dfssm.targets.bundle import MANIFEST, file_entry, open_bundle, read_manifest, sealed
 from dfssm.targets.ort_cpu import LIBRARY, find_library
 
 ALARM = r"""
@@ -46,9 +45,9 @@ def put(bundle: Path, library: Path, listed: bool) -> None:
     document = json.loads((bundle / MANIFEST).read_text())
     document["files"].pop(LIBRARY, None)
     if listed:
-        content = library.read_bytes()
-        document["files"][LIBRARY] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (bundle / MANIFEST).write_text(json.dumps(document))
+        document["files"][LIBRARY] = file_entry(library)
+    del document["manifest_sha256"]
+    (bundle / MANIFEST).write_text(sealed(document))
 
 
 def run(bundle: Path, alarm: Path, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -143,12 +142,15 @@ def test_without_a_place_for_records_nothing_fails_and_trust_is_asked(tmp_path, 
 def test_the_bytes_of_an_engine_decide_not_its_manifest(tiny_bundle, records, tmp_path, monkeypatch):
     """A manifest may say anything, and hashes may be switched off: what is hashed is what would be run."""
     target = get_target("trt")
-    manifest = dataclasses.replace(read_manifest(tiny_bundle), engine={"builder": "tensorrt", "lowering": "native"})
-    trust.record("ab" * 32)
     (tmp_path / "model.engine").write_bytes(b"code")
+    files = {"model.engine": file_entry(tmp_path / "model.engine") | {"sha256": "ab" * 32}}
+    made = {"builder": "tensorrt", "lowering": "native"}
+    manifest = dataclasses.replace(read_manifest(tiny_bundle), target="trt", layout=0, files=files, engine=made)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    trust.record("ab" * 32)
     monkeypatch.setattr("dfssm.targets.trt.import_module", lambda name: pytest.fail("TensorRT was loaded"))
-    with pytest.raises(DfssmError, match="no dfcompile of yours made it"):
-        target.open_engine(tmp_path, manifest)
+    with open_bundle(tmp_path) as bundle, pytest.raises(DfssmError, match="no dfcompile of yours made it"):
+        target.open_engine(bundle, bundle.manifest)
 
 
 def test_the_copy_in_a_bundle_is_the_installed_library(bundle):

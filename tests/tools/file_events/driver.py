@@ -205,11 +205,11 @@ def commands(work: Path) -> Iterator[Command]:
             raise SystemExit(f"{arguments}: status {status}: {err.getvalue()}")
 
     made("dfcompile", work / "0.pt", "--target", "ort-cpu", "-o", work / "old", "--no-verify")
-    old = open_bundle(work / "old").files
+    old = open_bundle(work / "old").manifest.files
     yield Command(
         "dfcompile", work / "old", "bundle",
         lambda place: [str(work / "1.pt"), "--target", "ort-cpu", "-o", str(place / "bundle"), "--force"],
-        lambda path: read(path, lambda path: "old" if open_bundle(path).files == old else "new"),
+        lambda path: read(path, lambda path: "old" if open_bundle(path).manifest.files == old else "new"),
     )  # fmt: skip
 
     made("dfssm", "convert", work / "teacher", "-o", work / "old.pt", "--rank", 2)

@@ -1,6 +1,6 @@
 import pytest
 
-from dfssm.runtime import threads
+from dfssm.opset import threads
 
 
 @pytest.fixture

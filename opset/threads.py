@@ -1,4 +1,4 @@
-"""How many threads a step gets when the caller does not say."""
+"""How many threads a step, or another work on all cores, gets when the caller does not say."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""sha256 of files, on threads: OpenSSL hashes without the interpreter's lock. Standard library only."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
+from typing import TypeVar
+
+from .threads import default_threads
+
+CHUNK = 1 << 20
+"""Bytes of a file that are hashed by themselves; part of the format of bundles."""
+
+_PIECE = 1 << 18  # of a read: still in the core's cache when it is hashed
+_MOST_THREADS = 8  # which hash as fast as memory gives
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`work` of each item, on as many threads as this process has cores, and no more than 8."""
+    with ThreadPoolExecutor(min(default_threads(), _MOST_THREADS)) as pool:
+        return list(pool.map(work, items))
+
+
+def chunks_sha256(file: BufferedReader) -> str:
+    """Hex sha256 of the sha256s (32 bytes each) of the chunks of a regular file, of which the last may be shorter."""
+    handle = file.fileno()
+    size = os.fstat(handle).st_size
+
+    def of_chunk(start: int) -> bytes:
+        found, at, end = hashlib.sha256(), start, min(start + CHUNK, size)
+        while at < end and (piece := os.pread(handle, min(_PIECE, end - at), at)):
+            found.update(piece)
+            at += len(piece)
+        return found.digest()
+
+    return hashlib.sha256(b"".join(on_threads(of_chunk, range(0, size, CHUNK)))).hexdigest()
+
+
+def sha256(file: BufferedReader) -> str:
+    """Hex sha256 of a file from its beginning: that of the command sha256sum."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()

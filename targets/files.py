@@ -1,0 +1,81 @@
+"""The files of a folder, opened once: what was checked is what is used. Standard library only."""
+
+import os
+import stat
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from io import BufferedReader
+from pathlib import Path
+from typing import Self, TypeVar
+
+from dfssm.opset import DfssmError
+
+Result = TypeVar("Result")
+
+
+class Files:
+    """Files of `folder` by name, open until the end of a `with` block, or of this object; what was mapped stays.
+
+    The folder and each file of it are opened once. So another folder put in its place, or a file in place of one, does
+    not mix with what was read before. A file may be a link.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._close = ExitStack()
+        weakref.finalize(self, self._close.close)
+        self._opened: dict[str, BufferedReader] = {}
+        try:
+            self._handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise DfssmError(f"{self.folder} cannot be read ({error.strerror}): give a bundle") from None
+        self._close.callback(os.close, self._handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close.close()
+
+    def open(self, name: str) -> BufferedReader:
+        """The file, at its beginning. Raises DfssmError when it is missing, no regular file, or closed to us."""
+        if name not in self._opened:
+            # Of a pipe nobody may be at the other end.
+            flags = os.O_RDONLY | os.O_NONBLOCK
+            try:
+                file = open(name, "rb", opener=lambda path, _: os.open(path, flags, dir_fd=self._handle))
+            except (FileNotFoundError, IsADirectoryError):
+                raise self._missing(name) from None
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise DfssmError(f"{self.folder / name} cannot be read ({reason}): copy or compile it again") from None
+            self._close.enter_context(file)
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise self._missing(name)
+            self._opened[name] = file
+        self._opened[name].seek(0)
+        return self._opened[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of the file."""
+        return os.fstat(self.open(name).fileno()).st_size
+
+    def use(self, name: str, read: Callable[[BufferedReader], Result]) -> Result:
+        """What `read` makes of the file. DfssmError as of `open`, or when the disk does not give it."""
+        try:
+            return read(self.open(name))
+        except OSError as error:
+            raise DfssmError(f"{self.folder / name} cannot be read ({error.strerror}): copy it again") from None
+
+    def read(self, name: str) -> bytes:
+        """What the file holds. DfssmError as of `use`."""
+        return self.use(name, lambda file: file.read())
+
+    def _missing(self, name: str) -> DfssmError:
+        return DfssmError(f"{self.folder / name} is missing: the bundle is not complete, copy or compile it again")
+
+
+def opened(folder: str | Path | Files) -> Files:
+    """The files of a folder, which may be open already."""
+    return folder if isinstance(folder, Files) else Files(folder)

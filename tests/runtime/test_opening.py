@@ -1,0 +1,136 @@
+"""Opening a bundle: wherever its files lie, and whatever becomes of them afterwards."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from fake_device import FakeCuda, FakeEngine
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+from dfssm.runtime.config import require_config
+from dfssm.runtime.ort import OrtBackend
+from dfssm.runtime.state import State
+from dfssm.runtime.tensorrt import TensorRTBackend
+from dfssm.targets import get_target
+from dfssm.targets.bundle import MANIFEST, open_bundle, read_manifest
+
+IDS = [[1, 2, 3, 250, 7]]
+
+
+@pytest.fixture(params=["ort-cpu", "onnx"])
+def bundle(request, tmp_path) -> Path:
+    if not get_target(request.param).probe().usable:
+        pytest.skip("the op library is not built")
+    return tiny.write_bundle(tmp_path / "bundle", target=request.param, state_dtype="int8")
+
+
+def logits(bundle: Path, **options) -> np.ndarray:
+    engine = Engine.load(bundle, threads=1, **options)
+    state = engine.new_state()
+    return np.stack([engine.prefill(IDS, state), engine.step([9], state)])
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_files_may_be_links_to_elsewhere_and_so_may_the_folder(bundle, tmp_path, mmap):
+    expected = logits(bundle)
+    store, linked = tmp_path / "store", tmp_path / "linked"
+    store.mkdir()
+    linked.mkdir()
+    for number, file in enumerate(sorted(bundle.iterdir())):  # as in a cache: other names, no suffixes
+        shutil.copyfile(file, store / f"blob{number}")
+        (linked / file.name).symlink_to(f"../store/blob{number}")
+    assert np.array_equal(logits(linked, mmap=mmap), expected)
+    (tmp_path / "link").symlink_to("linked")
+    assert np.array_equal(logits(tmp_path / "link", mmap=mmap), expected)
+    done = subprocess.run(
+        [sys.executable, "-m", "dfssm.cli.main", "run", ".", "-p", "a", "-n", "3"],
+        cwd=tmp_path / "link", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_bytes_of_a_path_need_not_be_utf8(bundle, tmp_path):
+    expected = logits(bundle)
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe9d"))
+    shutil.copytree(bundle, place)
+    assert np.array_equal(logits(place), expected)
+
+
+def test_weights_in_memory_are_not_those_of_the_file(bundle):
+    engine = Engine.load(bundle, threads=1, mmap=False)
+    expected = engine.prefill(IDS, engine.new_state())
+    weights = bundle / "model.onnx.data"
+    with weights.open("r+b") as file:  # in place, as nobody should
+        file.write(bytes(weights.stat().st_size))
+    assert np.array_equal(engine.prefill(IDS, engine.new_state()), expected)
+    with pytest.raises(DfssmError, match="does not match the sha256"):
+        Engine.load(bundle)
+
+
+def test_a_folder_that_is_exchanged_while_it_is_opened_does_not_mix(bundle, tmp_path):
+    expected = logits(bundle)
+    target = read_manifest(bundle).target
+    other = tiny.write_bundle(tmp_path / "other", target=target, state_dtype="int8", seed=1)
+    with open_bundle(bundle) as opened:
+        bundle.rename(tmp_path / "old")
+        other.rename(bundle)
+        session = get_target(target).open_session(opened, threads=1)
+    shutil.rmtree(tmp_path / "old")
+    backend = OrtBackend(session, in_place=False)
+    state = State.zeros("", backend.layout, backend.vocab_size, 1)
+    backend.bind(state).run(np.array(IDS))
+    assert np.array_equal(state.logits, expected[0]) and not np.array_equal(logits(bundle)[0], expected[0])
+
+
+SIZES = {
+    **{"vocab_size": 264, "n_layer": 3, "d_model": 128, "d_state": 8},
+    **{"headdim": 16, "expand": 4, "ngroups": 1, "d_conv": 3},
+}
+
+
+class TestConfig:
+    """The manifest's config against what runs."""
+
+    def change(self, bundle: Path, **changes) -> None:
+        manifest = read_manifest(bundle)
+        manifest = dataclasses.replace(manifest, config=manifest.config | changes)
+        (bundle / MANIFEST).write_text(manifest.to_json())
+
+    @pytest.mark.parametrize("name, value", SIZES.items())
+    def test_another_size_is_one_line(self, bundle, name, value):
+        self.change(bundle, **{name: value})
+        named = name if name in ("vocab_size", "n_layer") else r"(conv|ssm)_state\.0"
+        with pytest.raises(DfssmError, match=rf"its manifest says {named} .*, its graph has .*: compile the model"):
+            Engine.load(bundle)
+
+    @pytest.mark.parametrize("name", SIZES)
+    @pytest.mark.parametrize("value", [None, 0, -1, True, 1.5, "8", [8], 10**30])
+    def test_what_is_no_size_is_one_line(self, bundle, name, value):
+        self.change(bundle, **{name: value})
+        with pytest.raises(DfssmError, match="its manifest says "):
+            Engine.load(bundle)
+
+    def test_another_state_dtype_is_one_line(self, bundle):
+        manifest = dataclasses.replace(read_manifest(bundle), state_dtype="fp16")
+        (bundle / MANIFEST).write_text(manifest.to_json())
+        with pytest.raises(DfssmError, match=r"says ssm_state\.0 float16\[.*, its graph has int8\["):
+            Engine.load(bundle)
+
+    @pytest.mark.parametrize("state_dtype", ["fp32", "fp16", "int8"])
+    def test_a_device_is_asked_the_same(self, tmp_path, state_dtype):
+        """Bindings of an engine: the stand-in has those of the graph."""
+        bundle = tiny.write_bundle(tmp_path / "b", target="onnx", state_dtype=state_dtype)
+        manifest = read_manifest(bundle)
+        fake = FakeCuda()
+        backend = TensorRTBackend(FakeEngine(fake, get_target("onnx").open_session(bundle, 1)), fake)
+        require_config(bundle, manifest, backend.layout, backend.vocab_size)
+        other = dataclasses.replace(manifest, config=manifest.config | {"d_state": 8})
+        with pytest.raises(DfssmError, match=r"says conv_state\.0 float32\[\d+, 3\], its graph has float32\[\d+, 3\]"):
+            require_config(bundle, other, backend.layout, backend.vocab_size)
