@@ -20,16 +20,22 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _mean_square(x: Tensor) -> Tensor:
+    """The mean of x^2 over the last axis, which stays; NaN where the squares overflow."""
+    mean = x.square().mean(-1, keepdim=True)
+    return mean.masked_fill(mean.isinf(), math.nan)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x[..., C] / rms(x) * weight[C]."""
     x = _wide(x)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return x * torch.rsqrt(_mean_square(x) + eps) * weight
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """rms_norm(y * silu(z)) * weight with one rms per group of C // groups channels: the gate comes first."""
     v = (_wide(y) * F.silu(_wide(z))).unflatten(-1, (groups, -1))
-    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    return (v * torch.rsqrt(_mean_square(v) + eps)).flatten(-2) * weight
 
 
 def causal_conv1d(

@@ -8,12 +8,15 @@ planes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dfssm.opset import reference
 
-TINY = float(reference.TINY)  # of Python: NumPy's own would break the graph of torch.compile
+# Of Python: NumPy's own would break the graph of torch.compile.
+TINY, HALF_MAX = float(reference.TINY), float(reference.HALF_MAX)
 LARGEST = 127  # of |q| in an int8 tensor; -128 is not used, so that the codes are symmetric
 _EXACT = 2**24  # fp32 holds every integer up to here
 # The +-1 of all 256 bytes, LSB first: one look-up unpacks eight bits.
@@ -103,21 +106,27 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations or weights x[...,K] -> int8 codes q (integer-valued fp32) [...,K], a scale a row s[...,1].
 
     m = max|x|, q = rint(x * (127 / m)), s = m / 127, each an fp32 operation of its own; a row with m < TINY
-    gives q = s = 0. The gradient of q * s is the identity: rounding passes it on, the scale is a constant.
+    gives q = s = 0, one that is not finite s = NaN and q = 0, NaN where x is NaN or infinite: all products with s are
+    NaN anyhow. The gradient of q * s is the identity: rounding passes it on, the scale is a constant.
     """
     x = x.float()
     m = x.detach().abs().amax(-1, keepdim=True)
-    zero = m < TINY
+    zero, wild = m < TINY, ~m.isfinite()
     # Tensor by tensor: torch multiplies by a reciprocal where one side of a division is a Python number.
     largest = torch.full_like(m, LARGEST)
-    inverse = (largest / m).masked_fill(zero, 0.0)
-    return _Round.apply(x * inverse), (m / largest).masked_fill(zero, 0.0)
+    inverse = (largest / m).masked_fill(zero | wild, 0.0)
+    return _Round.apply(x * inverse), (m / largest).masked_fill(zero, 0.0).masked_fill(wild, math.nan)
 
 
 def dequantized(x: Tensor) -> Tensor:
     """The values that the int8 codes of x[...,K] stand for; the gradient passes unchanged."""
     q, s = quantize(x)
     return q * s
+
+
+def half(x: Tensor) -> Tensor:
+    """x as fp16, saturating at +-65504; NaN stays NaN. The gradient passes where nothing saturates."""
+    return x.clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from .config import DFSSMConfig
 from .quant import (
     binary_scaffold_matmul,
     dequantized,
+    half,
     int8_matmul,
     pack_bits,
     quantize,
@@ -151,9 +152,8 @@ class DFSSMState(Mamba2State):
         """Round an fp32 SSM state to its storage, as SelectiveScanStep does at the end of a call."""
         if state_dtype == "int8":
             codes = [quantize(t) for t in state.ssm]
-            return cls(state.conv, [q.to(torch.int8) for q, _ in codes], [s[..., 0] for _, s in codes])
-        dtype = getattr(torch, STATE_DTYPES[state_dtype])
-        return cls(state.conv, [t.to(dtype) for t in state.ssm])
+            return cls(state.conv, [q.nan_to_num(0.0).to(torch.int8) for q, _ in codes], [s[..., 0] for _, s in codes])
+        return cls(state.conv, [half(t) if state_dtype == "fp16" else t for t in state.ssm])
 
     def widen(self) -> Mamba2State:
         """The stored SSM state as fp32."""

@@ -18,7 +18,20 @@ if not __package__:  # run as a script by the build, before dfssm is installed
 
 from .layouts import LAYOUTS  # noqa: E402 - the package that these are relative to is known now
 from .ops import FUSED, OPS  # noqa: E402
-from .schema import DOMAIN, TINY, VERSION, Attribute, Between, Dim, Multiple, Op, Tensor, Value, Within  # noqa: E402
+from .schema import (  # noqa: E402
+    DOMAIN,
+    HALF_MAX,
+    TINY,
+    VERSION,
+    Attribute,
+    Between,
+    Dim,
+    Multiple,
+    Op,
+    Tensor,
+    Value,
+    Within,
+)
 
 _TYPES = {int: "int64_t", float: "float", str: "std::string"}
 _DTYPES = {name.lower()[1:]: name for name in ("kFloat32", "kFloat16", "kBFloat16", "kInt8", "kUInt8")}
@@ -147,7 +160,7 @@ def render() -> str:
         "namespace dfssm::opset {",
         f'inline constexpr char kDomain[] = "{DOMAIN}";',
         f"inline constexpr int kVersion = {VERSION};",
-        f"inline constexpr float kTiny = {_literal(TINY)};",
+        f"inline constexpr float kTiny = {_literal(TINY)}, kHalfMax = {_literal(HALF_MAX)};",
         f"inline constexpr size_t kMaxInputs = {max(len(op.inputs) for op in everything)};",
         f"inline constexpr size_t kMaxOutputs = {max(len(op.outputs) for op in everything)};",
         "",

@@ -5,7 +5,7 @@ scales and sums of the float parts are fp32; integer sums are int32 and exact. E
 raises DfssmError naming op, input, expected and got.
 """
 
-from .arithmetic import TINY, columns_ref, integer_matmul_ref, quantize_activations_ref, silu_ref
+from .arithmetic import HALF_MAX, TINY, columns_ref, half_ref, integer_matmul_ref, quantize_activations_ref, silu_ref
 from .ops import OPS
 from .ops.binary_scaffold_matmul import binary_scaffold_matmul_ref
 from .ops.causal_conv1d_step import causal_conv1d_step_ref
@@ -15,12 +15,14 @@ from .ops.rms_norm import rms_norm_ref
 from .ops.selective_scan_step import quantize_state_ref, selective_scan_step_ref, softplus_ref
 
 __all__ = [
+    "HALF_MAX",
     "REFERENCES",
     "TINY",
     "binary_scaffold_matmul_ref",
     "causal_conv1d_step_ref",
     "columns_ref",
     "gated_rms_norm_ref",
+    "half_ref",
     "int8_matmul_ref",
     "integer_matmul_ref",
     "quantize_activations_ref",

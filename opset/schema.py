@@ -41,6 +41,9 @@ STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 TINY = 1e-30
 """A row of activations or of int8 state whose largest magnitude is below this counts as zero."""
 
+HALF_MAX = 65504.0
+"""The largest fp16: where a state stored as fp16 saturates."""
+
 Value = int | float | str
 Sizes = dict[str, int]
 """Symbol -> size; attributes of whole numbers among them."""

@@ -8,7 +8,7 @@ import numpy as np
 from ..arithmetic import F32, Array, columns_ref, silu, silu_ref
 from ..draw import activations
 from ..schema import Attribute, Multiple, Op, Row, Value, columns, starts, tensor
-from .rms_norm import EPS, SHAPES, norm_body, norm_tolerance
+from .rms_norm import EPS, SHAPES, mean_square_ref, norm_body, norm_tolerance
 
 
 def gated_rms_norm_ref(
@@ -20,7 +20,7 @@ def gated_rms_norm_ref(
     OP.check(dict(y=y, z=z, weight=weight), {"eps": eps, "groups": groups, "z_start": z_start})
     z = columns_ref(z, z_start, y.shape[-1])
     v = (y * silu_ref(z)).reshape(*y.shape[:-1], groups, -1)
-    v = v / np.sqrt(np.mean(v * v, axis=-1, keepdims=True) + F32(eps))
+    v = v / np.sqrt(mean_square_ref(v) + F32(eps))
     out: Array = v.reshape(y.shape) * weight
     return out
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arithmetic import F32, Array
+from ..arithmetic import F32, NUMBERS, Array
 from ..draw import activations, sizes
 from ..schema import Attribute, Op, Row, Value, tensor
 from ..tolerances import Tolerance, reduction
@@ -13,20 +13,30 @@ from ..tolerances import Tolerance, reduction
 EPS = Attribute("eps", 1e-5, least=0)
 
 
+def mean_square_ref(v: Array) -> Array:
+    """The mean of v^2 over the last axis, which stays; NaN where the squares overflow fp32 (|v| from 1.8e19 on): what
+    is too large to be normed shall not become zero in silence.
+    """
+    mean = np.mean(v * v, axis=-1, keepdims=True)
+    return np.where(np.isinf(mean), F32(np.nan), mean)
+
+
 def rms_norm_ref(x: Array, weight: Array, eps: float = 1e-5) -> Array:
     """x rsqrt(mean(x^2) + eps) weight: x f32 [B,T,C], weight f32 [C] -> f32 [B,T,C]."""
     OP.check(dict(x=x, weight=weight), {"eps": eps})
-    out: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + F32(eps)) * weight
+    out: Array = x / np.sqrt(mean_square_ref(x) + F32(eps)) * weight
     return out
 
 
 def norm_body(split: str, join: str) -> str:
     """`out`, from the rows `v` that `split` makes and `flat` that `join` makes of the normed ones."""
     return f"""
-  last = Constant <value_ints = [-1]> ()
+  {NUMBERS}
   {split}
   square = Mul (v, v)
-  mean = ReduceMean <keepdims = 1> (square, last)
+  mean_square = ReduceMean <keepdims = 1> (square, last)
+  finite = Less (mean_square, infinity)
+  mean = Where (finite, mean_square, nan)
   eps_0 = Constant <value_float: float = @eps> ()
   variance = Add (mean, eps_0)
   root = Sqrt (variance)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arithmetic import F32, TINY, Array, columns_ref, quantize_activations_ref
+from ..arithmetic import F32, HALF_MAX, NUMBERS, Array, columns_ref, half_ref, quantize, quantize_activations_ref
 from ..draw import sizes
 from ..schema import STATE_DTYPES, Attribute, Multiple, Op, Row, Value, columns, starts, tensor
 from ..tolerances import EPS16, Tolerance, reduction
@@ -40,8 +40,8 @@ def selective_scan_step_ref(
 
     x f32 [B,T,H*P], dt f32 [B,T,H], B and C f32 [B,T,ngroups*N], A_log, D, dt_bias f32 [H], state [B,H,N,P] fp32, fp16
     or int8 (then state_scale f32 [B,H,N]) -> y f32 [B,T,H*P], new_state, and new_state_scale for int8. A narrow state
-    is widened at entry and rounded once at exit: prefill and steps differ by that rounding only. With their `*_start`
-    x, dt, B and C are ranges of columns, of one tensor or of several.
+    is widened at entry and rounded once at exit (half_ref, quantize_state_ref): prefill and steps differ by that
+    rounding only. With their `*_start` x, dt, B and C are ranges of columns, of one tensor or of several.
     """
     arguments = dict(x=x, dt=dt, B=B, C=C, A_log=A_log, D=D, dt_bias=dt_bias, state=state, state_scale=state_scale)
     attributes: dict[str, Value] = dict(ngroups=ngroups, dt_min=dt_min, dt_max=dt_max)
@@ -67,7 +67,7 @@ def selective_scan_step_ref(
     y = y.reshape(batch, tokens, heads * headdim)
     if state_scale is not None:
         return y, *quantize_state_ref(h)
-    return y, h.astype(state.dtype)
+    return y, half_ref(h) if state.dtype == np.float16 else h
 
 
 def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
@@ -77,23 +77,18 @@ def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
   stored_scale = Unsqueeze (state_scale, last)
   h0 = Mul (stored, stored_scale)"""
     narrow = f"""
-  c127 = Constant <value = float {{127.0}}> ()
-  tiny = Constant <value = float {{{float(TINY)!r}}}> ()
-  magnitude = Abs (h_last)
-  m = ReduceMax <keepdims = 1> (magnitude, last)
-  nonzero = GreaterOrEqual (m, tiny)
-  divisor = Where (nonzero, m, one)
-  ratio = Div (c127, divisor)
-  inv = Where (nonzero, ratio, zero)
-  m127 = Div (divisor, c127)
-  row_scale = Where (nonzero, m127, zero)
-  new_state_scale = Squeeze (row_scale, last)
-  scaled = Mul (h_last, inv)
-  rounded = Round (scaled)
-  new_state = Cast <to = 3> (rounded)"""
+  {quantize("h_last")}
+  new_state = Cast <to = 3> (q)
+  new_state_scale = Squeeze (s, last)"""
     if not int8:
         widen = "h0 = Cast <to = 1> (state)"
-        narrow = f"new_state = Cast <to = {10 if state_dtype == 'float16' else 1}> (h_last)"
+        narrow = "new_state = Identity (h_last)"
+    if state_dtype == "float16":
+        narrow = f"""
+  half_max = Constant <value = float {{{float(HALF_MAX)!r}}}> ()
+  half_min = Neg (half_max)
+  saturated = Clip (h_last, half_min, half_max)
+  new_state = Cast <to = 10> (saturated)"""
 
     def per_head(name: str) -> str:  # [B,T,G*N] -> [T,B,H,N]
         return f"""
@@ -103,9 +98,7 @@ def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
   {name}_T = Transpose <perm = [1, 0, 2, 3]> ({name}_btHN)"""
 
     return f"""
-  zero = Constant <value = float {{0.0}}> ()
-  one = Constant <value = float {{1.0}}> ()
-  last = Constant <value_ints = [-1]> ()
+  {NUMBERS}
   one_1 = Constant <value_ints = [1]> ()
   raw = Add (dt, dt_bias)
   raw_magnitude = Abs (raw)

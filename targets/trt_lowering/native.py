@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from dfssm.opset import OPS
 from dfssm.opset.packing import unpack_bits
-from dfssm.opset.reference import TINY
+from dfssm.opset.reference import HALF_MAX, TINY
 
 from .graph import Emitter, ours, read, store, take_out
 
@@ -57,12 +57,15 @@ def _columns(emit: Emitter, node: gs.Node, index: int) -> gs.Tensor:
 
 def _quantize(emit: Emitter, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     """x -> codes q in fp32, and their scale s, one a row of the last axis."""
-    m = emit("ReduceMax", emit("Abs", x), [-1], keepdims=1)
+    magnitude = emit("Abs", x)
+    finite = emit("Less", magnitude, np.inf)
+    m = emit("ReduceMax", emit("Where", finite, magnitude, np.inf), [-1], keepdims=1)
     nonzero = emit("GreaterOrEqual", m, float(TINY))
     divisor = emit("Where", nonzero, m, 1.0)
     inv = emit("Where", nonzero, emit("Div", 127.0, divisor), 0.0)
     s = emit("Where", nonzero, emit("Div", divisor, 127.0), 0.0)
-    return emit("Round", emit("Mul", x, inv)), s
+    s = emit("Where", emit("Less", m, np.inf), s, np.nan)
+    return emit("Round", emit("Mul", emit("Where", finite, x, 0.0), inv)), s
 
 
 def _product(emit: Emitter, x: gs.Tensor, w: gs.Tensor) -> gs.Tensor:
@@ -163,12 +166,16 @@ def _scan(emit: Emitter, attrs: Attributes, outputs: Outputs, *inputs: gs.Tensor
         codes, scale = _quantize(emit, h)
         emit("Cast", codes, to=INT8, out=new_state)
         emit("Squeeze", scale, [-1], out=new_scale[0])
+    elif state.dtype == np.float16:
+        half_max = float(HALF_MAX)
+        emit("Cast", emit("Clip", h, -half_max, half_max), to=onnx.TensorProto.FLOAT16, out=new_state)
     else:
-        emit("Cast", h, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(state.dtype)), out=new_state)
+        emit("Identity", h, out=new_state)
 
 
 def _normed(emit: Emitter, v: gs.Tensor, eps: float) -> gs.Tensor:
     mean = emit("ReduceMean", emit("Mul", v, v), [-1], keepdims=1)
+    mean = emit("Where", emit("Less", mean, np.inf), mean, np.nan)
     return emit("Div", v, emit("Sqrt", emit("Add", mean, eps)))
 
 

@@ -1,11 +1,18 @@
 """The native lowering in ONNX Runtime: standard ops that compute what the reference does."""
 
+import extremes
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
 import pytest
 import student_ref
+from each import check_each
+from nodes import node_model
 from trt_graphs import step, stock_session, widened, write_step
 
+from dfssm.opset import OPS
+from dfssm.opset.cases import Case
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets.trt_lowering import lower
@@ -45,6 +52,32 @@ def test_demo_over_32_tokens(tmp_path):
     for ids in np.random.default_rng(2).integers(0, config.vocab_size, (32, 1, 1)):
         (logits, _), (expected, states) = (step(session, ids, states) for session in sessions)
         model_tolerance(config.n_layer, config.d_model).check(logits, expected, "logits")
+
+
+def native_session(case: Case) -> onnxruntime.InferenceSession:
+    """The case's op alone, lowered; integer weights are constants, the other inputs are the session's."""
+    model = node_model(case)
+    for name, value in case.inputs().items():
+        (info,) = (i for i in model.graph.input if i.name == name)
+        if name in ("bits", "down", "up", "w"):
+            model.graph.input.remove(info)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        else:
+            info.CopyFrom(onnx.helper.make_tensor_value_info(name, info.type.tensor_type.elem_type, value.shape))
+    graph = gs.import_onnx(model)
+    make_native(graph)
+    return onnxruntime.InferenceSession(gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_extremes(op):
+    def check(case):
+        session = native_session(case)
+        fed = {i.name for i in session.get_inputs()}
+        extremes.check(case, lambda inputs: session.run(None, {k: v for k, v in inputs.items() if k in fed}))
+
+    plain = [c for c in extremes.cases(op) if not c.attributes.get("layout") and "z_start" not in c.attributes]
+    check_each([c for c in plain if c.sizes["T"] == 1] or [Case(op, plain[0].sizes | {"T": 1})], check)
 
 
 def test_columns_of_a_wider_tensor(tmp_path):

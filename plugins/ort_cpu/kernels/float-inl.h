@@ -21,10 +21,10 @@ inline void for_vectors(int64_t n, Body body) {
 
 // ---- exp, silu ----
 
-// exp(x) for x <= 0. Relative error < 2 ulp for x >= -87; below that exp(-87) ~ 1.6e-38. NaN stays NaN.
+// exp(x) for x <= 0. Relative error < 2 ulp for x >= -87, where it is 1.6e-38; 0 below. NaN stays NaN.
 // x = k ln2 + r, |r| <= ln2/2; exp(r) = 1 + r + r^2 q(r), q fitted for the least relative error (4e-9).
-inline F32 exp_nonpositive(F32 x) {
-  x = max(broadcast(-87.0f), x);  // the second operand wins if it is NaN
+inline F32 exp_nonpositive(F32 given) {
+  const F32 least = broadcast(-87.0f), x = max(least, given);
   const F32 k = round_even(x * broadcast(0x1.715476p+0f));
   F32 r = fma(k, broadcast(-0x1.62e4p-1f), x);  // 15 bits of ln2: k times it is exact
   r = fma(k, broadcast(-0x1.7f7d1cp-20f), r);
@@ -33,7 +33,7 @@ inline F32 exp_nonpositive(F32 x) {
   q = fma(q, r, broadcast(0x1.5558f2p-5f));
   q = fma(q, r, broadcast(0x1.555492p-3f));
   q = fma(q, r, broadcast(0x1.fffffcp-2f));
-  return scale_by_power(fma(q, r * r, r + broadcast(1.0f)), k);
+  return where_below(given, least, zero(), scale_by_power(fma(q, r * r, r + broadcast(1.0f)), k));
 }
 
 inline F32 silu(F32 x) {
@@ -235,7 +235,8 @@ void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
       }
       squares = fma(v, v, squares);
     });
-    const F32 factor = broadcast(1.0f / sqrtf(sum(squares) / static_cast<float>(size) + a.eps));
+    const float mean = sum(squares) / static_cast<float>(size);
+    const F32 factor = broadcast(mean < HUGE_VALF ? 1.0f / sqrtf(mean + a.eps) : __builtin_nanf(""));
     const float* v = z == nullptr ? y : out;
     for_vectors(size, [&](int64_t c, auto lanes) {
       store(out + c, load(v + c, lanes) * factor * load(weight + c, lanes), lanes);

@@ -19,15 +19,15 @@ inline float half_to_float(uint16_t half) {
   return value;
 }
 
-// Rounds half to even; overflows to infinity; NaN stays NaN.
+// Rounds half to even; saturates at the largest half, 65504; NaN stays NaN.
 inline uint16_t float_to_half(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   const uint16_t sign = bits >> 16 & 0x8000;
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // >= 65520 rounds past the largest half, 65504
-  if (bits < 0x38800000) {                       // below 2^-14: subnormal, in units of 2^-24
+  if (bits >= 0x477fe000) return sign | 0x7bff;
+  if (bits < 0x38800000) {  // below 2^-14: subnormal, in units of 2^-24
     float magnitude;
     std::memcpy(&magnitude, &bits, sizeof magnitude);
     magnitude += 0.5f;  // an ulp of [0.5, 1) is 2^-24: the addition itself rounds half to even

@@ -23,6 +23,9 @@ namespace dfssm {
 // Rows (of activations, of an int8 state) whose largest magnitude is below this count as zero; opset's TINY.
 inline constexpr float kTiny = 1e-30f;
 
+// The largest binary16, where states of that type saturate; opset's HALF_MAX. NaN stays NaN.
+inline constexpr float kHalfMax = 65504.0f;
+
 // BinaryScaffoldMatMul for tokens that quantize_activations has quantised:
 //   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] * h[t,r]
 // with h from int8_matmul(w = down, w_scale = down_scale). K % 32 == 0.
@@ -94,7 +97,7 @@ struct ScanArgs {
 };
 
 // GatedRMSNorm: v = y * silu(z); out = v * rsqrt(mean over each of `groups` equal parts of v^2 + eps) *
-// weight. RMSNorm: z == nullptr, v = y. In place: out == y.
+// weight; NaN where a part's squares overflow. RMSNorm: z == nullptr, v = y. In place: out == y.
 struct NormArgs {
   const float* y;       // [n, C]
   const float* z;       // [n, C] with z_stride, or nullptr

@@ -185,7 +185,9 @@ void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
       squares += static_cast<double>(v) * v;
       a.out[first + c] = v;
     }
-    const float factor = static_cast<float>(1.0 / std::sqrt(squares / size + a.eps));
+    constexpr float kMost = std::numeric_limits<float>::max(), kNaN = std::numeric_limits<float>::quiet_NaN();
+    const float factor =
+        squares <= kMost ? static_cast<float>(1.0 / std::sqrt(squares / size + a.eps)) : kNaN;
     for (int64_t c = 0; c < size; ++c) a.out[first + c] = a.out[first + c] * factor * weight[c];
   }
 }

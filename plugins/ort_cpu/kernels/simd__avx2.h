@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace dfssm::avx2 {
 
 constexpr int kLanes = 8;
@@ -27,7 +29,9 @@ inline Mask first_lanes(int64_t n) {
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 broadcast(float v) { return _mm256_set1_ps(v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+// Of a NaN and another value both give b.
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 // max(|a|, |b|); of a NaN and a number, either
 inline F32 larger_magnitude(F32 a, F32 b) { return max(abs(a), abs(b)); }
@@ -70,7 +74,7 @@ inline F32 load(const float* p, Mask m) { return _mm256_maskload_ps(p, m.lanes);
 inline void store(float* p, F32 v, Full) { _mm256_storeu_ps(p, v); }
 inline void store(float* p, F32 v, Mask m) { _mm256_maskstore_ps(p, m.lanes, v); }
 
-// binary16, as bits
+// binary16, as bits, saturating
 inline F32 load(const uint16_t* p, Full) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -80,6 +84,7 @@ inline F32 load(const uint16_t* p, Mask m) {
   return load(buffer, Full{});
 }
 inline void store(uint16_t* p, F32 v, Full) {
+  v = min(broadcast(kHalfMax), max(broadcast(-kHalfMax), v));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store(uint16_t* p, F32 v, Mask m) {

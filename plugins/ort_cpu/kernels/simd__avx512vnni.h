@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace dfssm::avx512vnni {
 
 constexpr int kLanes = 16;
@@ -20,7 +22,9 @@ inline Mask first_lanes(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 broadcast(float v) { return _mm512_set1_ps(v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+// Of a NaN and another value both give b.
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 // max(|a|, |b|); of a NaN and a number, either
 inline F32 larger_magnitude(F32 a, F32 b) { return _mm512_range_ps(a, b, 0b1011); }
@@ -51,17 +55,17 @@ inline F32 load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
 inline void store(float* p, F32 v, Full) { _mm512_storeu_ps(p, v); }
 inline void store(float* p, F32 v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
 
-// binary16, as bits
+// binary16, as bits, saturating
+inline __m256i halves(F32 v) {
+  v = min(broadcast(kHalfMax), max(broadcast(-kHalfMax), v));
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
 inline F32 load(const uint16_t* p, Full) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline F32 load(const uint16_t* p, Mask m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
-inline void store(uint16_t* p, F32 v, Full) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void store(uint16_t* p, F32 v, Mask m) {
-  _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store(uint16_t* p, F32 v, Full) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+inline void store(uint16_t* p, F32 v, Mask m) { _mm256_mask_storeu_epi16(p, m, halves(v)); }
 
 inline F32 load(const int8_t* p, Full) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

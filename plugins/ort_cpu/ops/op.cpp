@@ -15,7 +15,7 @@ const OrtApi* api = nullptr;
 int ort_minor = 0;
 
 // What kernels, which include no header of the opset, have from it.
-static_assert(kTiny == opset::kTiny);
+static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
 
 namespace {
 

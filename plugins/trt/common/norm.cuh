@@ -48,7 +48,7 @@ struct NormRow {
         eps(args.eps) {}
 
   // Puts value times weight of the group that begins at column `first` into kept[0, size) and returns what is
-  // still to be multiplied with, 1 / rms.
+  // still to be multiplied with, 1 / rms; NaN where the squares overflow.
   __device__ __forceinline__ float weigh(int64_t token, int first, float* kept) const {
     const T *const from = y + token * C + first, *const gates = z + token * z_stride + first;
     float squares = 0.0f;
@@ -70,7 +70,8 @@ struct NormRow {
         store_vector(kept + c + i, values);
       }
     }
-    return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(size) + eps);
+    const float mean = block_sum(squares) / static_cast<float>(size);
+    return magnitude(mean) < 0x7f800000u ? 1.0f / sqrtf(mean + eps) : __uint_as_float(0x7fc00000u);
   }
 
   // As the input of a product (common/quantize.cuh): all groups, kept as they are normed.

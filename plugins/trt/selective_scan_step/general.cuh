@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
         if constexpr (sizeof(State) == 1) {
           out = static_cast<int8_t>(quantize(row[p], scale.inverse) & scale.keep);
         } else {
-          out = __float2half_rn(row[p]);
+          out = __float2half_rn(saturate(row[p]));
         }
       }
     }

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           row[i] = fmaf(factor, row[i], B * dx[i]);
-          y[i] = fmaf(C, row[i], y[i]);
+          if (row0 + r < a.N) y[i] = fmaf(C, row[i], y[i]);  // a copy of a row may be infinite
         }
         if constexpr (!kMany) store(r, row);
       }

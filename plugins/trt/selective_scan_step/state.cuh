@@ -56,6 +56,13 @@ __device__ __forceinline__ uint32_t quantize(float x, float inverse) {
   return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
 }
 
+// Past the largest fp16 to that one. NaN stays NaN, which fminf and fmaxf would lose.
+__device__ __forceinline__ float saturate(float x) {
+  constexpr float kHalfMax = 65504.0f;
+  x = x > kHalfMax ? kHalfMax : x;
+  return x < -kHalfMax ? -kHalfMax : x;
+}
+
 template <int kVector>
 __device__ __forceinline__ void widen(const Packed<float, kVector>& packed, float (&h)[kVector]) {
 #pragma unroll
@@ -91,7 +98,7 @@ template <int kVector>
 __device__ __forceinline__ void narrow(const float (&h)[kVector], Packed<__half, kVector>& packed) {
 #pragma unroll
   for (int i = 0; i < kVector; i += 2) {
-    const __half2 pair = __floats2half2_rn(h[i], h[i + 1]);
+    const __half2 pair = __floats2half2_rn(saturate(h[i]), saturate(h[i + 1]));
     packed.at[i / 2] =
         __half_as_ushort(__low2half(pair)) | static_cast<uint32_t>(__half_as_ushort(__high2half(pair))) << 16;
   }
