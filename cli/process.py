@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import NoReturn
 
 import click
@@ -58,6 +59,8 @@ def _open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that is not UTF-8, say; as stderr has it
 
 
 def _exit(status: int, message: str = "") -> NoReturn:

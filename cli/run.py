@@ -9,6 +9,7 @@ import click
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.targets.text import require_utf8
 
 from .options import SEED, bundle_argument, json_option, print_result, real, threads_option, trust_option, whole
 
@@ -47,6 +48,8 @@ def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **setting
         save_state = paths.output_file(save_state, bundle)
     if not prompt and not load_state:
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
+    for text in (prompt, *settings["stop"]):
+        require_utf8(text)
     from dfssm.runtime import Engine
 
     engine = Engine.load(bundle, threads=threads)

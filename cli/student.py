@@ -80,7 +80,7 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
     tokenizer, beside = teacher / TOKENIZER, output.with_name(TOKENIZER)
-    if tokenizer.is_file() and not beside.exists():
+    if tokenizer.is_file() and output.is_file() and not beside.exists():  # nothing lies beside a device
         write_file(beside, tokenizer.read_bytes())
     print_result(_report(output, *student), as_json, _text)
 

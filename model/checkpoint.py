@@ -16,7 +16,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -134,13 +134,16 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
     No code is run. Raises DfssmError with `remedy` for a file that cannot be read.
     """
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        # Files from before torch 1.6 are not zip archives and cannot be mapped.
-        if mapped := zipfile.is_zipfile(path):
-            _check_records(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
+        with path.open("rb") as file:
+            # The libraries open it by this name: what was checked, and whatever bytes its own name has.
+            name = f"/proc/self/fd/{file.fileno()}"
+            if path.suffix == ".safetensors":
+                with safe_open(name, framework="pt") as content:
+                    return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}  # noqa: SIM118
+            # Files from before torch 1.6 are not zip archives and cannot be mapped.
+            if mapped := zipfile.is_zipfile(file):
+                _check_records(file)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped), {}
     except pickle.UnpicklingError:
         raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
     except Exception as error:  # the unpickler raises whatever the damaged bytes make it stumble over
@@ -148,13 +151,13 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
         raise DfssmError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
-def _check_records(path: Path) -> None:
+def _check_records(file: BinaryIO) -> None:
     """Compare the records of torch's archive with their CRC32s, at which a reader that maps them does not look."""
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: -record.file_size)
         # As torch writes them: one after the other, as they are. Then their sizes are bounded by that of the file.
         stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-        if not stored or sum(record.file_size for record in records) > path.stat().st_size:
+        if not stored or sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
             raise zipfile.BadZipFile("its records are not stored as they are")
         handle = file.fileno()
 

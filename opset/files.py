@@ -50,12 +50,12 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
     """
     target = Path(path)
     with writing(target):
+        mode = _mode(target)  # before the link is resolved: /dev/stdout leads to a pipe that has no path
+        if mode is not None and not stat.S_ISREG(mode):
+            return _write_through(target, content)
         target = target.resolve()
         if parents:
             target.parent.mkdir(parents=True, exist_ok=True)
-        mode = _mode(target)
-        if mode is not None and not stat.S_ISREG(mode):
-            return _write_through(target, content)
         with _draft_file(target) as draft:
             _fill(draft, content)
             draft.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())

@@ -111,10 +111,11 @@ def file_or_folder(path: str | Path, give: str) -> Path:
 
 
 def output_file(path: str | Path, source: Path | None = None) -> Path:
-    """The path, if a file can be written there or replaced; DfssmError otherwise, and for a file that is there in
-    `source`, the folder that the command reads: it would destroy what it was given.
+    """The path, if a file can be written there or replaced, or if it is a pipe or a character device, which are written
+    through; DfssmError otherwise, and for a file that is there in `source`, the folder that the command reads: it would
+    destroy what it was given.
     """
-    output = _output(path, "a file", stat.S_IFREG)
+    output = _output(path, "a file", stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR)
     if source and output.exists() and output.resolve().parent == source.resolve():
         raise DfssmError(f"cannot write {path}: it is a file of {source}, which is read; give another place")
     return output
@@ -206,19 +207,22 @@ def _refuse_name_of_hub(path: str | Path, wanted: tuple[str, ...]) -> None:
     )
 
 
-def _output(path: str | Path, what: str, kind: int) -> Path:
+def _output(path: str | Path, what: str, *kinds: int) -> Path:
+    """The path, where nothing lies or what is of `kinds`, and a new one of the first of them can be made."""
     mode = _mode(path, f"give the name of {what} to write")
     path = Path(path)
-    if mode is not None and stat.S_IFMT(mode) != kind:
-        found = _ODD.get(stat.S_IFMT(mode)) or ("a folder" if stat.S_ISDIR(mode) else "a file")
+    kind = kinds[0] if mode is None else stat.S_IFMT(mode)
+    if kind not in kinds:
+        found = _ODD.get(kind) or ("a folder" if kind == stat.S_IFDIR else "a file")
         raise DfssmError(f"cannot write {path}: it is {found}; give the name of {what}")
-    # A file is replaced by a new one in its folder.
-    into = path if mode is not None and kind == stat.S_IFDIR else path.parent
-    if not into.is_dir():
+    # A file is replaced by a new one in its folder; where it is a link, in the folder of what that names.
+    place = path.resolve() if path.is_symlink() else path
+    into = place.parent if mode is None or kind == stat.S_IFREG else path
+    if mode is None and not into.is_dir():
         if into.exists():
             raise DfssmError(f"cannot write {path}: {into} is a file; give another place")
         raise DfssmError(f"cannot write {path}: there is no folder {into}; create it first: mkdir -p {_quoted(into)}")
-    if not os.access(into, os.W_OK | os.X_OK, effective_ids=True):
+    if not os.access(into, os.W_OK | (os.X_OK if into.is_dir() else 0), effective_ids=True):
         raise DfssmError(f"cannot write {path}: {into} is closed to you (Permission denied); give another place")
     return path
 

@@ -63,12 +63,18 @@ def end_tokens(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
     return end_ids(configured) or (() if end is None else (end,))
 
 
+def require_utf8(text: str) -> None:
+    """DfssmError for a text with half a surrogate pair, which Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise DfssmError(f"the text {text[:40]!a} is not UTF-8: convert it, or give its token ids") from None
+
+
 def encode(text: str, tokenizer: Tokenizer, begins: bool = True) -> list[int]:
     """The ids of a text, with the special tokens of the template where it `begins` one. DfssmError if it is no text."""
-    try:
-        return tokenizer.encode(text, add_special_tokens=begins).ids
-    except (TypeError, UnicodeError):  # a half of a surrogate pair, as Python makes of bytes that are not UTF-8
-        raise DfssmError(f"the text {text[:40]!a} is not UTF-8: convert it, or give its token ids") from None
+    require_utf8(text)
+    return tokenizer.encode(text, add_special_tokens=begins).ids
 
 
 def document(found: Encoding, end: int) -> list[int]:

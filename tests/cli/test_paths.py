@@ -86,8 +86,8 @@ OUTPUTS = {
     "": "an empty path names nothing: give the name of a ",
     "no/where/new": "cannot write no/where/new: there is no folder no/where; create it first: mkdir -p no/where",
     "notes.md/new": "cannot write notes.md/new: notes.md is a file; give another place",
-    "pipe": "cannot write pipe: it is a pipe; give the name of a ",
-    "/dev/null": "cannot write /dev/null: it is a device; give the name of a ",
+    "socket": "cannot write socket: it is a socket; give the name of a ",
+    "astray": "cannot write astray: there is no folder {HERE}/no/where; create it first: mkdir -p {HERE}/no/where",
     "loop": "loop cannot be read (Too many levels of symbolic links): give the name of a ",
 }
 WRONG = {
@@ -146,7 +146,12 @@ WRONG = {
     "file or folder": ALWAYS
     | {"empty": "empty: no file in it ends in .txt, .jsonl, .ndjson, .parquet; name the files"},
     "new file": OUTPUTS | {"empty": "cannot write empty: it is a folder; give the name of a file"},
-    "new folder": OUTPUTS | {"notes.md": "cannot write notes.md: it is a file; give the name of a folder"},
+    "new folder": OUTPUTS
+    | {
+        "notes.md": "cannot write notes.md: it is a file; give the name of a folder",
+        "pipe": "cannot write pipe: it is a pipe; give the name of a folder",
+        "/dev/null": "cannot write /dev/null: it is a device; give the name of a folder",
+    },
 }
 CASES = [
     ([path if part == "?" else part for part in command], message.replace("{}", "teacher"))
@@ -167,6 +172,7 @@ def fill(folder: Path) -> None:
     (folder / "notes.md").write_text("notes")
     (folder / "lost").symlink_to("gone")
     (folder / "loop").symlink_to("loop")
+    (folder / "astray").symlink_to("no/where/new")
     os.mkfifo(folder / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "socket"))
@@ -187,8 +193,9 @@ def results(folder):
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[" ".join(command)[:60] for command, _ in CASES])
-def test_a_wrong_path_is_one_line_before_anything_slow(results, index):
+def test_a_wrong_path_is_one_line_before_anything_slow(results, folder, index):
     command, message = CASES[index]
+    message = message.replace("{HERE}", str(folder.resolve()))
     files, done = results[0], results[1 + index]
     assert (done.status, done.out) == (1, "")
     assert done.err.startswith(f"{command[0]}: error: ") and done.err.count("\n") == 1 and done.err.endswith("\n")
@@ -265,6 +272,8 @@ def test_what_is_right_is_taken(folder):
     assert paths.output_file(folder / "new.pt") == folder / "new.pt"
     assert paths.output_file(folder / "model.pt") == folder / "model.pt"
     assert paths.output_folder(folder / "empty") == folder / "empty"
+    for name in ("pipe", "/dev/null", "/dev/stdout"):  # written through
+        assert paths.output_file(folder / name) == folder / name
 
 
 def test_a_student_by_its_first_bytes(tmp_path):
