@@ -122,15 +122,14 @@ Kernel::Kernel(const opset::Op& op, const OrtKernelInfo* info)
   }
 }
 
-// The API answers "absent" and "of another type" alike, so the other types are tried: an attribute with a
-// wrong type must not pass for an absent one.
+// An attribute with a wrong type must not pass for an absent one.
 template <class T, class Get>
 void Kernel::Reader::read(const char* name, const char* type, Get get, T* value) const {
   OrtStatus* status = get(value);
   if (!status) return;
   api->ReleaseStatus(status);
-  if (const char* found = kernel_.attribute_type(name)) {
-    fail("attribute '%s' is %s, expected %s", name, found, type);
+  if (kernel_.has_attribute(name)) {
+    fail("attribute '%s' is %s, expected %s", name, kernel_.attribute_type(name), type);
   }
   kernel_.check_misspelt(name);
 }
@@ -158,7 +157,25 @@ void Kernel::Reader::operator()(const char* name, std::string& value) const {
   read(name, "a string", get, &value);
 }
 
-// What kind of attribute the node has of that name; nullptr: none.
+// Whether the node has an attribute of that name, whatever its type. Asked for an integer that is not there, the
+// API gives one error code for "absent" and "of another type", but not one message. So the message is compared
+// with that for a name which no attribute has.
+bool Kernel::has_attribute(const std::string& name) const {
+  const auto message = [this](const std::string& of) -> std::string {
+    int64_t value;
+    OrtStatus* status = api->KernelInfoGetAttribute_int64(info_, of.c_str(), &value);
+    if (!status) return "";
+    const std::string text = api->GetErrorMessage(status);
+    api->ReleaseStatus(status);
+    return text;
+  };
+  std::string absent = message('?' + name);
+  const size_t at = absent.find('?' + name);
+  if (at != std::string::npos) absent.erase(at, 1);
+  return message(name) != absent;
+}
+
+// The type of an attribute that the node has.
 const char* Kernel::attribute_type(const char* name) const {
   int64_t integer;
   float real;
@@ -167,7 +184,7 @@ const char* Kernel::attribute_type(const char* name) const {
       {api->KernelInfoGetAttribute_int64(info_, name, &integer), "an integer"},
       {api->KernelInfoGetAttribute_float(info_, name, &real), "a float"},
       {api->KernelInfoGetAttribute_string(info_, name, nullptr, &length), "a string"}};
-  const char* found = nullptr;
+  const char* found = "of another type";
   for (const auto& [status, type] : tried) {
     if (!status) found = type;
     if (status) api->ReleaseStatus(status);
@@ -182,8 +199,7 @@ void Kernel::check_misspelt(const char* name) const {
   constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyz_";
   const std::string right = name;
   const auto refuse = [&](const std::string& other) {
-    if (!opset::has_attribute(op_, other.c_str()) && attribute_type(other.c_str()))
-      unknown_attribute(op_, other);
+    if (!opset::has_attribute(op_, other.c_str()) && has_attribute(other)) unknown_attribute(op_, other);
   };
   for (size_t i = 0; i <= right.size(); ++i) {
     const std::string before = right.substr(0, i), behind = right.substr(i);

@@ -107,6 +107,7 @@ class Kernel {
 
  private:
   friend class Call;
+  bool has_attribute(const std::string& name) const;
   const char* attribute_type(const char* name) const;
   void check_misspelt(const char* name) const;
 
