@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -22,14 +22,15 @@ class Pool(Protocol):
 
     logits: np.ndarray
 
-    def run(self, ids: np.ndarray, start: int = 0, release_memory: bool = False) -> None:
+    def run(self, ids: np.ndarray, start: int, done: Callable[[], object], release_memory: bool = False) -> None:
         """Read ids i64[n,T], contiguous, into rows `start` to `start + n - 1`; then `logits` has theirs.
 
-        `release_memory`: keep nothing that only a prompt needs. Raises DfssmError for more rows than a run may have.
+        `done` is called when all of that is written, also where Ctrl-C came meanwhile, which is raised after it; where
+        it is not called, the rows are broken. `release_memory`: keep nothing that only a prompt needs.
         """
 
-    def run_all_logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
-        """`run` that returns the logits of all tokens, f32[n,T,V], and may leave those of the last out of `logits`."""
+    def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
+        """`run` that returns the logits of all tokens, f32[n,T,V]."""
 
     def reset(self, row: int) -> None:
         """Row `row` has read nothing: its state and logits are zeros."""

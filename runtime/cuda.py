@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Cuda:
         if not self._call("cudaGetDeviceCount"):
             raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")
         self.stream = int(self._call("cudaStreamCreate"))
+        self.recording = False
 
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""
@@ -53,16 +55,23 @@ class Cuda:
         self._copy(to, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def synchronize(self) -> None:
+        """Wait for what was queued. A recording that was cut short is given up: nothing else would run before."""
+        if self.recording:
+            with suppress(DfssmError):
+                self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", self.stream))
+            self.recording = False
         self._call("cudaStreamSynchronize", self.stream)
 
     def begin_capture(self) -> None:
         """What is queued from here on is recorded, not run."""
+        self.recording = True
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
 
     def end_capture(self) -> Any:
         """The recording, ready for `launch`."""
         graph = self._call("cudaStreamEndCapture", self.stream)
+        self.recording = False
         executable = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         return executable

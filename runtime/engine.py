@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dfssm.targets.text import end_tokens, load_tokenizer
 from .backend import Backend, Pool, open_backend
 from .generation import Generation
 from .memory import trim
+from .rows import Rows
 from .sampling import Sampling
 from .slots import Slots
 from .state import State, require_model
@@ -30,6 +32,8 @@ CHUNK = 64
 
 # Longer prompts leave enough memory behind to be worth the time of giving it back.
 LONG = 16
+
+_COMPARE = "its weights are too large or damaged, look for where with `dfssm compare`"
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -100,6 +104,7 @@ class Engine:
         rows = self._rows(ids)
         if len(rows) != state.batch:
             raise DfssmError(f"the prompt has {len(rows)} rows, the state has {state.batch}: make them equal")
+        state.require_sound()
         if len({len(row) for row in rows}) == 1:
             self._read(np.stack(rows), state)
         else:
@@ -113,13 +118,12 @@ class Engine:
         if len(ids) != state.batch:
             raise DfssmError(f"step got {len(ids)} tokens for a state of {state.batch} rows: give one a row")
         self.advance(ids, state)
+        self.require_finite(state)
         return state.logits.copy()
 
     def advance(self, ids: np.ndarray, state: State) -> None:
-        """`step` without checks and copies: ids i64[B], in range; the logits are left in `state.logits`."""
-        column = ids.reshape(-1, 1)
-        self._pool(state).run(column, state.start)
-        state.count(column)
+        """`step` without checks of tokens and logits, nor copies: ids i64[B]; the logits are left in `state.logits`."""
+        self.run(self._pool(state), state.rows, state.span, ids.reshape(-1, 1))
 
     def logits(self, ids: Tokens | Sequence[Tokens], state: State | None = None) -> np.ndarray:
         """Logits of every token: ids [T] or [B,T], rows of one length -> f32[B,T,V]. Advances `state`."""
@@ -167,6 +171,44 @@ class Engine:
             ends = set(self._ids(list(eos) if isinstance(eos, Iterable) else eos).reshape(-1).tolist())
         return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
 
+    def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray, release_memory: bool = False) -> None:
+        """Read ids i64[n,T] into the rows `span` of `pool`, of which `rows` keeps the books."""
+        pool.run(ids, span.start, self._begin(rows, span, ids), release_memory)
+
+    def require_finite(self, state: State) -> None:
+        """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""
+        self.check(self._pool(state), state.rows, state.span, state.logits)
+
+    def check(self, pool: Pool, rows: Rows, span: range, logits: np.ndarray) -> None:
+        """`require_finite` of `logits` f32[n,...], of the rows `span`. The error names the layer where it began."""
+        if math.isfinite(logits.max()):  # NaN, where there is one
+            return
+        largest = logits.reshape(len(span), -1).max(1)
+        wrong = [row for row, most in zip(span, largest.tolist(), strict=True) if not math.isfinite(most)]
+        rows.broken |= dict.fromkeys(wrong, "its numbers are not finite")
+        state = self.new_state()
+        pool.read(wrong[0], state.tensors)
+        bad = [name.partition(".") for name, tensor in state.tensors.items() if not np.isfinite(tensor).all()]
+        layer, kind = min(((int(layer), kind) for kind, _, layer in bad), default=(0, ""))
+        kept = self.manifest.state_dtype
+        overflowed = kept != "fp32" and kind == "ssm_state" and np.isinf(state.tensors[f"{kind}.{layer}"]).any()
+        raise DfssmError(
+            f"the model's numbers are not finite after {rows.tokens[wrong[0]]} tokens, first in "
+            + (f"{kind} of layer {layer}: " if kind else "the logits: ")
+            + (f"{kept} is too small for it, compile with --state-dtype fp32" if overflowed else _COMPARE)
+        )
+
+    def _begin(self, rows: Rows, span: range, ids: np.ndarray) -> partial[None]:
+        """Before a run of `ids`, whose end the result is called at."""
+        if len(ids) > self.backend.max_batch:
+            raise DfssmError(
+                f"the batch has {len(ids)} rows, the engine was built for {self.backend.max_batch}: "
+                f"compile with --max-batch {len(ids)}"
+            )
+        rows.require_sound(span)
+        rows.begin(span)
+        return partial(rows.read, span, ids)
+
     def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
         """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
         pool = self._pool(state)
@@ -175,14 +217,15 @@ class Engine:
             stop = min(start + CHUNK, total)
             part = np.ascontiguousarray(ids[:, start:stop])
             if out is None:
-                pool.run(part, state.start, release_memory=stop == total > LONG)
+                self.run(pool, state.rows, state.span, part, release_memory=stop == total > LONG)
+                self.check(pool, state.rows, state.span, state.logits)
             else:
-                out[:, start:stop] = pool.run_all_logits(part, state.start)
-                state.logits[:] = out[:, stop - 1]
-            state.count(part)
+                done = self._begin(state.rows, state.span, part)
+                out[:, start:stop] = pool.run_all_logits(part, state.span.start, done)
+                self.check(pool, state.rows, state.span, out[:, start:stop])
 
     def _pool(self, state: State) -> Pool:
-        """The pool that `state` is rows of, from `state.start` on."""
+        """The pool that `state` is rows of."""
         whole = state.whole
         if whole.engine is not self:
             require_model(whole, self.model, self.backend.layout, self.vocab_size)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.text import encode
 
-from .sampling import Sampler, Sampling
+from .sampling import Sampling
 from .state import State
 from .text import StopFilter, TextStream
 
@@ -22,15 +22,22 @@ if TYPE_CHECKING:
 class Generation:
     """Iterator over the pieces of a text; see `Engine.generate`. The prompt is read at the first `next`.
 
-    Attributes, complete when the iteration has ended:
+    A state that the caller gave has read the prompt and all of `tokens` at every moment, so a text that is cut short,
+    by `close`, an error or Ctrl-C, goes on from it as if it had not been: its pieces come once their tokens are read.
+    The state serves one generation at a time, until that has ended, was closed (`with` does so) or is gone.
+
+    Attributes:
         tokens: the generated ids, without the end-of-text token. text: the pieces joined.
-        finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string) or None (not finished).
+        finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string), "cancelled" (closed before its
+            end, or an error was raised) or None (not finished).
         prompt_tokens: how many tokens the prompt had. prefill_seconds: time of reading it.
         steps, decode_seconds: steps of one token after it, and their time with the choice of the token.
-        state: having read the prompt and all of `tokens`. When the caller ends the iteration early, the token
-            of the last piece has not been read yet. A character of which it has read a part is shown by the
-            generation that completes it; only where none can follow is that part shown, as U+FFFD (see `flush`).
+        state: the caller's, or one of its own, which need not have read the last token. A character of which it has
+            read a part is shown by the generation that completes it; only where none can follow is that part shown,
+            as U+FFFD (see `flush`).
     """
+
+    _claimed = False
 
     def __init__(
         self,
@@ -44,8 +51,12 @@ class Generation:
     ):
         if max_tokens < 0:
             raise DfssmError(f"max_tokens is {max_tokens}: give a number >= 0")
-        if state is not None and state.batch != 1:
-            raise DfssmError(f"generate continues one sequence, the state has {state.batch}: use state.row(i)")
+        if state is not None:
+            if state.batch != 1:
+                raise DfssmError(f"generate continues one sequence, the state has {state.batch}: use state.row(i)")
+            state.require_sound()
+            if state.span.start in state.rows.claimed:
+                raise DfssmError("a generation is open on the state: read it to its end, or close() it")
         fresh = state is None or not state.tokens[0]
         if isinstance(prompt, str):
             # Special tokens open a text: they do not belong into the middle of one.
@@ -54,59 +65,52 @@ class Generation:
         self.prompt_tokens = len(self._prompt)
         if fresh and not self.prompt_tokens:
             raise DfssmError("the prompt is empty: give at least one token, or a state to continue from")
-        self._engine, self._max_tokens, self._sampler = engine, max_tokens, Sampler(sampling)
+        self._engine, self._max_tokens, self._sampling = engine, max_tokens, sampling
         self._tokenizer = engine.tokenizer
         self._ends, self._owns_state = ends, state is None
         self.state = engine.new_state() if state is None else state
         self._stream: TextStream | None = None
         self._filter = StopFilter(stop)
         self.tokens: list[int] = []
-        self.text = ""
+        self.text = self._whole_text = ""  # without and with what may be the beginning of a stop string
         self.finish_reason: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = 0
-        self._pieces = self._run()
+        self.state.rows.claimed.add(self.state.span.start)
+        self._claimed = True
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _run(self) -> Iterator[str]:
-        if self.prompt_tokens:
-            start = time.perf_counter()
-            self._engine.prefill(self._prompt, self.state)
-            self.prefill_seconds = time.perf_counter() - start
-        recent = self.state.recent[0]
-        self._stream = stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
-        token = np.zeros(1, np.int64)
-        while self.finish_reason is None and len(self.tokens) < self._max_tokens:
-            start = time.perf_counter()
-            token[0] = self._sampler(self.state.logits[0])
-            self.decode_seconds += time.perf_counter() - start
-            if int(token[0]) in self._ends:
-                self.finish_reason = "eos"
-                break
-            self.tokens.append(int(token[0]))
-            piece = self._filter.push(stream.push(self.tokens[-1]))
-            if self._filter.stopped:
-                self.finish_reason = "stop"
+        while self.finish_reason is None:
+            try:
+                piece = self._next()
+            except BaseException:
+                self.close()
+                raise
             if piece:
-                self.text += piece
-                yield piece
-            last = self.finish_reason or len(self.tokens) == self._max_tokens
-            if last and self._owns_state:
-                break  # nobody will continue from this state: save the step
-            start = time.perf_counter()
-            self._engine.advance(token, self.state)
-            self.steps += 1
-            self.decode_seconds += time.perf_counter() - start
-        self.finish_reason = self.finish_reason or "length"
-        continues = self.finish_reason == "length" and not self._owns_state
-        if self.finish_reason != "stop" and (rest := self._end("" if continues else stream.flush())):
-            self.text += rest
-            yield rest
+                return piece
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._claimed:
+            self._release()
+
+    def close(self) -> None:
+        """End it here, and let another go on from the state. `text` is then that of all `tokens`, also what was held
+        back because a stop string might have begun.
+        """
+        if self.finish_reason is None:
+            self.text = self.text if self._filter.stopped else self._whole_text
+            self.finish_reason = "cancelled"
+        self._release()
 
     def flush(self) -> str:
         """After the iteration, where nothing will go on from the caller's state: the part of a character that the text
@@ -116,10 +120,72 @@ class Generation:
         self.text += rest
         return rest
 
-    def _end(self, rest: str) -> str:
-        """The text that was held back, and `rest`, up to a stop string that it may still contain."""
-        rest = self._filter.push(rest)
+    def _next(self) -> str:
+        """Choose a token; what became certain of the text by it."""
+        stream = self._stream or self._start()
+        if self._owns_state and self.tokens:
+            self._read(self.tokens[-1])
+        if len(self.tokens) == self._max_tokens:
+            return self._end("length")
+        start = time.perf_counter()
+        logits = self.state.logits[0]
+        token = self._sampling.choose(logits, int(self.state.tokens[0]))
+        self.decode_seconds += time.perf_counter() - start
+        if not math.isfinite(logits[token]):
+            self._engine.require_finite(self.state)
+        if token in self._ends:
+            return self._end("eos")
+        text = stream.push(token)
+        piece = self._filter.push(text)
+        position = self.state.tokens[0]
+        try:
+            if not self._owns_state:
+                self._read(token)
+        finally:
+            if self._owns_state or self.state.tokens[0] > position:  # it was read, also where Ctrl-C came meanwhile
+                self.tokens += [token]
+                self._whole_text += text
+                self.text += piece
         if self._filter.stopped:
-            self.finish_reason = "stop"
-            return rest
-        return rest + self._filter.flush()
+            return piece + self._end("stop")
+        if len(self.tokens) == self._max_tokens:
+            return piece + self._end("length")
+        return piece
+
+    def _start(self) -> TextStream:
+        """Read the prompt."""
+        if self.prompt_tokens:
+            start = time.perf_counter()
+            self._engine.prefill(self._prompt, self.state)
+            self.prefill_seconds = time.perf_counter() - start
+        recent = self.state.recent[0]
+        self._stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
+        return self._stream
+
+    def _read(self, token: int) -> None:
+        start = time.perf_counter()
+        self._engine.advance(np.array([token]), self.state)
+        self.steps += 1
+        self.decode_seconds += time.perf_counter() - start
+
+    def _end(self, reason: str) -> str:
+        """The text that was held back, up to a stop string that it may still contain."""
+        rest = ""
+        if reason != "stop":
+            continues = reason == "length" and not self._owns_state
+            rest = self._filter.push("" if continues or not self._stream else self._stream.flush())
+            if self._filter.stopped:
+                reason = "stop"
+            else:
+                rest += self._filter.flush()
+        if not self._owns_state:
+            self._engine.require_finite(self.state)
+        self.text += rest
+        self.finish_reason = reason
+        self._release()
+        return rest
+
+    def _release(self) -> None:
+        if self._claimed:
+            self._claimed = False
+            self.state.rows.claimed.discard(self.state.span.start)

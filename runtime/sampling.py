@@ -4,7 +4,9 @@ seed.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -32,26 +34,22 @@ class Sampling:
         if self.seed is not None and self.seed < 0:
             raise DfssmError(f"seed is {self.seed}: give a number >= 0")
 
+    def choose(self, logits: np.ndarray, position: int) -> int:
+        """The token after `position` others, from logits f32[V]. One whose logit is NaN or inf, where there is one.
 
-class Sampler:
-    """Draws tokens by `sampling`; holds the random generator, so one sampler is one stream of draws."""
-
-    def __init__(self, sampling: Sampling):
-        self.sampling = sampling
-        self._rng = np.random.default_rng(sampling.seed)
-
-    def __call__(self, logits: np.ndarray) -> int:
-        """Choose one token. `logits`: f32[V], finite; DfssmError when the model has run into NaN or inf."""
+        With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
+        """
         best = int(np.argmax(logits))  # argmax returns a NaN if there is one
-        if not np.isfinite(logits[best]):
-            raise DfssmError(
-                f"logit of token {best} is {logits[best]}: the model's numbers overflowed, "
-                "check the bundle with `dfssm compare`"
-            )
-        if self.sampling.temperature == 0:
+        if self.temperature == 0 or not np.isfinite(logits[best]):
             return best
-        tokens, weights = candidates(logits, self.sampling)
-        return int(tokens[draw(weights, self._rng.random())])
+        tokens, weights = candidates(logits, self)
+        return int(tokens[draw(weights, _uniform(self.seed, position))])
+
+
+def _uniform(seed: int | None, position: int) -> float:
+    """A number in [0, 1), of 53 random bits."""
+    bits = os.urandom(8) if seed is None else blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(bits, "little") >> 11) * 2.0**-53
 
 
 def draw(weights: np.ndarray, uniform: float) -> int:

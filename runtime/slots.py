@@ -9,31 +9,33 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 
-from .state import RECENT, State, newest, require_model
+from .rows import Rows
+from .state import State, require_model
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
 class Slot:
-    """One sequence of a pool. `row`: where it lies now, -1 when it has left; `tokens`: how many it has read; `recent`:
-    the last of them, as in a `State` of one row.
-    """
+    """One sequence of a pool. `row`: where it lies now, -1 when it has left."""
 
-    __slots__ = ("recent", "row", "tokens")
+    __slots__ = ("_rows", "row")
 
-    def __init__(self, row: int):
-        self.row = row
-        self.reset()
+    def __init__(self, rows: Rows, row: int):
+        self._rows, self.row = rows, row
 
-    def reset(self) -> None:
-        """It has read nothing."""
-        self.tokens, self.recent = 0, np.full((1, RECENT), -1, np.int64)
+    @property
+    def tokens(self) -> int:
+        """How many it has read."""
+        return int(self._rows.tokens[self.row])
 
 
 class Slots:
     """A pool of `capacity` rows in the engine's backend. Slots lie side by side from row 0 on, so that a batch of them
     is a range of rows and runs where it lies. Joining, leaving, resetting and copying touch one row.
+
+    As with a `State`, what is interrupted half-way leaves the rows that it changes broken, and no others: their slots
+    are refused until they are reset, loaded, or another is copied into them.
 
     Not for several threads at once. Raises DfssmError for a capacity below 1.
     """
@@ -43,6 +45,7 @@ class Slots:
             raise DfssmError(f"capacity is {capacity}: give room for at least one sequence")
         self.engine, self.capacity = engine, capacity
         self.pool = engine.backend.pool(capacity + 1)  # the last row is for exchanging two others
+        self.rows = Rows(np.zeros(capacity + 1, np.int64))
         self._slots: list[Slot] = []  # by row
 
     def __len__(self) -> int:
@@ -52,48 +55,61 @@ class Slots:
         """A slot that has read nothing. Raises DfssmError when all are taken."""
         if len(self) == self.capacity:
             raise DfssmError(f"all {self.capacity} slots are taken: let one leave, or make more of them")
-        slot = Slot(len(self))
+        slot = Slot(self.rows, len(self))
+        self._reset(slot.row)
         self._slots.append(slot)
-        self.pool.reset(slot.row)
         return slot
 
     def leave(self, slot: Slot) -> None:
         """Give the slot up. The last one takes its row."""
-        row, last = self._row(slot), self._slots.pop()
+        row, last = self._row(slot), self._slots[-1]
         if last is not slot:
-            self.pool.copy(last.row, row)
-            self._slots[row], last.row = last, row
+            self._move(last.row, row)
+        # No calls until all is changed: Ctrl-C comes before or after it.
+        self._slots[row], last.row = last, row
         slot.row = -1
+        del self._slots[-1]
 
     def reset(self, slot: Slot) -> None:
         """The slot has read nothing."""
-        self.pool.reset(self._row(slot))
-        slot.reset()
+        self._reset(self._row(slot))
 
     def copy(self, source: Slot, to: Slot) -> None:
         """`to` has read what `source` has: a prefix that several share is read once."""
-        self.pool.copy(self._row(source), self._row(to))
-        to.tokens, to.recent = source.tokens, source.recent
+        row = self._row(source)
+        self.rows.require_sound([row])
+        self._move(row, self._row(to))
 
     def save(self, slot: Slot, state: State) -> None:
         """`state`, of one row, becomes the slot's: outside the pool, where it may be kept or written to a file."""
         self._check(state)
         row = self._row(slot)
+        self.rows.require_sound([row])
+        state.rows.begin(state.span)
         self.pool.read(row, state.tensors)
-        state.logits[0], state.tokens[0], state.recent[:] = self.pool.logits[row], slot.tokens, slot.recent
+        state.logits[0], state.tokens[0], state.recent[0] = (
+            self.pool.logits[row],
+            self.rows.tokens[row],
+            self.rows.recent[row],
+        )
         state.push()
+        state.rows.end(state.span)
 
     def load(self, slot: Slot, state: State) -> None:
         """The slot becomes `state`, of one row."""
         self._check(state)
+        state.require_sound()
         row = self._row(slot)
+        self.rows.begin([row])
         self.pool.write(row, {name: np.ascontiguousarray(tensor) for name, tensor in state.tensors.items()})
-        self.pool.logits[row] = state.logits[0]
-        slot.tokens, slot.recent = int(state.tokens[0]), state.recent.copy()
+        self.pool.logits[row], self.rows.tokens[row] = state.logits[0], state.tokens[0]
+        self.rows.recent[row] = state.recent[0]
+        self.rows.end([row])
 
     def run(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         """Read ids i64[n,T], in range, a row a slot, as one batch. Returns the logits of their last tokens, f32[n,V].
 
+        Raises DfssmError where some are NaN or infinite; their slots are then broken, the others have read theirs.
         Slots that do not lie side by side in this order are moved there first: run the same ones in the same order.
         """
         ids = np.ascontiguousarray(ids, np.int64)
@@ -102,25 +118,44 @@ class Slots:
         rows = [self._row(slot) for slot in slots]
         if len(set(rows)) != len(rows):
             raise DfssmError("a slot is in the batch twice: give each once")
+        self.rows.require_sound(rows)
         if rows != list(range(rows[0], rows[0] + len(rows))):
             for row, slot in enumerate(slots):
                 self._exchange(slot, row)
         start = slots[0].row
-        self.pool.run(ids, start)
-        for slot, read in zip(slots, ids, strict=True):
-            slot.tokens += len(read)
-            slot.recent = newest(slot.recent, read[None])
-        return self.pool.logits[start : start + len(ids)].copy()
+        span = range(start, start + len(ids))
+        self.engine.run(self.pool, self.rows, span, ids)
+        logits = self.pool.logits[start : span.stop].copy()
+        self.engine.check(self.pool, self.rows, span, logits)
+        return logits
+
+    def _reset(self, row: int) -> None:
+        self.rows.begin([row])
+        self.pool.reset(row)
+        self.rows.reset(row)
+        self.rows.end([row])
+
+    def _move(self, source: int, to: int) -> None:
+        """Row `to` becomes row `source`, broken or sound."""
+        self.rows.begin([to])
+        self.pool.copy(source, to)
+        self.rows.copy(source, to)
+        if source not in self.rows.broken:
+            self.rows.end([to])
 
     def _exchange(self, slot: Slot, row: int) -> None:
         """Put `slot` into `row`, and what is there where it was."""
-        other, spare = self._slots[row], self.capacity
+        other, here, spare = self._slots[row], slot.row, self.capacity
         if other is slot:
             return
-        for source, to in ((row, spare), (slot.row, row), (spare, slot.row)):
+        was_broken = row in self.rows.broken  # `slot` is sound
+        self.rows.begin([row, here])
+        for source, to in ((row, spare), (here, row), (spare, here)):
             self.pool.copy(source, to)
-        self._slots[row], self._slots[slot.row] = slot, other
-        slot.row, other.row = row, slot.row
+            self.rows.copy(source, to)
+        self._slots[row], self._slots[here] = slot, other
+        slot.row, other.row = row, here
+        self.rows.end([row] if was_broken else [row, here])
 
     def _row(self, slot: Slot) -> int:
         if not 0 <= slot.row < len(self) or self._slots[slot.row] is not slot:

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import safetensors.numpy
+from safetensors import SafetensorError
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
 
+from .rows import RECENT, Rows
+
 FORMAT = "dfssm-state"
 VERSION = 1
-
-RECENT = 8
-"""Tokens that a state remembers as they are: the bytes of an unfinished character are in the last three, and some of
-these may be special ones, which are no text."""
 
 _DTYPES = tuple(map(np.dtype, ("float32", "float16", "int8", "int64")))  # of the tensors in a state file
 
@@ -31,6 +29,9 @@ Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and sha
 
 class State:
     """State of `batch` sequences of one model, and the logits of the last token each of them has read.
+
+    A run that is interrupted half-way leaves it broken: it is then refused, whatever it is asked for, until `reset` or
+    `copy_from`. A run that ended is all there, also when Ctrl-C came meanwhile.
 
     Attributes:
         tensors: name of the graph's input -> array [batch, ...], what the engine starts from and leaves; call `push`
@@ -49,14 +50,15 @@ class State:
         tokens: np.ndarray,
         recent: np.ndarray | None = None,
     ):
-        self.model, self._tensors, self.logits, self.tokens = model, tensors, logits, tokens
-        self.recent = np.full((len(tokens), RECENT), -1, np.int64) if recent is None else recent
+        self.model, self._tensors, self.logits = model, tensors, logits
+        self.rows = Rows(tokens, recent)
+        self.tokens, self.recent = self.rows.tokens, self.rows.recent
         # Of the engine that ran it last: itself, and its backend's pool of these rows.
         self.engine: Any = None
         self.pool: Any = None
-        # Of a row: the state whose memory it shares, and where it lies in that.
+        # Of a row: the state whose memory it shares. `span`: where it lies in the rows of that.
         self._whole: State | None = None
-        self.start = 0
+        self.span = range(len(tokens))
 
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
@@ -70,6 +72,10 @@ class State:
     def whole(self) -> State:
         """Of a row the state that it is of, else this one."""
         return self._whole or self
+
+    def require_sound(self) -> None:
+        """DfssmError where a run of a row did not come to its end."""
+        self.rows.require_sound(self.span)
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -103,14 +109,15 @@ class State:
         """Row `index` as a state of batch 1, sharing this one's memory: what runs on it changes this one."""
         if not 0 <= index < self.batch:
             raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
-        rows = slice(index, index + 1)
-        tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
-        row = State(self.model, tensors, self.logits[rows], self.tokens[rows], self.recent[rows])
-        row._whole, row.start = self.whole, self.start + index
+        at = slice(index, index + 1)
+        tensors = {name: tensor[at] for name, tensor in self._tensors.items()}
+        row = State(self.model, tensors, self.logits[at], self.tokens[at], self.recent[at])
+        row._whole, row.rows, row.span = self.whole, self.rows, self.span[at]
         return row
 
     def clone(self) -> State:
         """An independent copy, to come back to with `copy_from`."""
+        self.require_sound()
         tensors = {name: tensor.copy() for name, tensor in self.tensors.items()}
         return State(self.model, tensors, self.logits.copy(), self.tokens.copy(), self.recent.copy())
 
@@ -118,63 +125,70 @@ class State:
 
     def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
         """Pickled, or deeply copied, a state is its arrays; the engine binds it again at the next run."""
+        self.require_sound()
         return State, (self.model, self.tensors, self.logits, self.tokens, self.recent)
-
-    def count(self, ids: np.ndarray) -> None:
-        """The engine has read ids i64[batch,T]."""
-        self.tokens += ids.shape[1]
-        self.recent[:] = newest(self.recent, ids)
 
     def copy_from(self, other: State) -> None:
         """Become `other`, in place. A single row is copied to every row: a prefix shared by a batch."""
-        self._require_same_model(other)
+        require_model(other, self.model, self.layout, self.logits.shape[1])
+        other.require_sound()
         if other.batch not in (1, self.batch):
             raise DfssmError(f"cannot copy a state of batch {other.batch} into one of batch {self.batch}")
-        source = other._arrays()
-        for name, array in self._arrays().items():
+        source, arrays = other._arrays(), self._arrays()
+        self.rows.begin(self.span)
+        for name, array in arrays.items():
             np.copyto(array, source[name])
         np.copyto(self.recent, other.recent)
         self.push()
+        self.rows.end(self.span)
 
     def reset(self) -> None:
         """Forget everything: the state before the first token."""
-        if self.whole.pool is None:
-            for array in self._arrays().values():
-                array.fill(0)
-        else:
-            for row in range(self.start, self.start + self.batch):
+        self.rows.begin(self.span)
+        for row in self.span:
+            self.rows.reset(row)
+            if self.whole.pool is not None:
                 self.whole.pool.reset(row)
-            self.tokens.fill(0)
-        self.recent.fill(-1)
+        if self.whole.pool is None:
+            for array in (*self._tensors.values(), self.logits):
+                array.fill(0)
+        self.rows.end(self.span)
+
+    def to_bytes(self) -> bytes:
+        """The state as `save` writes it."""
+        self.require_sound()
+        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
+        metadata = {"format": FORMAT, "version": str(VERSION), "model": self.model}
+        return safetensors.numpy.save(arrays, metadata | {"recent": json.dumps(self.recent.tolist())})
 
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file: whole, or not at all."""
-        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
-        metadata = {"format": FORMAT, "version": str(VERSION), "model": self.model}
-        metadata["recent"] = json.dumps(self.recent.tolist())
-        write_file(path, lambda draft: save_file(arrays, draft, metadata))
+        write_file(path, self.to_bytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str | Path = "what was given") -> State:
+        """The state that `to_bytes` wrote. DfssmError, about `name`, when `data` is not one, or cut off or damaged."""
+        try:
+            arrays = {key: np.require(array, None, "W") for key, array in safetensors.numpy.load(data).items()}
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                found = (
+                    f"{metadata['format']} version {metadata.get('version')}" if "format" in metadata else "no state"
+                )
+                raise ValueError(f"it is {found}, not {FORMAT} {VERSION}")
+            return cls._of(metadata["model"], arrays, metadata.get("recent"))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DfssmError(f"{name} is not a state that this dfssm can read ({error}): save it again") from None
 
     @classmethod
     def load(cls, path: str | Path) -> State:
         """Read a state that `save` wrote. DfssmError when the file is not one, or is cut off or damaged."""
         path = paths.file(path, "a file that a state was saved to")
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-                    found = (
-                        f"{metadata['format']} version {metadata.get('version')}"
-                        if "format" in metadata
-                        else "no state"
-                    )
-                    raise ValueError(f"it is {found}, not {FORMAT} {VERSION}")
-                # A copy each: what the library returns cannot be written to.
-                arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-            return cls._of(metadata["model"], arrays, metadata.get("recent"))
+            data = path.read_bytes()
         except OSError as error:
             raise DfssmError(f"cannot read the state {path}: {error.strerror or error}") from None
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DfssmError(f"{path} is not a state that this dfssm can read ({error}): save it again") from None
+        return cls.from_bytes(data, path)
 
     @classmethod
     def _of(cls, model: str, arrays: dict[str, np.ndarray], recent: str | None) -> State:
@@ -189,9 +203,6 @@ class State:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.tensors, "logits": self.logits, "tokens": self.tokens}
-
-    def _require_same_model(self, other: State) -> None:
-        require_model(other, self.model, self.layout, self.logits.shape[1])
 
 
 def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
@@ -210,11 +221,6 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         )
     if state.logits.shape[1] != vocab:
         raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
-
-
-def newest(recent: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """`State.recent` i64[B,RECENT] after ids i64[B,T]."""
-    return np.concatenate([recent, ids[:, -RECENT:]], 1)[:, -RECENT:]
 
 
 def _recent(text: str, batch: int, vocab: int) -> np.ndarray:

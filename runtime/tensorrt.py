@@ -8,7 +8,8 @@ where the engine itself declares that an output lies on its input (the plugins' 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -104,7 +105,7 @@ class DevicePool:
         self._states = {name: self._two_sides(name, rows) for name in backend.layout}
         self._stage: dict[str, tuple[int, int]] = {}
         self._graphs: dict[tuple[int, int, int], Any] = {}  # side, first row and number of rows -> their step, recorded
-        self._stale = False
+        self._stale = self._ahead = False  # the host's copies are behind the device, or before it
 
     def __del__(self) -> None:
         if hasattr(self, "_graphs"):
@@ -112,11 +113,11 @@ class DevicePool:
         for address in getattr(self, "_addresses", []):
             self._cuda.free(address)
 
-    def run(self, ids: np.ndarray, start: int = 0, release_memory: bool = False) -> None:
-        with self._backend.lock:
+    def run(self, ids: np.ndarray, start: int, done: Callable[[], object], release_memory: bool = False) -> None:
+        with self._device():
             self._compute(ids, start)
             self._cuda.to_host(self.logits[start : start + len(ids)], self._logits)
-            self._cuda.synchronize()
+        done()
 
     @property
     def recorded(self) -> bool:
@@ -125,71 +126,75 @@ class DevicePool:
 
     def compute(self, ids: np.ndarray) -> None:
         """`run`, but the logits stay on the device: for measuring it alone."""
-        with self._backend.lock:
+        with self._device():
             self._compute(ids, 0)
 
-    def run_all_logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+    def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
         """Token by token: the engine gives the logits of the last token only."""
         out = np.empty((*ids.shape, self._backend.vocab_size), np.float32)
         for t in range(ids.shape[1]):
-            self.run(ids[:, t : t + 1], start)
+            self.run(ids[:, t : t + 1], start, lambda: None)
             out[:, t] = self.logits[start : start + len(ids)]
+        done()
         return out
 
     def reset(self, row: int) -> None:
-        with self._backend.lock:
+        with self._device():
             for name, size in self._row_bytes.items():
                 self._cuda.zero(self._address(name, row, self._sides[row]), size)
-            self._cuda.synchronize()
             self._stale = True
         self.logits[row] = 0
 
     def copy(self, source: int, to: int) -> None:
-        with self._backend.lock:
+        with self._device():
             self._sides[to] = side = self._sides[source]
             for name, size in self._row_bytes.items():
                 self._cuda.copy(self._address(name, to, side), self._address(name, source, side), size)
-            self._cuda.synchronize()
             self._stale = True
         self.logits[to] = self.logits[source]
 
     def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
-        with self._backend.lock:
+        with self._device():
             for name, tensor in tensors.items():
                 self._cuda.to_host(tensor, self._address(name, row, self._sides[row]))
-            self._cuda.synchronize()
 
     def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
-        with self._backend.lock:
+        with self._device():
             for name, tensor in tensors.items():
                 self._cuda.to_device(self._address(name, row, self._sides[row]), tensor)
-            self._cuda.synchronize()
             self._stale = True
 
     def pull(self) -> None:
-        with self._backend.lock:
-            if self._stale:
+        if self._stale:
+            with self._device():
                 side = self._align(0, len(self._sides))
                 for name, array in self._host.items():
                     self._cuda.to_host(array, self._states[name][side])
-                self._cuda.synchronize()
-                self._stale = False
+            self._stale = False
 
     def push(self) -> None:
+        """The copies go to the device before it is used next: once, however many rows of them were written."""
+        self._ahead, self._stale = True, False
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """Work for the device, queued in a `with` block and done after it. What it uses stays until then."""
         with self._backend.lock:
-            self._sides[:] = 0
-            for name, array in self._host.items():
-                self._cuda.to_device(self._states[name][0], array)
-            self._cuda.synchronize()
-            self._stale = False
+            try:
+                if self._cuda.recording:  # it was cut short
+                    self._cuda.synchronize()
+                if self._ahead:
+                    self._sides[:] = 0
+                    for name, array in self._host.items():
+                        self._cuda.to_device(self._states[name][0], array)
+                    self._cuda.synchronize()  # the copies, too, may then be written
+                    self._ahead = False
+                yield
+            finally:
+                self._cuda.synchronize()
 
     def _compute(self, ids: np.ndarray, start: int) -> None:
         """Read ids [n,T] into rows from `start` on, a prompt in pieces that the engine was built for."""
-        if len(ids) > self._backend.max_batch:
-            raise DfssmError(
-                f"the batch has {len(ids)} rows, the engine was built for {self._backend.max_batch}: "
-                f"compile with --max-batch {len(ids)}"
-            )
         ids = ids.astype(self._ids_dtype, copy=False)
         for first in range(0, ids.shape[1], self._backend.max_tokens):
             self._run(np.ascontiguousarray(ids[:, first : first + self._backend.max_tokens]), start)

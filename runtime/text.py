@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from .state import RECENT
+from .rows import RECENT
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token that is one byte, to a decoder with ByteFallback
 

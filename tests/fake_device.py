@@ -22,7 +22,8 @@ class FakeCuda:
     stream = 7
 
     def __init__(self):
-        self.memory, self.recording, self.launches = {}, None, 0
+        self.memory, self.recording, self.launches = {}, False, 0
+        self.recorded = []
         self.addresses = count(1 << 20, 1 << 32)
 
     def allocate(self, size):
@@ -58,14 +59,15 @@ class FakeCuda:
         self.at(to, size)[:] = self.at(source, size)
 
     def synchronize(self):
-        self._immediate()
+        self.recording = False  # as `Cuda` does
 
     def begin_capture(self):
-        self.recording = []
+        self.recording, self.recorded = True, []
 
     def end_capture(self):
-        recording, self.recording = self.recording, None
-        return recording
+        assert self.recording
+        self.recording = False
+        return self.recorded
 
     def launch(self, recording):
         self.launches += 1
@@ -76,7 +78,7 @@ class FakeCuda:
         recording.clear()
 
     def _immediate(self):
-        assert self.recording is None, "this would not be part of the graph"
+        assert not self.recording, "this would not be part of the graph"
 
 
 class FakeEngine:
@@ -170,9 +172,9 @@ class FakeContext:
             assert self.shapes == shapes, "the context of a recording has other shapes now"
             work()
 
-        if engine.cuda.recording is None:
+        if not engine.cuda.recording:
             work()
         else:
             assert self.final_kernels and engine.capturable
-            engine.cuda.recording.append(recorded_work)
+            engine.cuda.recorded.append(recorded_work)
         return True

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dfssm.opset import DfssmError
-from dfssm.runtime.sampling import Sampler, Sampling, candidates, draw
+from dfssm.runtime.sampling import Sampling, candidates, draw
 
 # Probabilities that are exact in binary, so that the cases below can be worked by hand.
 P = np.array([1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16])
@@ -16,8 +16,8 @@ def probabilities(**settings):
 
 
 def test_greedy_takes_the_largest_and_the_first_of_equals():
-    assert Sampler(Sampling())(LOGITS) == 1
-    assert Sampler(Sampling())(np.array([0, 3, 1, 3], np.float32)) == 1
+    assert Sampling().choose(LOGITS, 0) == 1
+    assert Sampling().choose(np.array([0, 3, 1, 3], np.float32), 0) == 1
 
 
 def test_no_filter_is_the_softmax():
@@ -66,8 +66,8 @@ def test_nucleus_of_a_large_vocabulary_equals_the_full_sort():
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0}])
 def test_draws_follow_the_probabilities(settings):
     expected = probabilities(**settings)
-    sampler, n = Sampler(Sampling(**{"temperature": 1.0, "seed": 7} | settings)), 20_000
-    counts = np.bincount([sampler(LOGITS) for _ in range(n)], minlength=5)
+    sampling, n = Sampling(**{"temperature": 1.0, "seed": 7} | settings), 20_000
+    counts = np.bincount([sampling.choose(LOGITS, position) for position in range(n)], minlength=5)
     for token, count in enumerate(counts):
         p = expected.get(token, 0.0)
         assert abs(count - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, f"token {token}: {count} draws of {n}, p={p}"
@@ -82,12 +82,23 @@ def test_draw_is_the_inverse_of_the_running_sum(size):
         assert draw(weights, float(uniform)) == expected and weights[expected] > 0
 
 
-def test_a_seed_gives_the_same_draws_and_another_seed_others():
-    def draws(seed):
-        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
-        return [sampler(LOGITS) for _ in range(50)]
+def test_a_draw_is_of_the_seed_and_the_position():
+    def draws(seed, positions):
+        return [Sampling(temperature=1.0, seed=seed).choose(LOGITS, position) for position in positions]
 
-    assert draws(3) == draws(3) != draws(4)
+    assert draws(3, range(50)) == draws(3, range(20)) + draws(3, range(20, 50)) != draws(4, range(50))
+    assert draws(2**80, range(50)) != draws(3, range(50))
+    assert draws(None, range(50)) != draws(None, range(50))
+
+
+@pytest.mark.parametrize("seed", [0, 12345])
+def test_draws_of_neighbouring_positions_are_independent(seed):
+    """Pairs of draws against the product of their probabilities: chi-square of 24 degrees, 70 is 1e-6 likely."""
+    sampling, n = Sampling(temperature=1.0, seed=seed), 20_000
+    draws = np.array([sampling.choose(LOGITS, position) for position in range(n + 1)])
+    found = np.bincount(draws[:-1] * 5 + draws[1:], minlength=25).reshape(5, 5)
+    expected = n * np.outer(P, P)
+    assert ((found - expected) ** 2 / expected).sum() < 70
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,7 @@ def test_a_setting_out_of_range_is_named(settings, named):
         Sampling(**settings)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_overflowed_are_an_error(bad):
-    with pytest.raises(DfssmError, match="logit of token 2 is"):
-        Sampler(Sampling())(np.array([0, 1, bad], np.float32))
+def test_a_logit_that_is_not_finite_is_chosen(bad, temperature):
+    assert Sampling(temperature).choose(np.array([0, 1, bad, 2], np.float32), 0) == 2

@@ -4,33 +4,12 @@ import numpy as np
 import pytest
 import student_ref
 import tiny
-from fake_device import FakeCuda, FakeEngine
+from backends import BACKENDS, MAX_TOKENS, on_device
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
-from dfssm.runtime.ort import OrtBackend
-from dfssm.runtime.tensorrt import TensorRTBackend
 
-CAPACITY, MAX_TOKENS = 4, 5
-
-
-def with_backend(engine: Engine, backend) -> Engine:
-    return Engine(engine.folder, engine.manifest, backend, threads=1)
-
-
-def on_device(engine: Engine, max_batch: int = CAPACITY, **kind) -> Engine:
-    cuda = FakeCuda()
-    fake = FakeEngine(cuda, engine.backend.session, max_batch=max_batch, max_tokens=MAX_TOKENS, **kind)
-    return with_backend(engine, TensorRTBackend(fake, cuda))
-
-
-BACKENDS = {
-    "ort": lambda engine: engine,
-    "ort, not in place": lambda engine: with_backend(engine, OrtBackend(engine.backend.session, in_place=False)),
-    "device": on_device,
-    "device, aliased": lambda engine: on_device(engine, aliased=True),
-    "device, rtx": lambda engine: on_device(engine, rtx=True),
-}
+CAPACITY = 4
 
 
 @pytest.fixture(params=BACKENDS)
