@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,5 +61,23 @@ class TorchScorer:
 
     @torch.inference_mode()
     def _run(self, ids: np.ndarray, state: Mamba2State, keep: int) -> tuple[np.ndarray, Mamba2State]:
-        logits, state = self.model(torch.as_tensor(ids, device=self.device), state, logits_to_keep=keep)
-        return logits.float().cpu().numpy(), state
+        """Raises DfssmError, which names the first module of which a number is not finite, where a logit is not."""
+        given = torch.as_tensor(ids, device=self.device)
+        logits, new = self.model(given, state, logits_to_keep=keep)
+        array = logits.float().cpu().numpy()
+        if not math.isfinite(array.max()):  # NaN, where there is one
+            for name, module in self.model.named_modules():
+                if name and not isinstance(module, torch.nn.ModuleList):
+                    module.register_forward_hook(partial(_require_finite, name))
+            self.model(given, state, logits_to_keep=keep)
+            _require_finite("the logits", None, None, logits)
+        return array, new
+
+
+def _require_finite(name: str, module: object, inputs: object, output: object) -> None:
+    value = output[0] if isinstance(output, tuple) else output
+    if isinstance(value, torch.Tensor) and not value.isfinite().all():
+        raise DfssmError(
+            f"the model's numbers are not finite, first in {name}: "
+            "its weights are too large or damaged, restore or make them again"
+        )

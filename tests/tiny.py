@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def tensors(config: DFSSMConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray
     return named
 
 
+def not_a_number(name: str) -> Callable[[dict[str, np.ndarray]], None]:
+    """An `edit` of `write_bundle`: one number of the tensor `name` is NaN."""
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name].reshape(-1)[3] = np.nan
+
+    return edit
+
+
 def write_tokenizer(path: Path) -> None:
     """A byte-level BPE tokenizer with a few merges; a character outside ASCII is mostly several tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -129,11 +139,14 @@ def write_bundle(
     state_dtype: str = "fp32",
     seed: int = 0,
     tokenizer: bool = True,
+    edit: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
 ) -> Path:
-    """A bundle of the tiny student, made of the same parts as dfcompile's."""
+    """A bundle of the tiny student, made of the same parts as dfcompile's; `edit` changes its tensors before."""
     folder.mkdir(parents=True)
     module = get_target(target)
-    lowered = module.lower(tensors(config, seed))
+    named = tensors(config, seed)
+    edit(named)
+    lowered = module.lower(named)
     graph = build_step_graph(config, lowered, state_dtype=state_dtype, layout=module.LAYOUT)
     write_model(graph, folder / "model.onnx")
     names, engine = module.build(folder)

@@ -85,7 +85,7 @@ def test_a_folder_that_is_exchanged_while_it_is_opened_does_not_mix(bundle, tmp_
     shutil.rmtree(tmp_path / "old")
     backend = OrtBackend(session, in_place=False)
     state = State.zeros("", backend.layout, backend.vocab_size, 1)
-    backend.bind(state).run(np.array(IDS))
+    backend.bind(state).run(np.array(IDS), 0, lambda: None)
     assert np.array_equal(state.logits, expected[0]) and not np.array_equal(logits(bundle)[0], expected[0])
 
 

@@ -142,7 +142,7 @@ def test_states_in_place_are_those_that_are_not(target, bundle):
     for backend, state in zip((apart, together), states, strict=True):
         pool = backend.bind(state)
         for token in range(4):
-            pool.run(np.array([[token], [9 - token]]))
+            pool.run(np.array([[token], [9 - token]]), 0, lambda: None)
     assert np.array_equal(states[0].logits, states[1].logits)
     for name, tensor in states[0].tensors.items():
         assert np.array_equal(tensor, states[1].tensors[name]), name
