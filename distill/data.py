@@ -55,10 +55,7 @@ class Windows:
     def __init__(self, ids: np.ndarray, tokens: int, seed: int, rank: int = 0, world: int = 1):
         self.ids, self.tokens, self.seed, self.rank, self.world = ids, tokens, seed, rank, world
         self.per_epoch = (len(ids) - tokens) // tokens
-        if self.per_epoch < 1:
-            raise DfssmError(
-                f"the text has {len(ids)} tokens, two windows {2 * tokens}; give more --data or fewer --tokens"
-            )
+        _require_windows(len(ids), tokens)
         self._position = 0  # windows taken by all ranks together
         self._epoch, self._starts = -1, np.empty(0, np.int64)
 
@@ -93,6 +90,7 @@ def tokenize(
     vocab_size: int,
     held_out: float,
     folder: Path,
+    tokens: int = 1,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Tokens:
     """Tokenise files into a token file in `folder`, unless the one there is of the same text; map it.
@@ -100,8 +98,8 @@ def tokenize(
     Every document is followed by the token `end`; the last `held_out` share of each file's tokens is kept apart. In
     memory is one batch of documents. `progress` gets the bytes of text done since its last call. Of several ranks
     that share `folder` one calls this, and the others `open_tokens` once it has returned. Raises DfssmError, and leaves
-    what was in `folder`, if there is no text, if a token does not fit `vocab_size`, if `folder` cannot be written, or
-    as `text_files` and `documents`.
+    what was in `folder`, if the text is shorter than two windows of `tokens`, if a token does not fit `vocab_size`, if
+    `folder` cannot be written, or as `text_files` and `documents`.
     """
     files = text_files(paths)
     source = {
@@ -122,8 +120,9 @@ def tokenize(
 
         def write(path: Path) -> None:
             counts["train"], counts["held_out"] = _write(path, map(encoded, files), held_out)
-            if not counts["train"]:
+            if not sum(counts.values()):
                 raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to train on; give --data more")
+            _require_windows(counts["train"], tokens)
             record.unlink(missing_ok=True)  # it is of the file that this one replaces
 
         write_file(folder / _TOKENS, write, parents=True)
@@ -136,7 +135,7 @@ def open_files(
 ) -> tuple[Windows, Tokens]:
     """The training windows of this rank, and all tokens. The first rank calls `tokenize` with these `options`."""
     if ranks.first:
-        tokenize(paths, folder=folder, **options)
+        tokenize(paths, folder=folder, tokens=tokens, **options)
     ranks.barrier()
     found = open_tokens(folder)
     return Windows(found.train, tokens, seed, ranks.rank, ranks.world), found
@@ -160,6 +159,14 @@ def encode(texts: list[str], tokenizer: Tokenizer, end: int, vocab_size: int) ->
             "give the teacher's own with --tokenizer"
         )
     return ids
+
+
+def _require_windows(count: int, tokens: int) -> None:
+    if count < 2 * tokens:
+        raise DfssmError(
+            f"the training text has {count:,} tokens, two windows of {tokens:,} need {2 * tokens:,}; "
+            "give more --data or fewer --tokens"
+        )
 
 
 def _write(path: Path, files: Iterable[Iterable[np.ndarray]], held_out: float) -> tuple[int, int]:

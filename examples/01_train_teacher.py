@@ -170,10 +170,11 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
         bos_token_id=end,
         eos_token_id=end,
     )
-    text = tokenize(data, tokenizer, end, config.vocab_size, held_out, output / "tokens")
+    text = tokenize(data, tokenizer, end, config.vocab_size, held_out, output / "tokens", tokens)
     windows = cut_windows(text.held_out, tokens)
     if not len(windows):
-        raise DfssmError(f"{len(text.held_out)} tokens are held out, a window has {tokens}; give more --held-out")
+        need = f"a window of {tokens:,} needs {tokens + 1:,}"
+        raise DfssmError(f"{len(text.held_out):,} tokens are held out, {need}; give more --data or --held-out")
     model = NextToken(Mamba2LM(config)).to(ranks.device)
     if compiled:
         for layer in model.model.layers:

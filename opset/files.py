@@ -45,8 +45,8 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EP
 def write_file(path: str | Path, content: bytes | str | Callable[[Path], object], parents: bool = False) -> None:
     """Write a file: bytes, text as UTF-8, or what `content(draft)` makes of the file `draft`.
 
-    `parents`: make its folder if that is missing. Raises DfssmError when the operating system refuses; the target is
-    then as it was.
+    `parents`: make its folder if that is missing. Raises DfssmError when the operating system refuses; the target and
+    its folder are then as they were.
     """
     target = Path(path)
     with writing(target):
@@ -54,9 +54,7 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
         if mode is not None and not stat.S_ISREG(mode):
             return _write_through(target, content)
         target = target.resolve()
-        if parents:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with _draft_file(target) as draft:
+        with _made(target.parent) if parents else contextlib.nullcontext(), _draft_file(target) as draft:
             _fill(draft, content)
             draft.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
             _sync(draft)
@@ -87,6 +85,20 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         # Now this is what the target was before, or what came of the block that failed.
         shutil.rmtree(draft, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """In the `with` block the folder is there; what is made of it goes again where the block fails."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # others write into it
+            for one in new:
+                one.rmdir()
+        raise
 
 
 @contextmanager

@@ -18,17 +18,17 @@ class TestWhatCannotWork:
 
     @pytest.fixture
     def refuse(self, distill, tmp_path, monkeypatch, tree):
-        def refuse(message, leaves=frozenset(), **options):
+        def refuse(message, **options):
             def train(self):
                 raise AssertionError("it trains")
 
             monkeypatch.setattr("dfssm.distill.trainer.Trainer.train", train)
             output = tmp_path / "out"
-            before = tree(output)
+            before = tree(output), sorted(output.rglob("*")), output.exists()
             with pytest.raises(DfssmError, match=message) as error:
                 distill(output, **options)
             assert "\n" not in str(error.value)
-            assert {name: content for name, content in tree(output).items() if name not in leaves} == before
+            assert (tree(output), sorted(output.rglob("*")), output.exists()) == before
 
         return refuse
 
@@ -51,9 +51,12 @@ class TestWhatCannotWork:
         refuse("none.txt does not exist: give --data text", data=[str(tmp_path / "none.txt")])
 
     def test_a_text_of_less_than_two_windows(self, refuse):
-        """Its tokens stay: with fewer in a window they are used as they are."""
-        leaves = {"tokens/tokens.u32", "tokens/tokens.json"}
-        refuse("two windows 20000; give more --data or fewer --tokens", leaves, tokens=10000)
+        needs = "two windows of 10,000 need 20,000; give more --data or fewer --tokens"
+        refuse(f"the training text has [0-9],[0-9]+ tokens, {needs}", tokens=10000)
+
+    def test_one_token_too_few(self, refuse, distill, write, tmp_path):
+        """The byte-level text of 62 letters is 62 tokens and the end: short of two windows of 32 by one."""
+        refuse("has 63 tokens, two windows of 32 need 64;", data=[str(write("z" * 62))], held_out=0.0)
 
     def test_a_tokenizer_of_another_vocabulary(self, refuse, make_teacher):
         small = make_teacher(vocab_size=250, eos_token_id=0)
@@ -97,7 +100,7 @@ class TestWhatCannotWork:
 
     @pytest.mark.parametrize("name, value", [("rank", -1), ("planes", 0)])
     def test_a_student_that_there_is_not(self, refuse, name, value):
-        refuse(f"{name} is {value}; it must be", **{name: value})
+        refuse(f"{name} is {value}; give a number from", **{name: value})
 
     def test_what_a_killed_first_save_left_is_no_run(self, distill, tmp_path):
         (tmp_path / "checkpoints" / ".step-000002.tmp").mkdir(parents=True)

@@ -295,3 +295,16 @@ def test_a_name_as_long_as_it_may_be(tmp_path, name):
         write_file(tmp_path / name, text)
         make(tmp_path / f"{name[:-1]}b", text)
     assert (tmp_path / name).read_text() == "two" and len(names(tmp_path)) == 2
+
+
+def test_folders_made_for_a_file_that_is_refused_go_again(tmp_path):
+    def refuse(draft):
+        raise DfssmError("no")
+
+    with pytest.raises(DfssmError, match="no"):
+        write_file(tmp_path / "a" / "b" / "file", refuse, parents=True)
+    assert names(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DfssmError, match="no"):
+        write_file(tmp_path / "a" / "b" / "file", refuse, parents=True)
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == []
