@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -11,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfssm.model.quant import dequantized, sign
-from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding
-from dfssm.model.teacher import TokenTable
+from dfssm.model.student import DFSSMLM, BinaryLinear
 
 LEVELS = 17  # of the published density field: -8/8 .. 8/8
 
@@ -107,73 +104,8 @@ def set_attributes(modules: list[DensityLinear], **attributes) -> None:
 
 
 @torch.no_grad()
-def sign_export(student: DFSSMLM) -> dict[str, Tensor]:
-    """The tensors of model.pt as published: the sign of each weight and the row mean of its 17-level size.
-
-    This is what the paper's exporter writes of the scaffold that was evaluated at 17 levels.
-    """
-    tensors = student.export_tensors()
-    for prefix, module in student.named_modules():
-        if isinstance(module, BinaryLinear):
-            tensors[f"{prefix}.scale"] = (module.scale * levels(module.latent).abs().mean(-1)).float()
-    return tensors
-
-
-@torch.no_grad()
 def zero_low_rank(layers: list[DensityLinear]) -> None:
     """Begin as low-rank adapters do: down random, up next to zero (a row of zeros has no int8 scale to learn by)."""
     for layer in layers:
         nn.init.normal_(layer.up, std=1e-6)
         nn.init.normal_(layer.down, std=layer.down.shape[-1] ** -0.5)
-
-
-class _FloatTable(TokenTable):
-    """The latents of a table themselves; what they multiply is int8 still."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        return F.linear(dequantized(hidden), self.weight)
-
-
-@contextlib.contextmanager
-def _lent(modules: Sequence[nn.Module], **attributes) -> Iterator[None]:
-    """Give modules these attributes for a while."""
-    before = [(module, name, getattr(module, name)) for module in modules for name in attributes]
-    for module, name, _ in before:
-        setattr(module, name, attributes[name])
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-def other_forms(student: DFSSMLM, layers: list[DensityLinear]) -> Iterator[tuple[str, DFSSMLM]]:
-    """The student with one part softer than what ships, by name: what each rounding costs. One at a time is valid."""
-    if not layers[0].ships:
-        yield "as_trained", student
-        return
-    with _lent(layers, low_rank="float"):
-        yield "float_low_rank", student
-    tables = {name: child for name, child in student.named_children() if isinstance(child, Int8Embedding)}
-    with _lent([student], **{name: _FloatTable(table.weight) for name, table in tables.items()}):
-        yield "float_embedding", student
-
-
-def trainable(student: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a student by what a recipe gives a learning rate: scaffold, low_rank and float."""
-    groups: dict[str, list[nn.Parameter]] = {"scaffold": [], "low_rank": [], "float": []}
-    kinds = {"latent": "scaffold", "scale": "scaffold", "down": "low_rank", "up": "low_rank"}
-    for module in student.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.numel():  # a low rank of 0
-                continue
-            kind = kinds[name] if isinstance(module, BinaryLinear) else "float"
-            groups[kind].append(parameter)
-    return groups

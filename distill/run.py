@@ -29,15 +29,14 @@ from dfssm.targets.text import end_tokens, load_tokenizer
 from . import PREFIX
 from .checkpoint import Checkpoints
 from .data import Source, Windows, open_files
-from .density import other_forms, projections, sign_export, trainable
 from .distributed import Ranks, shard
 from .held_out import Measured, cut_windows, held_out_loss
+from .log import Sink, open_sinks
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
-from .sinks import Sink, open_sinks
-from .start import begin, data_free, finished, move_to
 from .stream import StreamedWindows
+from .student import begin, data_free, finished, move_to, other_forms, shipped, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
 
@@ -150,7 +149,6 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
 def prepare(opened: Opened) -> Prepared:
     """Tokenise the text, measure what is compared with, make the student, and run the teacher where it runs before."""
     job, ranks, schedule = opened.job, opened.ranks, opened.job.schedule
-    sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     source: Source
     if opened.stream:
         source, held_out, text = opened.stream, opened.stream.held_out, None
@@ -168,6 +166,7 @@ def prepare(opened: Opened) -> Prepared:
         )
         held_out, text = found.held_out, {"sha256": hashlib.sha256(found.train.data).hexdigest()}
 
+    sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     teacher = opened.teacher.to(ranks.device)
     student = begin(teacher, job.recipe, source, schedule.seed, ranks)
     windows = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
@@ -217,9 +216,9 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         functools.partial(move_to, student=model.student, recipe=recipe),
         (lambda: held_out_loss(model.logits, windows, ranks)) if len(windows) else None,
         bf16=prepared.bf16,
+        sinks=prepared.sinks,
         identity=prepared.identity,
     )
-    trainer.log.sinks += prepared.sinks
     if prepared.resume:
         trainer.resume()
     if ranks.first:
@@ -231,12 +230,10 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
 
     student, file = finished(model, recipe, ranks), job.output / MODEL
     if ranks.first:
-        save_student(
-            file, student.config, sign_export(student) if recipe.hard == "levels" else student.export_tensors()
-        )
+        save_student(file, student.config, shipped(student, recipe))
     ranks.barrier()
     measured.add("student", load_student(file).to(ranks.device))
-    for name, form in other_forms(student, projections(student)):
+    for name, form in other_forms(student):
         measured.add(name, form)
     result = {
         "recipe": dataclasses.asdict(recipe),

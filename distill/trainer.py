@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
 
 from .checkpoint import Checkpoints
 from .data import Source
 from .distributed import Ranks, sum_gradients
+from .log import Log, Sink
 
 BETAS = 0.9, 0.95
 MAX_NORM = 1.0  # of the gradient
@@ -75,6 +74,7 @@ class Trainer:
     ends: Callable[[], int] | None = None
     weight_decay: float = 0.0  # of matrices
     bf16: bool = False
+    sinks: Sequence[Sink] = ()
     identity: dict = field(default_factory=dict)  # what a run that goes on must have in common with its checkpoint
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Trainer:
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, self.schedule.keep)
-        self.log = Log(self.folder, self.ranks.first)
+        self.log = Log(self.folder, self.ranks.first, self.sinks)
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}  # since the last line of the log, which was at:
         self.logged = 0, 0.0  # step and seconds
@@ -213,38 +213,6 @@ class Trainer:
                 bar.total = self.steps * size
                 bar.update(size)
                 bar.set_postfix(self.log.shown, refresh=False)
-
-
-class Log:
-    """log.jsonl, and TensorBoard and Weights & Biases where they are installed and wanted."""
-
-    def __init__(self, folder: Path, writes: bool):
-        self.path, self.writes = folder / "log.jsonl", writes
-        self.shown: dict[str, str] = {}  # beside the progress bar
-        self.sinks: list[Callable[[int, dict[str, float]], None]] = []
-
-    def write(self, line: dict[str, float]) -> None:
-        self.shown |= {name: f"{line[name]:.3f}" for name in ("loss", "perplexity") if name in line}
-        if not self.writes:
-            return
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise DfssmError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
-        for sink in self.sinks:
-            sink(int(line["step"]), line)
-
-    def cut(self, step: int) -> None:
-        """Drop the lines after `step`, and a last one that was cut short: the run goes on from there."""
-        if not (self.writes and self.path.is_file()):
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_file(self.path, "".join(kept))
 
 
 def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:

@@ -8,16 +8,12 @@ from dfssm.distill.density import (
     DensityLinear,
     densify,
     levels,
-    other_forms,
     set_attributes,
-    sign_export,
-    trainable,
     zero_low_rank,
 )
-from dfssm.model.checkpoint import check_tensors
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.quant import sign
-from dfssm.model.student import DFSSMLM, BinaryLinear, PackedBinaryLinear, from_tensors
+from dfssm.model.student import DFSSMLM, BinaryLinear, PackedBinaryLinear
 from dfssm.model.teacher import Mamba2LM
 
 CONFIG = {"vocab_size": 50, "d_model": 32, "n_layer": 2, "d_state": 8, "headdim": 8, "rank": 3}
@@ -250,84 +246,6 @@ class TestDensify:
     def test_an_attribute_that_there_is_not(self):
         with pytest.raises(AttributeError, match="blnd"):
             densify(student(), blnd=1.0)
-
-    @pytest.mark.parametrize("tie", [True, False])
-    def test_every_parameter_is_in_one_group(self, tie):
-        model = student(tie_embeddings=tie)
-        groups = trainable(model)
-        assert sorted(map(id, sum(groups.values(), []))) == sorted(map(id, model.parameters()))
-        names = {id(p): name for name, p in model.named_parameters()}
-        kinds = {group: {names[id(p)].split(".")[-1] for p in found} for group, found in groups.items()}
-        assert kinds["scaffold"] == {"latent", "scale"} and kinds["low_rank"] == {"down", "up"}
-        assert kinds["float"] == {"weight", "bias", "A_log", "D", "dt_bias"}
-
-
-@pytest.mark.parametrize("planes", [1, 2])
-def test_sign_export_is_the_published_one(planes):
-    """The sign of each latent, and a row's scale the mean size of its 17 levels."""
-    model = student(planes=planes)
-    densify(model, hard="levels")
-    tensors, ours = sign_export(model), model.export_tensors()
-    check_tensors("", model.config, tensors)
-    assert tensors.keys() == ours.keys()
-    for i in range(2):
-        for name in ("in_proj", "out_proj"):
-            path = f"layers.{i}.{name}"
-            module = getattr(model.layers[i], name)
-            latent, scale = module.latent.detach().numpy(), module.scale.detach().numpy()
-            sizes = np.abs(np.rint(np.clip(latent, -1, 1) * 8) / 8).mean(-1)
-            np.testing.assert_allclose(tensors.pop(f"{path}.scale"), scale * sizes, rtol=1e-6)
-            bits = np.packbits(latent > 0, axis=-1, bitorder="little")
-            np.testing.assert_array_equal(tensors.pop(f"{path}.bits"), bits)
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in tensors.items())
-
-
-class TestOtherForms:
-    @pytest.mark.parametrize("tie", [True, False])
-    def test_each_is_softer_in_one_part_and_all_is_restored(self, tie):
-        model = student(tie_embeddings=tie)
-        layers = densify(model)
-        classes = {name: type(module) for name, module in model.named_modules()}
-        with torch.no_grad():
-            shipped = model(IDS)[0]
-            found = {name: form(IDS)[0] for name, form in other_forms(model, layers)}
-            assert torch.equal(model(IDS)[0], shipped)
-        assert list(found) == ["float_low_rank", "float_embedding"]
-        assert all(0 < (other - shipped).abs().max() < 0.5 * shipped.abs().max() for other in found.values())
-        assert all(layer.ships and vars(layer)["low_rank"] == "int8" for layer in layers)
-        assert {name: type(module) for name, module in model.named_modules()} == classes
-
-    def test_a_float_low_rank(self):
-        model = student(n_layer=1)
-        layers = densify(model)
-        next(forms := other_forms(model, layers))
-        module, x = layers[0], torch.randn(5, 32)
-        latent, scale = module.latent.detach().numpy(), module.scale.detach().numpy()
-        weight = scale[:, None] * np.where(latent > 0, 1, -1) + (module.up @ module.down).detach().numpy()
-        np.testing.assert_allclose(module(x).detach(), int8(x.numpy()) @ weight.T, rtol=1e-5, atol=1e-5)
-        list(forms)
-
-    def test_a_float_embedding(self):
-        model = student()
-        for name, form in other_forms(model, densify(model)):
-            if name == "float_embedding":
-                table, hidden = form.embedding.weight.detach(), torch.randn(5, 32)
-                assert torch.equal(form.embedding(IDS), table[IDS])
-                expected = int8(hidden.numpy()) @ table.numpy().T
-                np.testing.assert_allclose(form.embedding.project(hidden).detach(), expected, rtol=1e-5, atol=1e-5)
-
-    def test_what_does_not_ship_is_measured_as_it_was_trained(self):
-        model = student()
-        found = list(other_forms(model, densify(model, hard="levels")))
-        assert found == [("as_trained", model)]
-
-    def test_the_packed_form_is_the_first(self):
-        """What all are compared with: the student in training is what ships, bit for bit."""
-        model = student()
-        densify(model)
-        packed = from_tensors(model.config, model.export_tensors())
-        with torch.no_grad():
-            assert torch.equal(model(IDS)[0], packed(IDS)[0])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dfssm.distill.density import DensityLinear
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.recipe import RECIPES
-from dfssm.distill.start import CALIBRATION, activation_sizes, train_as
+from dfssm.distill.student import CALIBRATION, activation_sizes, train_as
 from dfssm.eval.perplexity import measure
 from dfssm.eval.scorer import open_scorer
 from dfssm.eval.text import Text

@@ -13,7 +13,7 @@ from torch import nn
 
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.trainer import BETAS, MAX_NORM, Log, Schedule, Trainer, fast_bf16
+from dfssm.distill.trainer import BETAS, MAX_NORM, Schedule, Trainer, fast_bf16
 from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -319,29 +319,6 @@ class TestResume:
         t = trainer()
         t.train()
         assert [line["step"] for line in log(t)] == [3, 6, 9, 12]
-
-
-class TestLog:
-    def test_is_cut_to_a_step_and_to_whole_lines(self, tmp_path):
-        found = Log(tmp_path, writes=True)
-        found.cut(3)  # nothing there
-        for step in (1, 2, 3, 3, 4):
-            found.write({"step": step, "loss": step / 2})
-        with found.path.open("a") as file:
-            file.write('{"step": 3, "lo')
-        found.cut(3)
-        lines = found.path.read_text()
-        assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3, 3] and lines.endswith("\n")
-        found.write({"step": 4, "loss": 7.0})
-        assert found.path.read_text() == lines + '{"step": 4, "loss": 7.0}\n'
-        assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
-
-    def test_only_one_rank_writes_it(self, tmp_path):
-        Log(tmp_path, writes=True).write({"step": 1})
-        other = Log(tmp_path, writes=False)
-        other.write({"step": 2})
-        other.cut(0)
-        assert other.path.read_text() == '{"step": 1}\n'
 
 
 # In the middle of the second save it stands still until it is killed: all is written, but for the name.

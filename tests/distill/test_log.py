@@ -1,12 +1,12 @@
 """TensorBoard and W&B: what they are handed, by stand-ins and by TensorBoard itself where it is installed."""
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dfssm.distill.sinks import open_sinks
-from dfssm.distill.trainer import Log
+from dfssm.distill.log import Log, open_sinks
 from dfssm.opset import DfssmError
 
 LINES = [
@@ -57,8 +57,7 @@ def fake_wandb(monkeypatch):
 
 
 def write(folder, sinks, lines=LINES):
-    log = Log(folder, True)
-    log.sinks += sinks
+    log = Log(folder, True, sinks)
     for line in lines:
         log.write(line)
 
@@ -130,3 +129,26 @@ def test_the_event_files_of_tensorboard_itself(tmp_path):
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(10, 3.0), (20, 2.25)]
     assert set(found.Tags()["scalars"]) == {"loss", "lr", "held_out", "perplexity"}
+
+
+class TestLog:
+    def test_is_cut_to_a_step_and_to_whole_lines(self, tmp_path):
+        found = Log(tmp_path, writes=True)
+        found.cut(3)  # nothing there
+        for step in (1, 2, 3, 3, 4):
+            found.write({"step": step, "loss": step / 2})
+        with found.path.open("a") as file:
+            file.write('{"step": 3, "lo')
+        found.cut(3)
+        lines = found.path.read_text()
+        assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3, 3] and lines.endswith("\n")
+        found.write({"step": 4, "loss": 7.0})
+        assert found.path.read_text() == lines + '{"step": 4, "loss": 7.0}\n'
+        assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+    def test_only_one_rank_writes_it(self, tmp_path):
+        Log(tmp_path, writes=True).write({"step": 1})
+        other = Log(tmp_path, writes=False)
+        other.write({"step": 2})
+        other.cut(0)
+        assert other.path.read_text() == '{"step": 1}\n'

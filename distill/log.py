@@ -1,9 +1,11 @@
-"""Where the lines of log.jsonl go besides: TensorBoard and Weights & Biases, each where it is installed and wanted."""
+"""The log of a run: log.jsonl, and TensorBoard and Weights & Biases, each where it is installed and wanted."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dfssm.opset.errors import DfssmError
@@ -11,9 +13,40 @@ from dfssm.opset.extras import require
 from dfssm.opset.files import write_file
 
 Sink = Callable[[int, dict[str, float]], None]
-"""Takes a step and the line written after it; see trainer.Log."""
+"""Takes a step and the line written after it."""
 
 _POSITION = ("step", "tokens", "seconds")  # of a line, besides what was measured
+
+
+class Log:
+    """log.jsonl in a folder, and the sinks that get its lines too. Of several ranks the first one `writes`."""
+
+    def __init__(self, folder: Path, writes: bool, sinks: Sequence[Sink] = ()):
+        self.path, self.writes, self.sinks = folder / "log.jsonl", writes, sinks
+        self.shown: dict[str, str] = {}  # beside the progress bar
+
+    def write(self, line: dict[str, float]) -> None:
+        self.shown |= {name: f"{line[name]:.3f}" for name in ("loss", "perplexity") if name in line}
+        if not self.writes:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DfssmError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
+        for sink in self.sinks:
+            sink(int(line["step"]), line)
+
+    def cut(self, step: int) -> None:
+        """Drop the lines after `step`, and a last one that was cut short: the run goes on from there."""
+        if not (self.writes and self.path.is_file()):
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_file(self.path, "".join(kept))
 
 
 def open_sinks(folder: Path, tensorboard: bool = False, wandb: str | None = None) -> list[Sink]:

@@ -1,0 +1,166 @@
+"""The life of a student, as a recipe has it: how it begins, what is trained, what changes along a run, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfssm.model.convert import convert, student_from_teacher
+from dfssm.model.quant import dequantized
+from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding, from_tensors
+from dfssm.model.teacher import Mamba2LM, SelectiveScan, TokenTable
+from dfssm.model.tensors import SCAFFOLD, weights
+
+from .data import Source
+from .density import DensityLinear, densify, levels, projections, set_attributes, zero_low_rank
+from .distributed import Ranks, gathered
+from .objective import Distillation
+from .recipe import Recipe
+
+CALIBRATION = 16  # windows over which the sizes of activations are measured
+
+
+def data_free(teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
+    """What a student of this shape is without training."""
+    return from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(teacher.norm_f.weight.device)
+
+
+def begin(teacher: Mamba2LM, recipe: Recipe, source: Source, seed: int, ranks: Ranks) -> DFSSMLM:
+    """The student of `teacher` before its first step; `source` stays where it is."""
+    sizes = activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
+    torch.manual_seed(seed)
+    student = student_from_teacher(teacher, recipe.rank, recipe.planes, sizes)
+    layers = train_as(student, recipe)
+    if recipe.init == "zero":
+        zero_low_rank(layers)
+    return student
+
+
+def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
+    """Give a student's layers the arithmetic of a recipe; returns its projections."""
+    if recipe.state_dtype == "int8":
+        for module in student.modules():
+            if isinstance(module, SelectiveScan):
+                module.round_state = dequantized
+    return densify(
+        student,
+        hard=recipe.hard,
+        soft="levels" if recipe.anneal == "levels" else "continuous",
+        float_activations=recipe.activations == "float",
+        window=recipe.ste_window,
+    )
+
+
+@torch.no_grad()
+def activation_sizes(teacher: Mamba2LM, source: Source, ranks: Ranks) -> dict[str, Tensor]:
+    """Root mean square of each input of the teacher's projections, over a few windows; the same on every rank."""
+    sums: dict[str, Tensor] = {}
+    count = -(-CALIBRATION // ranks.world)
+
+    def add(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            found = inputs[0].double().square().mean((0, 1)) / count
+            sums[name] = sums[name] + found if name in sums else found
+
+        return hook
+
+    names = [w.name.removesuffix(".weight") for w in weights(teacher.config) if w.form == SCAFFOLD]
+    hooks = [teacher.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
+    state = source.state_dict()
+    for _ in range(count):
+        teacher(torch.from_numpy(source.take(1)).to(ranks.device)[:, :-1])
+    source.load_state_dict(state)  # training begins at the first window
+    for hook in hooks:
+        hook.remove()
+    return {name: ranks.mean(total).sqrt().float() for name, total in sums.items()}
+
+
+def trainable(student: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a student by what a recipe gives a learning rate: scaffold, low_rank and float."""
+    groups: dict[str, list[nn.Parameter]] = {"scaffold": [], "low_rank": [], "float": []}
+    kinds = {"latent": "scaffold", "scale": "scaffold", "down": "low_rank", "up": "low_rank"}
+    for module in student.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.numel():  # a low rank of 0
+                continue
+            kind = kinds[name] if isinstance(module, BinaryLinear) else "float"
+            groups[kind].append(parameter)
+    return groups
+
+
+def move_to(progress: float, student: DFSSMLM, recipe: Recipe) -> dict[str, float]:
+    """Make of a student what the recipe asks for at `progress` (0 to 1) of the run; returns what the log has of it."""
+    blend = recipe.blend(progress)
+    share = blend if blend == 1.0 else torch.tensor(blend)
+    set_attributes(projections(student), blend=share, low_rank=recipe.low_rank(progress))
+    return {"blend": blend}
+
+
+def finished(model: Distillation, recipe: Recipe, ranks: Ranks) -> DFSSMLM:
+    """The trained student as the run ends with it, whole on every rank."""
+    student = model.student
+    if ranks.world > 1:
+        student = DFSSMLM(student.config).to(ranks.device)
+        train_as(student, recipe)
+        student.load_state_dict(gathered(model))
+    move_to(1.0, student, recipe)
+    return student.eval()
+
+
+@torch.no_grad()
+def shipped(student: DFSSMLM, recipe: Recipe) -> dict[str, Tensor]:
+    """The tensors of model.pt.
+
+    Weights of 17 levels end as published: the sign of each, and the row mean of their sizes as the scale. This is what
+    the paper's exporter writes of the scaffold that was evaluated at 17 levels.
+    """
+    tensors = student.export_tensors()
+    if recipe.hard == "levels":
+        for prefix, module in student.named_modules():
+            if isinstance(module, BinaryLinear):
+                tensors[f"{prefix}.scale"] = (module.scale * levels(module.latent).abs().mean(-1)).float()
+    return tensors
+
+
+class _FloatTable(TokenTable):
+    """The latents of a table themselves; what they multiply is int8 still."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return F.linear(dequantized(hidden), self.weight)
+
+
+@contextlib.contextmanager
+def _lent(modules: Sequence[nn.Module], **attributes) -> Iterator[None]:
+    """Give modules these attributes for a while."""
+    before = [(module, name, getattr(module, name)) for module in modules for name in attributes]
+    for module, name, _ in before:
+        setattr(module, name, attributes[name])
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def other_forms(student: DFSSMLM) -> Iterator[tuple[str, DFSSMLM]]:
+    """The student with one part softer than what ships, by name: what each rounding costs. One at a time is valid."""
+    layers = projections(student)
+    if not layers[0].ships:
+        yield "as_trained", student
+        return
+    with _lent(layers, low_rank="float"):
+        yield "float_low_rank", student
+    tables = {name: child for name, child in student.named_children() if isinstance(child, Int8Embedding)}
+    with _lent([student], **{name: _FloatTable(table.weight) for name, table in tables.items()}):
+        yield "float_embedding", student
