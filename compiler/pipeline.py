@@ -140,7 +140,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
     assert job.manifest  # finish made it
     if target.IS_ENGINE:
-        trust.record(job.manifest.files[job.manifest.weights]["sha256"])
+        trust.record(job.manifest.files[job.manifest.weights]["sha256"], trust.ENGINES)
     return Report(output, job.manifest, records)
 
 

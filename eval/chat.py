@@ -1,17 +1,19 @@
-"""Chat templates: Jinja that lies beside a model, rendered as transformers does, in a sandbox."""
+"""Chat templates: Jinja that lies beside a model, rendered as transformers does, in a sandbox in another process."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dfssm.opset.child import Child, ChildError
 from dfssm.opset.errors import DfssmError
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -34,21 +36,23 @@ class ChatTemplate:
             config = {}
         config = config if isinstance(config, dict) else {}
         file = folder / FILE
-        text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        try:
+            text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        except (OSError, ValueError) as error:
+            raise DfssmError(f"{file}: cannot be read ({error}); put a right one there") from None
         if isinstance(text, list):  # several, by name
-            text = next((entry.get("template") for entry in text if entry.get("name") == "default"), None)
+            named = [entry for entry in text if isinstance(entry, dict)]
+            text = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
         if not isinstance(text, str):
             raise DfssmError(f"{folder}: has no chat template; put {FILE} there, or leave out --apply_chat_template")
         tokens = {name: config.get(name) for name in _TOKENS}
         self.tokens = {
-            name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token
+            name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items() if token
         }
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self._text, self._child = text, Child(__name__, "_answer")
         try:
-            self.template = environment.from_string(text)
-        except TemplateError as error:
+            self._child.ask([text])
+        except ChildError as error:
             raise DfssmError(f"{folder}: its chat template cannot be read ({error}); put a right one there") from None
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -56,21 +60,42 @@ class ChatTemplate:
         last of them. Messages of the role system are left out if the template refuses them.
         """
         try:
-            return self._render([*messages], add_generation_prompt)
-        except TemplateError:
-            try:
-                return self._render([m for m in messages if m["role"] != "system"], add_generation_prompt)
-            except TemplateError as error:
-                raise DfssmError(f"the chat template refuses these messages ({error}): use another") from None
+            return str(self._child.ask([self._text, list(messages), add_generation_prompt, self.tokens]))
+        except ChildError as error:
+            raise DfssmError(f"the chat template refuses these messages ({error}): use another") from None
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        if not add_generation_prompt:
-            messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + _TAG}]
-        text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens)
-        if add_generation_prompt:
-            return text
-        at = text.rindex(_TAG.strip())
-        return text[:at] if text[at:].startswith(_TAG) else text[:at].rstrip()  # a template that trims
+
+# ---- in the process of the template ----
+
+
+def _answer(request: list[Any]) -> str:
+    """What `ChatTemplate` asks: to read a template, or to render it."""
+    template = _template(request[0])
+    if not request[1:]:
+        return ""
+    messages, *rest = request[1:]
+    try:
+        return _render(template, messages, *rest)
+    except TemplateError:
+        return _render(template, [m for m in messages if m["role"] != "system"], *rest)
+
+
+@cache
+def _template(text: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(text)
+
+
+def _render(template: Template, messages: list[Message], add_generation_prompt: bool, tokens: dict[str, str]) -> str:
+    if not add_generation_prompt:
+        messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + _TAG}]
+    text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+    if add_generation_prompt:
+        return text
+    at = text.rindex(_TAG.strip())
+    return text[:at] if text[at:].startswith(_TAG) else text[:at].rstrip()  # a template that trims
 
 
 def _tojson(value: Any, **options: Any) -> str:

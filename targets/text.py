@@ -7,45 +7,50 @@ tokens (BOS) are those of the tokenizer's template. It ends with the ids of the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dfssm.opset.child import Child, ChildError, possible
 from dfssm.opset.endings import END_OF_TEXT, end_ids
 from dfssm.opset.errors import DfssmError
+
+from .trust import record, recorded
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-_PROBE = "Once upon a time, 1 \u00e9\U0001f600\0"  # whatever a tokenizer may not have, and what most have
+_PROBES = (
+    "Once upon a time, 1 \u00e9\U0001f600\0",  # whatever a tokenizer may not have, and what most have
+    *(sign * 300 + end for sign in "a 1.\n" for end in ("", "!", "\0")),  # where bad regular expressions do not end
+)
 
 
 def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256: str | None = None) -> Tokenizer:
-    """Read a tokenizer.json.
+    """Read a tokenizer.json. One that is new to this user is first tried in a process of its own, see `child`.
 
     Args: `give`: what the user is to give where the file is none. `vocab_size`: of the model, which must know all ids.
         `sha256`: what the file must be.
-    Raises DfssmError when it cannot be read, is no tokenizer.json, or is not that of the model.
+    Raises DfssmError when it cannot be read, is no tokenizer.json, takes too much to use, or is not that of the model.
     """
-    from tokenizers import Tokenizer
-
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DfssmError(f"{file}: cannot be read ({error.strerror or error}); give {give}") from None
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
         raise DfssmError(f"{file}: has changed since the model was opened; give {give}")
+    tried = f"tokenizers-{version('tokenizers')}"
     try:
-        tokenizer = Tokenizer.from_buffer(content)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # Much of what a file lacks shows only in use: an id for what is unknown, a token that a template names.
-        tokenizer.decode(tokenizer.encode(_PROBE).ids)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises no type of its own, and its panics are no Exception
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DfssmError(f"{file}: is no tokenizer.json ({reason}); give {give}") from None
+        if possible() and not recorded(found, tried):
+            with Child(__name__, "_try_file") as child:
+                child.ask([str(file), found])
+            record(found, tried)
+        tokenizer = parse(content)
+    except (ChildError, ValueError) as error:
+        raise DfssmError(f"{file}: is no tokenizer.json ({error}); give {give}") from None
     if vocab_size is not None:
         # By the largest id, not by their number: a padded vocabulary has more ids than tokens, and ids may have gaps.
         name, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
@@ -53,6 +58,39 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
             found = f"token {name!r} has id {largest}, the model knows ids 0 to {vocab_size - 1}"
             raise DfssmError(f"{file}: {found}; give {give}")
     return tokenizer
+
+
+def parse(content: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json that has been tried. ValueError when it is none."""
+    from tokenizers import Tokenizer
+
+    with _value_errors():
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Much of what a file lacks shows only in use: an id for what is unknown, a token that a template names.
+        for text in _PROBES:
+            tokenizer.decode(tokenizer.encode(text).ids)
+    return tokenizer
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """What the library raises, as a ValueError of one line: it has no own type, and its panics are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
+
+
+def _try_file(request: list[str]) -> None:
+    file, sha256 = request
+    content = Path(file).read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("it has changed while it was read")
+    parse(content)
 
 
 def end_tokens(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -74,7 +112,11 @@ def require_utf8(text: str) -> None:
 def encode(text: str, tokenizer: Tokenizer, begins: bool = True) -> list[int]:
     """The ids of a text, with the special tokens of the template where it `begins` one. DfssmError if it is no text."""
     require_utf8(text)
-    return tokenizer.encode(text, add_special_tokens=begins).ids
+    try:
+        with _value_errors():
+            return tokenizer.encode(text, add_special_tokens=begins).ids
+    except ValueError as error:  # a regular expression gives up
+        raise DfssmError(f"the tokenizer cannot read the text {text[:40]!a} ({error}): use another") from None
 
 
 def document(found: Encoding, end: int) -> list[int]:

@@ -18,6 +18,9 @@ from .bundle import Bundle
 
 VARIABLE = "DFSSM_TRUST"
 
+ENGINES = "engines"
+"""The record of engines that this user's dfcompile has made."""
+
 
 def trusted(asked: bool) -> bool:
     """Whether the code of a bundle may run: the caller `asked` for it, or the environment does."""
@@ -33,25 +36,31 @@ def require_engine(engine: Path, sha256: str, asked: bool) -> None:
     """Raises DfssmError for the engine in that file, of that sha256, if it is not trusted and not this user's own."""
     if trusted(asked):
         return
-    with contextlib.suppress(OSError):
-        if sha256 in _records().read_text().split():
-            return
+    if recorded(sha256, ENGINES):
+        return
     raise DfssmError(
         f"{engine} is a program, and no dfcompile of yours made it: if you trust who did, open it with --trust "
         "(Engine.load(..., trust=True)), or compile the model here"
     )
 
 
-def record(sha256: str) -> None:
-    """Remember the engine of that sha256 as made by this user. Where it cannot be remembered, `--trust` is needed."""
-    path = _records()
+def record(sha256: str, kind: str) -> None:
+    """Remember a file of that sha256 as one that this user has made, or tried; not where there is no place for it."""
+    path = _records(kind)
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{sha256}\n")
 
 
-def _records() -> Path:
+def recorded(sha256: str, kind: str) -> bool:
+    """Whether `record` has been called so."""
+    with contextlib.suppress(OSError):
+        return sha256 in _records(kind).read_text().split()
+    return False
+
+
+def _records(kind: str) -> Path:
     """One sha256 a line, in the user's folder for state (XDG base directories)."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(base) / "dfssm" / "engines"
+    return Path(base) / "dfssm" / kind

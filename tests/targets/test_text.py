@@ -1,12 +1,14 @@
 """The one rule by which text becomes tokens."""
 
+import hashlib
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError
+from dfssm.opset import DfssmError, child
 from dfssm.targets.text import document, encode, encode_documents, end_tokens, load_tokenizer
 
 
@@ -40,6 +42,54 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, content):
         (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(DfssmError, match=r"^[^\n]*t.json: [^\n]*; give another$"):
         load_tokenizer(tmp_path / "t.json", "another")
+
+
+def hostile(tokenizer, path, **changes):
+    path.write_text(json.dumps(json.loads(tokenizer.to_str()) | changes))
+    return path
+
+
+@pytest.fixture
+def untried(tmp_path, monkeypatch):
+    """No tokenizer has been tried by this user. Returns the file that says which have been."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(child, "SECONDS", 1.0)
+    return tmp_path / "state/dfssm" / f"tokenizers-{version('tokenizers')}"
+
+
+def test_what_takes_more_than_it_may_is_one_line(tokenizer, untried, tmp_path):
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}  # each time 64 times as long
+    file = hostile(tokenizer, tmp_path / "t.json", normalizer={"type": "Sequence", "normalizers": [grow] * 6})
+    for _ in range(2):  # it is tried again, too
+        with pytest.raises(DfssmError, match=r"t.json: is no tokenizer.json \(it takes more than 1 s\); give another$"):
+            load_tokenizer(file, "another")
+    assert not untried.exists()
+
+
+def test_a_regular_expression_that_does_not_end_is_one_line(tokenizer, untried, tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$z"}, "behavior": "Isolated", "invert": False}
+    file = hostile(tokenizer, tmp_path / "t.json", pre_tokenizer=split)
+    with pytest.raises(DfssmError, match=r"t.json: is no tokenizer.json \(.*retry-limit.*\); give another$"):
+        load_tokenizer(file, "another")
+    unlucky = split | {"pattern": {"Regex": "(q+)+$z"}}  # nothing that it is tried with has a q
+    loaded = load_tokenizer(hostile(tokenizer, tmp_path / "t.json", pre_tokenizer=unlucky), "another")
+    with pytest.raises(DfssmError, match=r"the tokenizer cannot read the text 'q+' \(.*retry-limit.*\): use another$"):
+        encode("q" * 300, loaded)
+
+
+def test_a_tokenizer_is_tried_once(tokenizer, untried, tmp_path, monkeypatch):
+    file = save(tokenizer, tmp_path / "t.json")
+    load_tokenizer(file, "another")
+    assert untried.read_text().split() == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr("dfssm.targets.text.Child", None)
+    load_tokenizer(file, "another")
+
+
+def test_where_nothing_can_be_recorded_it_is_tried_each_time(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert load_tokenizer(save(tokenizer, tmp_path / "t.json"), "another").to_str() == tokenizer.to_str()
 
 
 def test_ids_decide_and_not_the_number_of_tokens(tokenizer, tmp_path):

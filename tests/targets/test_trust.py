@@ -122,7 +122,7 @@ def records(tmp_path, monkeypatch) -> Path:
 def test_an_engine_runs_if_this_user_made_it_or_trusts_it(records, tmp_path):
     engine, own, other = tmp_path / "model.engine", "ab" * 32, "cd" * 32
     for _ in range(2):
-        trust.record(own)
+        trust.record(own, trust.ENGINES)
     trust.require_engine(engine, own, asked=False)
     trust.require_engine(engine, other, asked=True)
     with pytest.raises(DfssmError, match=r"model.engine is a program, and no dfcompile of yours made it: .*--trust"):
@@ -134,7 +134,7 @@ def test_an_engine_runs_if_this_user_made_it_or_trusts_it(records, tmp_path):
 def test_without_a_place_for_records_nothing_fails_and_trust_is_asked(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    trust.record("ab" * 32)
+    trust.record("ab" * 32, trust.ENGINES)
     with pytest.raises(DfssmError, match="--trust"):
         trust.require_engine(tmp_path, "ab" * 32, asked=False)
 
@@ -147,7 +147,7 @@ def test_the_bytes_of_an_engine_decide_not_its_manifest(tiny_bundle, records, tm
     made = {"builder": "tensorrt", "lowering": "native"}
     manifest = dataclasses.replace(read_manifest(tiny_bundle), target="trt", layout=0, files=files, engine=made)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
-    trust.record("ab" * 32)
+    trust.record("ab" * 32, trust.ENGINES)
     monkeypatch.setattr("dfssm.targets.trt.import_module", lambda name: pytest.fail("TensorRT was loaded"))
     with open_bundle(tmp_path) as bundle, pytest.raises(DfssmError, match="no dfcompile of yours made it"):
         target.open_engine(bundle, bundle.manifest)
