@@ -11,6 +11,9 @@ from dfssm.targets import TARGETS, get_target
 
 from .options import json_option, megabytes, print_result, progress_bars, table, whole
 
+NEAR = 0.1
+"""Share of what fp16 can hold, from which on states are warned of: a text may be longer than the verification's."""
+
 
 def _options_of_targets(command: Callable[..., None]) -> Callable[..., None]:
     """Adds a flag for every option that some target declares; one that is not given is None or False."""
@@ -69,6 +72,11 @@ def _text(report: dict) -> str:
             f"verified against PyTorch, op by op, over {verification['tokens']} + {verification['steps']} tokens; "
             f"worst: {name}, {worst['max_rel']:.1e} of its largest value ({worst['tolerance']:.1e} allowed)"
         )
+        if (states := verification["states"]) and states["share"] > NEAR:
+            lines.append(
+                f"warning: states of layer {states['layer']} reach {states['share']:.0%} of what fp16 can hold within "
+                f"{states['tokens']} tokens: longer texts may saturate them; --state-dtype fp32 has room"
+            )
     else:
         lines.append("not verified (--no-verify)")
     if engine := report["engine"]:

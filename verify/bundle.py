@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, open_bundle
 from dfssm.targets.trust import own_library
 
+from . import growth
 from .difference import Difference
 from .graph import TAPPED, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
 from .student import Compare, Follower
@@ -42,7 +44,8 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
 
     The bundle is given TOKENS seeded random tokens as a prefill and `target.VERIFY_STEPS` more as single steps. Each
     module of the student gets what the bundle computed before it, wired as the student is, and what it makes of that is
-    compared with what the bundle made. Last, the graph as it ships must give the outputs of the tapped one.
+    compared with what the bundle made. Then the graph as it ships must give the outputs of the tapped one, and fp16
+    states must stay within their range over `growth.TOKENS` tokens.
 
     Returns the manifest's `verification` (docs/format.md). Raises DfssmError naming the op that is off. For as long as
     it takes, a file lies in `folder`.
@@ -56,6 +59,8 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         return inference(session), zero_states(session)
 
     def compare(tap: Tap, output: str, ours: np.ndarray, bundle: np.ndarray) -> None:
+        if not np.isfinite(ours).all():
+            raise DfssmError(f"the model's numbers are not finite, first in {tap.name}: its weights are too large")
         of_state = output in tap.outputs[1:]
         name = tap.op if output == "logits" else f"{tap.op}.{'new_state' if of_state else output.rpartition('/')[2]}"
         if name not in found:
@@ -73,12 +78,15 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         taps = write_tapped(folder / MODEL, folder)
     taps = [tap for tap in taps if tap.op != "Residual"]
     calls = [TOKENS] + [1] * target.VERIFY_STEPS
+    long = growth.TOKENS if state_dtype == "fp16" else 0  # in the others nothing saturates
+    advance = _counter(progress, 2 * len(calls) + len(student.layers) + long // growth.CALL)
     try:
-        other = _follow(open_graph, student, taps, lambda tap: True, calls, compare, progress)
+        other = _follow(open_graph, student, taps, lambda tap: True, calls, compare, advance)
     finally:
         (folder / TAPPED).unlink()
     if other:
         raise DfssmError(f"{MODEL} gives other {other} than its ops do one by one: run the command again to confirm")
+    ids = np.random.default_rng(SEED).integers(0, config.vocab_size, (1, long))
     return {
         "passed": True,
         "tokens": TOKENS,
@@ -87,6 +95,7 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         "max_abs": max(difference.max_abs for difference in found.values()),
         "max_rel": max(difference.max_rel for difference in found.values()),
         "outputs": {name: difference.figures() for name, difference in found.items()},
+        "states": growth.run_long(*open_graph(MODEL), ids, advance) if long else None,
     }
 
 
@@ -133,7 +142,8 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
             return stack.enter_context(OnnxrtRunner(session, name=name)).infer, zero_states(session)
 
         taps = [tap for tap in write_tapped(folder / MODEL, folder) if tap.node.startswith("/layers.")]
-        other = _follow(open_graph, student, taps, lambda tap: tap.op == "Residual", calls, compare, progress)
+        advance = _counter(progress, 2 * len(calls) + len(student.layers))
+        other = _follow(open_graph, student, taps, lambda tap: tap.op == "Residual", calls, compare, advance)
     figures = {name: _all_figures(difference) for name, difference in found.items()}
     return {
         "max_abs": found["logits"].max_abs,
@@ -153,19 +163,13 @@ def _follow(
     held: Callable[[Tap], bool],
     calls: list[int],
     compare: Compare,
-    progress: Progress,
+    advance: Callable[..., None],
 ) -> str:
     """Run the tapped graph, the student after it, and the graph as it ships; `compare` is called for each value.
 
     Returns the first output in which the two graphs differ by as much as a bit, "" where none does.
     """
     ids = np.random.default_rng(SEED).integers(0, student.config.vocab_size, (1, sum(calls)))
-    total, done = 2 * len(calls) + len(student.layers), 0
-
-    def advance(*_: object) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
 
     tapped = run(*open_graph(TAPPED), ids, calls, advance)
     for layer in student.layers:
@@ -176,6 +180,12 @@ def _follow(
     compare(head, "logits", logits.numpy(), follower.tokens("logits"))
     shipped = run(*open_graph(MODEL), ids, calls, advance)
     return next((name for name in shipped if not all(map(np.array_equal, shipped[name], tapped[name]))), "")
+
+
+def _counter(progress: Progress, total: int) -> Callable[..., None]:
+    """Tells `progress` of each call of it."""
+    done = count(1)
+    return lambda *_: progress(next(done), total)
 
 
 def _op_tolerance(op: str, output: str, c: DFSSMConfig, state_dtype: str) -> Tolerance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,21 @@ def zero_states(session: Any) -> Feeds:
     return {value.name: np.zeros([1, *value.shape[1:]], _NUMPY_TYPES[value.type]) for value in inputs}
 
 
-def run(infer: Infer, states: Feeds, ids: np.ndarray, calls: list[int], advance: Callable[[], None]) -> Values:
-    """`ids` i64[1,T] in `calls` of so many tokens each, from `states` on. `advance` is called after each call."""
-    values: Values = {}
+def calls_of(infer: Infer, feeds: Feeds, ids: np.ndarray, calls: list[int]) -> Iterator[Mapping[str, np.ndarray]]:
+    """The outputs of each of the `calls`: `ids` i64[1,T], so many tokens each, from the states in `feeds` on."""
     for piece in np.split(ids, np.cumsum(calls)[:-1], axis=1):
-        outputs = infer({"input_ids": piece} | states)
+        outputs = infer({"input_ids": piece} | feeds)
+        yield outputs
+        # ssm_state.3: ssm_state_out.3
+        feeds = {name: outputs.get(name.replace(".", "_out."), value) for name, value in feeds.items()}
+
+
+def run(infer: Infer, states: Feeds, ids: np.ndarray, calls: list[int], advance: Callable[[], None]) -> Values:
+    """`calls_of`, all of them. `advance` is called after each."""
+    values: Values = {}
+    for outputs in calls_of(infer, states, ids, calls):
         for name, value in outputs.items():
             values.setdefault(name, []).append(value)
-        states = {name: outputs[name.replace(".", "_out.")] for name in states}  # ssm_state.3: ssm_state_out.3
         advance()
     return values
 
