@@ -2,7 +2,6 @@
 #include <vector>
 
 #include "input.h"
-#include "packing.h"
 
 using namespace dfssm;
 using namespace dfssm::fuzz;
@@ -31,6 +30,23 @@ Quantised quantise(const KernelTable& table, const Array<float>& x, int64_t n, i
   return found;
 }
 
+// Layout 1 of canonical bits [M, K/8] and of up [M, R], as opset/layouts.py numbers them; what it pads is zero.
+void to_tiles(const uint8_t* bits, int64_t M, int64_t K, uint8_t* tiles) {
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t tile = m / kTileRows * (K / kTileColumns) + k / kTileColumns;
+      const int bit = bits[m * (K / 8) + k / 8] >> (k % 8) & 1;
+      tiles[tile * 64 + m % kTileRows * 4 + k % 4] |= static_cast<uint8_t>(bit << (k % kTileColumns / 4));
+    }
+  }
+}
+void to_tiles_of_up(const int8_t* up, int64_t M, int64_t R, int8_t* tiles) {
+  for (int64_t i = 0; i < M * R; ++i) {
+    const int64_t m = i / R, r = i % R;
+    tiles[(m / kTileRows * R + r) * kTileRows + m % kTileRows] = up[i];
+  }
+}
+
 }  // namespace
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -50,8 +66,10 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Array<uint8_t> tiles(scaffold ? planes * Mp * (K / 8) : 0, 1);
   Array<int8_t> up16(scaffold ? Mp * R : 0, 1);
   if (scaffold) {
-    for (int64_t p = 0; p < planes; ++p) interleave16(bits + p * M * (K / 8), M, K, tiles + p * Mp * (K / 8));
-    interleave_up16(w, M, R, up16);
+    std::fill(tiles.begin(), tiles.end(), 0);
+    std::fill(up16.begin(), up16.end(), 0);
+    for (int64_t p = 0; p < planes; ++p) to_tiles(bits + p * M * (K / 8), M, K, tiles + p * Mp * (K / 8));
+    to_tiles_of_up(w, M, R, up16);
   }
 
   Array<float> expected(n * ldy, 0);

@@ -7,10 +7,9 @@ import pytest
 from each import check_each
 from kernel_calls import F32, OUTPUTS, each_isa, native, run
 
-from dfssm import _native
 from dfssm.opset import OPS
 from dfssm.opset.cases import cases
-from dfssm.opset.packing import to_row16, up_to_row16
+from dfssm.opset.packing import pack_bits, to_row16, up_to_row16
 from dfssm.opset.reference import REFERENCES
 from dfssm.opset.tolerances import EPS16, EPS32, op_tolerance, reduction
 
@@ -52,7 +51,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
         up = rng.integers(-3, 4, (M, R), dtype=np.int8)
         expected = x.astype(np.int64) @ signs.T + (x.astype(np.int64) @ down.T) @ up.T
         assert np.abs(expected).max() < 2**24
-        bits, stored_up = _native.pack_bits(signs), up
+        bits, stored_up = pack_bits(signs), up
         if layout == 1:
             bits, stored_up = to_row16(bits), up_to_row16(up)
         ones = np.ones(M, F32)

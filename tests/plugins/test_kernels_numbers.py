@@ -1,4 +1,4 @@
-"""Quantisation, half precision, packing, and the messages of dfssm._native."""
+"""Quantisation, half precision, and the messages of dfssm._native."""
 
 import itertools
 import os
@@ -10,7 +10,6 @@ import pytest
 from kernel_calls import F32, each_isa, native, run
 
 from dfssm import _native
-from dfssm.opset import packing
 from dfssm.opset.cases import Case
 from dfssm.opset.reference import TINY, quantize_activations_ref
 from dfssm.opset.schema import STATE_DTYPES
@@ -139,26 +138,6 @@ def test_half_precision_loads_are_exact(isa):
     y, state = run("SelectiveScanStep", isa, inputs, dt_min=0.0, dt_max=0.0)
     np.testing.assert_array_equal(y.ravel(), halves.astype(F32))
     np.testing.assert_array_equal(state.ravel(), halves)
-
-
-@pytest.mark.parametrize("lead", [(), (2,)])
-def test_packing_agrees_with_opset_both_ways(lead):
-    rng = np.random.default_rng(0)
-    for M, K in [(1, 32), (15, 64), (16, 96), (17, 32), (40, 160)]:
-        signs = rng.choice(np.array([-1, 1], np.int8), (*lead, M, K))
-        bits = _native.pack_bits(signs)
-        np.testing.assert_array_equal(bits, packing.pack_bits(signs))
-        np.testing.assert_array_equal(_native.pack_bits(signs > 0), bits)
-        np.testing.assert_array_equal(packing.unpack_bits(bits), signs)
-        np.testing.assert_array_equal(_native.unpack_bits(packing.pack_bits(signs)), signs)
-        tiles = _native.interleave16(bits)
-        np.testing.assert_array_equal(tiles, packing.to_row16(bits))
-        np.testing.assert_array_equal(packing.from_row16(tiles, M), bits)
-        np.testing.assert_array_equal(_native.deinterleave16(packing.to_row16(bits), M), bits)
-    for M, R in [(1, 1), (15, 0), (16, 3), (33, 16)]:
-        up = rng.integers(-127, 128, (M, R), dtype=np.int8)
-        np.testing.assert_array_equal(_native.interleave_up16(up), packing.up_to_row16(up))
-        np.testing.assert_array_equal(packing.up_from_row16(_native.interleave_up16(up), M), up)
 
 
 def _valid_matmul():

@@ -26,6 +26,10 @@ inline constexpr float kTiny = 1e-30f;
 // The largest binary16, where states of that type saturate; opset's HALF_MAX. NaN stays NaN.
 inline constexpr float kHalfMax = 65504.0f;
 
+// Layout 1 of the scaffold: tiles of so many rows and columns, the rows padded to whole ones.
+inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
+inline int64_t padded_rows(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
 // BinaryScaffoldMatMul for tokens that quantize_activations has quantised:
 //   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] * h[t,r]
 // with h from int8_matmul(w = down, w_scale = down_scale). K % 32 == 0.

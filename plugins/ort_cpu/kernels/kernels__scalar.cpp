@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "half.h"
-#include "packing.h"
 #include "tables.h"
 
 namespace dfssm::scalar {

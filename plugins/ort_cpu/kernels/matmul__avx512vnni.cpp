@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "packing.h"
 #include "prefetch.h"
 #include "tables.h"
 

@@ -4,8 +4,7 @@
 set(DFSSM_KERNEL_DIR "${CMAKE_CURRENT_LIST_DIR}")
 set(DFSSM_KERNEL_SOURCES
     "${DFSSM_KERNEL_DIR}/dispatch.cpp"
-    "${DFSSM_KERNEL_DIR}/kernels__scalar.cpp"
-    "${DFSSM_KERNEL_DIR}/packing.cpp")
+    "${DFSSM_KERNEL_DIR}/kernels__scalar.cpp")
 set(DFSSM_KERNEL_FLAGS -ffp-contract=off)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # gcc's own AVX-512 intrinsics trip these (gcc bug 105593).

@@ -16,6 +16,7 @@ int ort_minor = 0;
 
 // What kernels, which include no header of the opset, have from it.
 static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
+static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
 
 namespace {
 

@@ -14,13 +14,10 @@
 
 #include "dfssm_opset.h"
 #include "kernels.h"
-#include "packing.h"
 
 namespace py = pybind11;
 
 namespace dfssm {
-
-static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
 
 namespace {
 
@@ -380,74 +377,6 @@ py::tuple quantize_activations(const std::string& isa, const py::array& x) {
   });
 }
 
-// ---- packing ----
-
-// Applies `body(matrix_in, matrix_out)` to every matrix of [..., rows, columns].
-template <class In, class Out, class Body>
-py::array per_matrix(const char* function, const char* name, const py::array& a, py::ssize_t out_rows,
-                     py::ssize_t out_columns, const Body& body) {
-  Shape shape = shape_of(a);
-  const In* in = named(function, [&] { return input<In>(name, a, shape); });
-  const py::ssize_t size = shape[shape.size() - 2] * shape.back(), out_size = out_rows * out_columns;
-  py::ssize_t count = 1;
-  for (size_t i = 0; i + 2 < shape.size(); ++i) count *= shape[i];
-  shape[shape.size() - 2] = out_rows;
-  shape.back() = out_columns;
-  py::array_t<Out> out(shape);
-  for (py::ssize_t i = 0; i < count; ++i) body(in + i * size, out.mutable_data() + i * out_size);
-  return out;
-}
-
-// Rows and columns of the matrices in `a`; `columns` must be a multiple of `unit`.
-std::pair<py::ssize_t, py::ssize_t> matrix_sizes(const char* function, const char* name, const py::array& a,
-                                                 py::ssize_t unit) {
-  return named(function, [&] {
-    if (a.ndim() < 2 || a.shape(a.ndim() - 1) % unit) {
-      fail(quoted(name) + " has shape " + text(shape_of(a)) +
-           ", expected a matrix whose last size is a multiple of " + std::to_string(unit));
-    }
-    return std::pair(a.shape(a.ndim() - 2), a.shape(a.ndim() - 1));
-  });
-}
-
-py::array pack_bits_array(const py::array& signs) {
-  const auto [M, K] = matrix_sizes("pack_bits", "signs", signs, 8);
-  const auto pack = [M = M, K = K](const int8_t* in, uint8_t* out) { pack_bits(in, M, K, out); };
-  // bool has int8's size and a positive value for true
-  const py::array values = signs.dtype().kind() == 'b' ? py::array(signs.attr("view")("int8")) : signs;
-  return per_matrix<int8_t, uint8_t>("pack_bits", "signs", values, M, K / 8, pack);
-}
-
-py::array unpack_bits_array(const py::array& bits) {
-  const auto [M, bytes] = matrix_sizes("unpack_bits", "bits", bits, 1);
-  const auto unpack = [M = M, K = bytes * 8](const uint8_t* in, int8_t* out) { unpack_bits(in, M, K, out); };
-  return per_matrix<uint8_t, int8_t>("unpack_bits", "bits", bits, M, bytes * 8, unpack);
-}
-
-py::array interleave16_array(const py::array& bits) {
-  const auto [M, bytes] = matrix_sizes("interleave16", "bits", bits, 4);
-  const auto convert = [M = M, K = bytes * 8](const uint8_t* in, uint8_t* out) {
-    interleave16(in, M, K, out);
-  };
-  return per_matrix<uint8_t, uint8_t>("interleave16", "bits", bits, padded_rows(M), bytes, convert);
-}
-
-py::array deinterleave16_array(const py::array& tiles, py::ssize_t M) {
-  const auto [rows, bytes] = matrix_sizes("deinterleave16", "tiles", tiles, 4);
-  if (M < 1 || rows != padded_rows(M)) {
-    throw py::value_error("deinterleave16: 'tiles' has " + std::to_string(rows) + " rows, expected " +
-                          std::to_string(padded_rows(M)) + " for M=" + std::to_string(M));
-  }
-  const auto convert = [M, K = bytes * 8](const uint8_t* in, uint8_t* out) { deinterleave16(in, M, K, out); };
-  return per_matrix<uint8_t, uint8_t>("deinterleave16", "tiles", tiles, M, bytes, convert);
-}
-
-py::array interleave_up16_array(const py::array& up) {
-  const auto [M, R] = matrix_sizes("interleave_up16", "up", up, 1);
-  const auto convert = [M = M, R = R](const int8_t* in, int8_t* out) { interleave_up16(in, M, R, out); };
-  return per_matrix<int8_t, int8_t>("interleave_up16", "up", up, padded_rows(M), R, convert);
-}
-
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
@@ -475,12 +404,4 @@ PYBIND11_MODULE(_native, m) {
 #define DEFINE(op) define<opset::op>(m);
   DFSSM_OPS(DEFINE)
 #undef DEFINE
-  m.def("pack_bits", &pack_bits_array, arg("signs"),
-        "Signs i8 or bool [...,M,K] (> 0 is +1) -> bits u8 [...,M,K/8].");
-  m.def("unpack_bits", &unpack_bits_array, arg("bits"),
-        "bits u8 [...,M,K/8] -> signs i8 (+1, -1) [...,M,K].");
-  m.def("interleave16", &interleave16_array, arg("bits"),
-        "bits u8 [...,M,K/8] -> layout 1, u8 [...,Mp,K/8].");
-  m.def("deinterleave16", &deinterleave16_array, arg("tiles"), arg("M"), "Inverse of interleave16.");
-  m.def("interleave_up16", &interleave_up16_array, arg("up"), "up i8 [M,R] -> layout 1, i8 [Mp,R].");
 }
