@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "ops/op.h"
+#include "ort.h"
 
 namespace dfssm::ort {
 namespace {
@@ -29,7 +29,7 @@ void log_choice() {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(opset::kDomain, &domain));
-#define ADD(name) check(api->CustomOpDomain_Add(domain, op<opset::name>()));
+#define ADD(name) check(api->CustomOpDomain_Add(domain, custom_op<opset::name>()));
   DFSSM_OPS(ADD)
 #undef ADD
   log_choice();

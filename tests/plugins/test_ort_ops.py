@@ -114,7 +114,7 @@ def test_state_in_place(library, base, tokens):
 ORT_VERSION = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
-# ONNX Runtime before 1.24 is not trusted with optional inputs, see op.h.
+# ONNX Runtime before 1.24 is not trusted with optional inputs, see ort.h.
 INFERRED = [case for case in ONE_OF_EACH if case.op != "SelectiveScanStep" or ORT_VERSION >= (1, 24)]
 
 

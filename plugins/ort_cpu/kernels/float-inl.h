@@ -459,17 +459,6 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
 
 }  // namespace
 
-const KernelTable kTable = {
-    .name = DFSSM_ISA_NAME,
-    .quantize_activations = quantize_activations,
-    .scaffold_pack_bytes = scaffold_pack_bytes,
-    .scaffold_pack = scaffold_pack,
-    .scaffold_matmul = scaffold_matmul,
-    .int8_matmul = int8_matmul,
-    .causal_conv1d = causal_conv1d,
-    .selective_scan_bytes = selective_scan_bytes,
-    .selective_scan = selective_scan,
-    .rms_norm = rms_norm,
-};
+const KernelTable kTable = DFSSM_KERNELS(DFSSM_ISA_NAME);
 
 }  // namespace dfssm::DFSSM_ISA_NAMESPACE

@@ -143,6 +143,11 @@ struct KernelTable {
   void (*rms_norm)(const NormArgs& args, int64_t t0, int64_t t1);
 };
 
+// The table of a namespace that has the kernels by the names of their entries.
+#define DFSSM_KERNELS(name)                                                                  \
+  {name,        quantize_activations, scaffold_pack_bytes,  scaffold_pack,  scaffold_matmul, \
+   int8_matmul, causal_conv1d,        selective_scan_bytes, selective_scan, rms_norm}
+
 // The table chosen at the first call: DFSSM_ISA if it is set, otherwise the best this CPU can run.
 // kernels_error() is nullptr, or one line saying that DFSSM_ISA names no usable table and which names are
 // usable; kernels() is then the default table. Callers report the error; the library never exits.

@@ -193,17 +193,6 @@ void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
 
 }  // namespace
 
-const KernelTable kTable = {
-    .name = "scalar",
-    .quantize_activations = quantize_activations,
-    .scaffold_pack_bytes = scaffold_pack_bytes,
-    .scaffold_pack = scaffold_pack,
-    .scaffold_matmul = scaffold_matmul,
-    .int8_matmul = int8_matmul,
-    .causal_conv1d = causal_conv1d,
-    .selective_scan_bytes = selective_scan_bytes,
-    .selective_scan = selective_scan,
-    .rms_norm = rms_norm,
-};
+const KernelTable kTable = DFSSM_KERNELS("scalar");
 
 }  // namespace dfssm::scalar

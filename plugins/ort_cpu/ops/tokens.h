@@ -1,9 +1,11 @@
 // Activations of the two matrix products: tokens quantised to int8.
 #pragma once
 
-#include "op.h"
+#include <new>
 
-namespace dfssm::ort {
+#include "call.h"
+
+namespace dfssm {
 
 // All in thread_scratch of the calling thread, valid until it is asked for again.
 struct Tokens {
@@ -26,8 +28,8 @@ inline Tokens quantize_tokens(Call& call, const Tensor& x, size_t extra_bytes) {
   auto* s = reinterpret_cast<float*>(memory + q_bytes);
   auto* sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);
   const float* values = x.as<float>();
-  call.parallel(n, 0.15 * static_cast<double>(K), [=](int64_t t0, int64_t t1) {
-    kernels().quantize_activations(values + t0 * K, t1 - t0, K, q + t0 * K, s + t0, sum + t0);
+  call.parallel(n, 0.15 * static_cast<double>(K), [=, &call](int64_t t0, int64_t t1) {
+    call.kernels.quantize_activations(values + t0 * K, t1 - t0, K, q + t0 * K, s + t0, sum + t0);
   });
   return {n, K, q, s, sum, memory + q_bytes + 2 * s_bytes};
 }
@@ -39,4 +41,4 @@ inline double matmul_ns(double bytes, int64_t n, double ns_per_byte_token) {
   return stream > compute ? stream : compute;
 }
 
-}  // namespace dfssm::ort
+}  // namespace dfssm

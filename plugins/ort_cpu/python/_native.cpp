@@ -12,8 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "dfssm_opset.h"
-#include "kernels.h"
+#include "ops/call.h"
 
 namespace py = pybind11;
 
@@ -21,7 +20,7 @@ namespace dfssm {
 
 namespace {
 
-using opset::Error, opset::Tensor, opset::TensorSpec, opset::fail, opset::quoted;
+using opset::Error, opset::TensorSpec, opset::fail, opset::quoted;
 using Shape = std::vector<py::ssize_t>;
 
 Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
@@ -33,6 +32,15 @@ std::string text(const Shape& shape) {
 }
 
 std::string name_of(const py::dtype& dtype) { return py::str(dtype.attr("name")); }
+
+// 0: none of the schemas'.
+opset::DType type_of(const py::dtype& dtype) {
+  if (dtype.equal(py::dtype::of<float>())) return opset::kFloat32;
+  if (dtype.equal(py::dtype("float16"))) return opset::kFloat16;
+  if (dtype.equal(py::dtype::of<int8_t>())) return opset::kInt8;
+  if (dtype.equal(py::dtype::of<uint8_t>())) return opset::kUInt8;
+  return opset::DType{};
+}
 
 // f(), or its Error as a ValueError that names `where`.
 template <class F>
@@ -64,94 +72,64 @@ const KernelTable& table_of(const std::string& isa) {
   fail("isa is '" + isa + "'; this CPU can use: " + usable_names());
 }
 
-template <class Body>
-void parallel(int threads, int64_t units, int64_t unit, const Body& body) {
-  const py::gil_scoped_release release;
-  const int64_t blocks = (units + unit - 1) / unit;
-  const int64_t count = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
-  const auto range = [&](int64_t i) {
-    body(blocks * i / count * unit, std::min(blocks * (i + 1) / count * unit, units));
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < count; ++i) others.emplace_back(range, i);
-  range(0);
-  for (std::thread& other : others) other.join();
-}
-
-struct Quantized {
-  std::vector<int8_t> q;
-  std::vector<float> s;
-  std::vector<int32_t> sum;
-
-  Quantized(const KernelTable& table, const float* x, int64_t n, int64_t K) : q(n * K), s(n), sum(n) {
-    table.quantize_activations(x, n, K, q.data(), s.data(), sum.data());
-  }
-};
-
 // One call of the op `S`: its inputs, by position or name, then its attributes, then threads, in_place and
 // out.
 template <class S>
-class Call {
+class PythonCall final : public Call {
  public:
-  Call(const std::string& isa, const py::args& args, const py::kwargs& kwargs) : table(table_of(isa)) {
+  PythonCall(const std::string& isa, const py::args& args, const py::kwargs& kwargs) : Call(table_of(isa)) {
     if (args.size() > S::kInputs + S::kOp.attribute_count) fail("too many arguments");
     for (size_t i = 0; i < args.size(); ++i) {
       set(i < S::kInputs ? S::kInputSpecs[i].name : S::kAttributes[i - S::kInputs], args[i]);
     }
     for (const auto& [name, value] : kwargs) set(py::cast<std::string>(name), value);
-    attributes.check();
+    attributes_.check();
     for (size_t i = 0; i < S::kInputs; ++i) read(i);
     for (size_t i = 0; i < S::kInputs; ++i) {
       const int of = S::kInputSpecs[i].scale_of;
-      if (of >= 0 && inputs[of].present)
-        check_scale(S::kOp, i, inputs[i].present, arrays_[of].dtype().equal(py::dtype::of<int8_t>()));
+      if (of >= 0 && inputs_[of].present)
+        check_scale(S::kOp, i, inputs_[i].present, types_[of] == opset::kInt8);
     }
-    sizes = S::bind(inputs.data(), attributes);
   }
 
-  const Tensor& operator[](size_t input) const { return inputs[input]; }
-  const py::array& array(size_t input) const { return arrays_[input]; }
-  // Of a bound input: its columns from `start` on, and the distance from one token to the next.
-  const float* columns(size_t input, int64_t start, int64_t& stride) const {
-    stride = inputs[input].last();
-    return inputs[input].template as<float>() + (start < 0 ? 0 : start);
-  }
-
-  // The output of `width` columns a token, of as many leading dimensions as input 0.
-  float* tokens(int64_t width) {
-    Shape shape = shape_of(arrays_[0]);
-    shape.back() = width;
-    if (!out_) return static_cast<float*>(add(py::array(py::dtype::of<float>(), shape)));
-    input<float>("out", *out_, shape);
-    if (!out_->writeable()) fail("'out' is read-only");
-    return static_cast<float*>(add(*out_));
-  }
-  // The output that is like an input: that itself, or a new one.
-  void* updated(size_t input) {
-    const py::array& a = arrays_[input];
-    return add(in_place_ ? a : py::array(a.dtype(), shape_of(a)));
-  }
-
-  py::object outputs() const {
+  py::object operator()() {
+    run<S>(*this, attributes_, S::bind(inputs_.data(), attributes_));
     return outputs_.size() == 1 ? outputs_[0] : py::object(py::tuple(py::cast(outputs_)));
   }
 
-  template <class Body>
-  void parallel(int64_t units, int64_t unit, const Body& body) const {
-    dfssm::parallel(threads_, units, unit, body);
+ private:
+  // Blocks of units for each of the threads.
+  void share_out(int64_t units, double, Range range, const void* f) override {
+    const py::gil_scoped_release release;
+    const int64_t count = std::clamp<int64_t>(threads_, 1, units);
+    const auto block = [&](int64_t i) { range(f, units * i / count, units * (i + 1) / count); };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < count; ++i) others.emplace_back(block, i);
+    block(0);
+    for (std::thread& other : others) other.join();
   }
 
-  const KernelTable& table;
-  typename S::Attributes attributes;
-  typename S::Sizes sizes;
-  std::array<Tensor, S::kInputs> inputs;
+  // The first output has as many leading dimensions as input 0, and may be given; the others are updated inputs.
+  void* output_data(size_t index, const int64_t* shape, size_t rank) override {
+    if constexpr (size_t{S::kOutputs} > 1) {
+      if (index > 0) {
+        const py::array& a = arrays_[S::kOutputSpecs[index].over];
+        return add(in_place_ ? a : py::array(a.dtype(), shape_of(a)));
+      }
+    }
+    Shape tokens = shape_of(arrays_[0]);
+    tokens.back() = shape[rank - 1];
+    if (!out_) return add(py::array(py::dtype::of<float>(), tokens));
+    input<float>("out", *out_, tokens);
+    if (!out_->writeable()) fail("'out' is read-only");
+    return add(*out_);
+  }
 
- private:
   void set(const std::string& name, const py::handle& value) {
     for (size_t i = 0; i < S::kInputs; ++i) {
       if (name == S::kInputSpecs[i].name) {
-        inputs[i].present = !value.is_none();
-        if (inputs[i].present) arrays_[i] = py::cast<py::array>(value);
+        inputs_[i].present = !value.is_none();
+        if (inputs_[i].present) arrays_[i] = py::cast<py::array>(value);
         return;
       }
     }
@@ -164,7 +142,7 @@ class Call {
     } else if (!opset::has_attribute(S::kOp, name.c_str())) {
       opset::unknown_attribute(S::kOp, name);
     }
-    attributes.visit([&](const char* attribute, auto& member) {
+    attributes_.visit([&](const char* attribute, auto& member) {
       if (name == attribute) assign(attribute, member, value);
     });
   }
@@ -184,12 +162,12 @@ class Call {
 
   // Takes an array as the schema's tensor; activations may lack leading dimensions.
   void read(size_t input) {
-    Tensor& tensor = inputs[input];
+    Tensor& tensor = inputs_[input];
     if (!tensor.present) return;
     const TensorSpec& spec = S::kInputSpecs[input];
     const py::array& a = arrays_[input];
-    const std::string dtype = name_of(a.dtype());
-    if (!dtype_allowed(spec, dtype)) opset::wrong_dtype(S::kOp, input, dtype.c_str());
+    types_[input] = type_of(a.dtype());
+    if (!(spec.dtypes & types_[input])) opset::wrong_dtype(S::kOp, input, name_of(a.dtype()).c_str());
     check_order("input " + quoted(spec.name), a);
     Shape shape = shape_of(a);
     const bool tokens = spec.rank == 3 && spec.dims[1].text == std::string("T");
@@ -198,150 +176,18 @@ class Call {
     tensor.data = a.data();
   }
 
-  static bool dtype_allowed(const TensorSpec& spec, const std::string& dtype) {
-    const std::string names = " or " + std::string(spec.dtype_names) + " or ";
-    return names.find(" or " + dtype + " or ") != std::string::npos;
-  }
-
   void* add(py::array a) {
     outputs_.push_back(a);
     return a.mutable_data();
   }
 
+  typename S::Attributes attributes_;
   std::array<py::array, S::kInputs> arrays_;
   std::vector<py::object> outputs_;
   std::optional<py::array> out_;
   int threads_ = 1;
   bool in_place_ = false;
 };
-
-// ---- Ops ----
-
-void run(Call<opset::BinaryScaffoldMatMul>& call) {
-  using S = opset::BinaryScaffoldMatMul;
-  const int64_t K = call.sizes.K, M = call.sizes.M, R = call.sizes.R, n = call.sizes.B * call.sizes.T;
-  const KernelTable& table = call.table;
-  ScaffoldArgs args{};
-  args.bits = call[S::k_bits].as<uint8_t>();
-  args.scale = call[S::k_scale].as<float>();
-  args.up = call[S::k_up].as<int8_t>();
-  args.up_scale = call[S::k_up_scale].as<float>();
-  args.y = call.tokens(M);
-  args.layout = static_cast<int>(call.attributes.layout);
-  args.planes = static_cast<int>(call.attributes.planes);
-
-  const Quantized tokens(table, call[S::k_x].as<float>(), n, K);
-  const size_t packed_bytes = args.layout == opset::kRow16 ? table.scaffold_pack_bytes(n, K) : 0;
-  const std::unique_ptr<std::byte[]> packed(packed_bytes ? new std::byte[packed_bytes] : nullptr);
-  if (packed) table.scaffold_pack(tokens.q.data(), n, K, packed.get());
-  std::vector<float> h(n * R);
-  const Int8Args low{tokens.q.data(),
-                     tokens.s.data(),
-                     tokens.sum.data(),
-                     call[S::k_down].as<int8_t>(),
-                     call[S::k_down_scale].as<float>(),
-                     h.data(),
-                     R,
-                     n,
-                     K,
-                     R};
-  if (R > 0) table.int8_matmul(low, 0, R);
-
-  args.q = tokens.q.data();
-  args.packed = packed.get();
-  args.s = tokens.s.data();
-  args.sum = tokens.sum.data();
-  args.h = h.data();
-  args.ldy = M;
-  args.n = n, args.K = K, args.M = M, args.R = R;
-  call.parallel(M, 32, [&](int64_t m0, int64_t m1) { table.scaffold_matmul(args, m0, m1); });
-}
-
-void run(Call<opset::Int8MatMul>& call) {
-  using S = opset::Int8MatMul;
-  const int64_t K = call.sizes.K, M = call.sizes.M, n = call.sizes.B * call.sizes.T;
-  const Quantized tokens(call.table, call[S::k_x].as<float>(), n, K);
-  const Int8Args args{tokens.q.data(),
-                      tokens.s.data(),
-                      tokens.sum.data(),
-                      call[S::k_w].as<int8_t>(),
-                      call[S::k_w_scale].as<float>(),
-                      call.tokens(M),
-                      M,
-                      n,
-                      K,
-                      M};
-  call.parallel(M, 4, [&](int64_t m0, int64_t m1) { call.table.int8_matmul(args, m0, m1); });
-}
-
-void run(Call<opset::CausalConv1dStep>& call) {
-  using S = opset::CausalConv1dStep;
-  ConvArgs args{};
-  args.B = call.sizes.B, args.T = call.sizes.T, args.C = call.sizes.C, args.W = call.sizes.W;
-  args.x = call.columns(S::k_x, call.attributes.x_start, args.x_stride);
-  args.state = call[S::k_state].as<float>();
-  args.weight = call[S::k_weight].as<float>();
-  args.bias = call[S::k_bias].as<float>();
-  args.y = call.tokens(args.C);
-  args.new_state = static_cast<float*>(call.updated(S::k_state));
-  args.silu = call.attributes.activation == "silu";
-  call.parallel(args.C, 16, [&](int64_t c0, int64_t c1) { call.table.causal_conv1d(args, c0, c1); });
-}
-
-void run(Call<opset::SelectiveScanStep>& call) {
-  using S = opset::SelectiveScanStep;
-  const S::Attributes& a = call.attributes;
-  const py::ssize_t item = call.array(S::k_state).itemsize();
-  ScanArgs args{};
-  args.state_type = item == 4 ? StateType::f32 : item == 2 ? StateType::f16 : StateType::i8;
-  args.B = call.sizes.B, args.T = call.sizes.T, args.H = call.sizes.H, args.P = call.sizes.P;
-  args.N = call.sizes.N, args.G = a.ngroups;
-  args.dt_min = a.dt_min, args.dt_max = a.dt_max;
-  args.x = call.columns(S::k_x, a.x_start, args.x_stride);
-  args.dt = call.columns(S::k_dt, a.dt_start, args.dt_stride);
-  args.Bm = call.columns(S::k_B, a.B_start, args.B_stride);
-  args.Cm = call.columns(S::k_C, a.C_start, args.C_stride);
-  args.A_log = call[S::k_A_log].as<float>();
-  args.D = call[S::k_D].as<float>();
-  args.dt_bias = call[S::k_dt_bias].as<float>();
-  args.state = call[S::k_state].data;
-  args.y = call.tokens(args.H * args.P);
-  args.new_state = call.updated(S::k_state);
-  if (args.state_type == StateType::i8) {
-    args.state_scale = call[S::k_state_scale].as<float>();
-    args.new_state_scale = static_cast<float*>(call.updated(S::k_state_scale));
-  }
-  const size_t scratch_bytes = call.table.selective_scan_bytes(args);
-  call.parallel(args.B * args.H, 1, [&](int64_t i0, int64_t i1) {
-    const std::unique_ptr<std::byte[]> scratch(new std::byte[scratch_bytes]);
-    call.table.selective_scan(args, i0, i1, scratch.get());
-  });
-}
-
-template <class S>
-void norm(Call<S>& call, NormArgs args) {
-  args.n = call.sizes.B * call.sizes.T, args.C = call.sizes.C;
-  args.weight = call[S::k_weight].template as<float>();
-  args.out = call.tokens(args.C);
-  args.eps = call.attributes.eps;
-  call.parallel(args.n, 1, [&](int64_t t0, int64_t t1) { call.table.rms_norm(args, t0, t1); });
-}
-
-void run(Call<opset::GatedRMSNorm>& call) {
-  using S = opset::GatedRMSNorm;
-  NormArgs args{};
-  args.y = call[S::k_y].as<float>();
-  args.z = call.columns(S::k_z, call.attributes.z_start, args.z_stride);
-  args.groups = call.attributes.groups;
-  norm(call, args);
-}
-
-void run(Call<opset::RMSNorm>& call) {
-  NormArgs args{};
-  args.y = call[opset::RMSNorm::k_x].as<float>();
-  args.groups = 1;
-  norm(call, args);
-}
 
 template <class S>
 void define(py::module_& m) {
@@ -354,11 +200,7 @@ void define(py::module_& m) {
   m.def(
       S::kName,
       [](const std::string& isa, const py::args& args, const py::kwargs& kwargs) {
-        return named(S::kName, [&] {
-          Call<S> call(isa, args, kwargs);
-          run(call);
-          return call.outputs();
-        });
+        return named(S::kName, [&] { return PythonCall<S>(isa, args, kwargs)(); });
       },
       doc.c_str());
 }

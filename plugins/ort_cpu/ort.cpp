@@ -1,9 +1,8 @@
-#include "op.h"
+#include "ort.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <optional>
@@ -13,10 +12,6 @@ namespace dfssm::ort {
 
 const OrtApi* api = nullptr;
 int ort_minor = 0;
-
-// What kernels, which include no header of the opset, have from it.
-static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
-static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
 
 namespace {
 
@@ -92,21 +87,6 @@ ONNXTensorElementDataType onnx_type(const TensorSpec& spec) {
     if (spec.dtypes == dtype) return type;
   }
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-}
-
-void* thread_scratch(size_t bytes) noexcept {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    memory.reset();  // before the new one: the old contents are never needed
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, rounded));
-    capacity = memory ? rounded : 0;
-  }
-  return memory.get();
 }
 
 Kernel::Kernel(const opset::Op& op, const OrtKernelInfo* info)
@@ -214,6 +194,22 @@ void Kernel::check_misspelt(const char* name) const {
   }
 }
 
+void Kernel::read_types() {
+  for (size_t i = 0; i < op_.input_count; ++i) {
+    const unsigned allowed = op_.inputs[i].dtypes;
+    const bool choice = allowed & (allowed - 1);
+    types_[i] = choice ? input_type(i) : static_cast<opset::DType>(allowed);
+  }
+  for (size_t i = 0; i < op_.input_count; ++i) {
+    const int of = op_.inputs[i].scale_of;
+    if (of >= 0) check_scale(op_, i, has_input(i), types_[of] == opset::kInt8);
+  }
+  for (size_t i = output_count_; i < op_.output_count; ++i) {
+    const int of = op_.outputs[i].scale_of;
+    if (of >= 0 && types_[of] == opset::kInt8) fail("output '%s' is missing", op_.outputs[i].name);
+  }
+}
+
 bool Kernel::has_input(size_t index) const {
   size_t bytes = 0;  // with the closing NUL
   if (index >= input_count_) return false;
@@ -221,6 +217,7 @@ bool Kernel::has_input(size_t index) const {
   return bytes > 1;
 }
 
+// The type of an input, which must be one that the op takes.
 opset::DType Kernel::input_type(size_t index) const {
   OrtTypeInfo* info = nullptr;
   check(api->KernelInfo_GetInputTypeInfo(info_, index, &info));
@@ -235,7 +232,9 @@ opset::DType Kernel::input_type(size_t index) const {
   wrong_dtype(op_, index, type_name(found));
 }
 
-Call::Call(const Kernel& kernel, OrtKernelContext* context) : op_(kernel.op_), context_(context) {
+OrtCall::OrtCall(const Kernel& kernel, OrtKernelContext* context)
+    : Call(dfssm::kernels()), op_(kernel.op_), context_(context) {
+  types_ = kernel.types_;
   for (size_t i = 0; i < kernel.input_count_; ++i) {
     if (kernel.is_constant_[i]) {
       inputs_[i] = kernel.constants_[i];
@@ -247,7 +246,7 @@ Call::Call(const Kernel& kernel, OrtKernelContext* context) : op_(kernel.op_), c
   }
 }
 
-void* Call::output_data(size_t index, const int64_t* shape, size_t rank) {
+void* OrtCall::output_data(size_t index, const int64_t* shape, size_t rank) {
   OrtValue* value = nullptr;
   check(api->KernelContext_GetOutput(context_, index, shape, rank, &value));
   if (!value) fail("output '%s' is not connected", op_.outputs[index].name);
@@ -256,22 +255,31 @@ void* Call::output_data(size_t index, const int64_t* shape, size_t rank) {
   return data;
 }
 
-int64_t Call::chunk_units(int64_t units, double unit_ns) {
+void OrtCall::share_out(int64_t units, double unit_ns, Range range, const void* f) {
   // Measured with chains of 500 nodes, ONNX Runtime 1.31, two threads, its pool spinning: handing work to the
   // pool and meeting again takes 1.5 us, and the lines that one core wrote and another reads tens of ns each.
   // So work is shared when half of it is several times that: a decode step's products and its scan are, its
   // norms are not. Chunks of 4 us cost a large product 1 % (prefetches reach past the end of a chunk in
-  // vain), those of 16 us nothing; 64 chunks are enough for a fair division among threads.
+  // vain), those of 16 us nothing; 64 chunks are enough for a fair division among threads. Where the kernels
+  // are slower than estimated, the chunks last longer, no more.
   constexpr double kWorthwhileNs = 10e3, kChunkNs = 4e3, kChunks = 64;
   const double total_ns = static_cast<double>(units) * unit_ns;
-  if (total_ns < kWorthwhileNs) return units;
-  const double per_chunk = std::max(kChunkNs, total_ns / kChunks) / unit_ns;
-  return std::max(int64_t{1}, static_cast<int64_t>(per_chunk));
-}
-
-void Call::parallel_for(void (*chunk)(void*, size_t), int64_t chunks, void* job) {
+  const auto per_chunk =
+      std::max<int64_t>(1, static_cast<int64_t>(std::max(kChunkNs, total_ns / kChunks) / unit_ns));
+  if (total_ns < kWorthwhileNs || per_chunk >= units) return range(f, 0, units);
+  struct Job {
+    Range range;
+    const void* f;
+    int64_t units, per_chunk;
+  } job{range, f, units, per_chunk};
+  const auto chunk = [](void* data, size_t index) {
+    const Job& mine = *static_cast<const Job*>(data);
+    const int64_t begin = static_cast<int64_t>(index) * mine.per_chunk;
+    mine.range(mine.f, begin, std::min(begin + mine.per_chunk, mine.units));
+  };
   // 0: as many batches of neighbouring chunks as there are threads. With one thread they run right here.
-  check(api->KernelContext_ParallelFor(context_, chunk, static_cast<size_t>(chunks), 0, job));
+  const auto chunks = static_cast<size_t>((units + per_chunk - 1) / per_chunk);
+  check(api->KernelContext_ParallelFor(context_, chunk, chunks, 0, &job));
 }
 
 namespace {
