@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-Point = tuple[float, float | None]  # None: no value there; a line has a gap
+Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 230  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 48, 388, 14, 196  # of the frame in it
@@ -97,63 +97,46 @@ class Chart:
     log: bool = False
 
 
-def finite(points: Sequence[Point]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if y is not None]
-
-
 def smooth(points: Sequence[Point], span: float) -> list[Point]:
-    """Each value as the mean of all, weighted by exp(-(distance in x) / span), span > 0; gaps stay."""
+    """Each value as the mean of all, weighted by exp(-(distance in x) / span), span > 0."""
     back = _decaying(points[::-1], span)[::-1]
-    result = []
-    for (x, y), (total, weight), (later, later_weight) in zip(points, _decaying(points, span), back, strict=True):
-        # Both passes count the point itself.
-        result.append((x, None if y is None else (total + later - y) / (weight + later_weight - 1)))
-    return result
+    # Both passes count the point itself.
+    return [
+        (x, (total + later - y) / (weight + later_weight - 1))
+        for (x, y), (total, weight), (later, later_weight) in zip(points, _decaying(points, span), back, strict=True)
+    ]
 
 
 def _decaying(points: Sequence[Point], span: float) -> list[tuple[float, float]]:
     """At each point the weighted sum of the values up to it, and of the weights."""
     result, total, weight, last = [], 0.0, 0.0, 0.0
     for x, y in points:
-        if y is not None:
-            keep = math.exp(-abs(x - last) / span)
-            total, weight, last = keep * total + y, keep * weight + 1, x
+        keep = math.exp(-abs(x - last) / span)
+        total, weight, last = keep * total + y, keep * weight + 1, x
         result.append((total, weight))
     return result
 
 
 def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
-    """At most about `limit` points that look the same: the extremes of each of limit / 2 runs, gaps kept."""
+    """At most about `limit` points that look the same: the extremes of each of limit / 2 runs."""
     if len(points) <= limit:
         return list(points)
     size, result = math.ceil(2 * len(points) / limit), []
     for begin in range(0, len(points), size):
-        run = range(begin, min(begin + size, len(points)))
-        there = {i: y for i in run if (y := points[i][1]) is not None}
-        kept = {min(there, key=there.__getitem__), max(there, key=there.__getitem__)} if there else set()
-        if len(there) < len(run):
-            kept.add(next(i for i in run if points[i][1] is None))
-        result += [points[i] for i in sorted(kept)]
+        run = points[begin : begin + size]
+        result += sorted({min(run, key=lambda point: point[1]), max(run, key=lambda point: point[1])})
     return result
 
 
 def path(points: Sequence[Point], x: Axis, y: Axis) -> str:
-    """The `d` of an SVG path; a new piece begins after each gap. A piece of one point is a dot (round caps)."""
-    pieces, pen = [], False
-    for a, b in points:
-        if b is None:
-            pen = False
-            continue
-        at = f"{_across(x, a):.1f} {_up(y, b):.1f}"
-        pieces.append(f"L{at}" if pen else f"M{at}h0")
-        pen = True
-    return "".join(pieces)
+    """The `d` of an SVG path; that of one point is a dot (round caps)."""
+    places = [f"{_across(x, a):.1f} {_up(y, b):.1f}" for a, b in points]
+    return f"M{places[0]}h0" + "".join(f"L{place}" for place in places[1:]) if places else ""
 
 
 def svg(chart: Chart, key: str, tokens: float) -> str:
     """`chart` as an <svg>; `key` makes its ids unique in the page, `tokens` is where the x axis must reach to."""
-    drawn = [finite(series.points) for series in chart.series]
-    values = [*chart.shows, *(b for points in drawn for _, b in points)]
+    values = [*chart.shows, *(b for series in chart.series for _, b in series.points)]
     if chart.reference:
         values.append(chart.reference[1])
     x, y = Axis.until(max(tokens, 1.0)), Axis.over(values, chart.log)
@@ -170,10 +153,8 @@ def svg(chart: Chart, key: str, tokens: float) -> str:
         parts.append(f'<text class="note" x="{LEFT + 4}" y="{height - 4:.1f}">{escape(name)} {label(value)}</text>')
     for number, series in enumerate(chart.series, 1):
         parts += _line(series, number, x, y)
-    if not any(drawn):
-        parts.append(
-            f'<text class="note middle" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values yet</text>'
-        )
+    if not any(series.points for series in chart.series):
+        parts.append(f'<text class="note middle" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -181,13 +162,12 @@ def describe(chart: Chart) -> str:
     """The chart in words: where each line begins and ends."""
     sentences = []
     for series in chart.series:
-        points = finite(series.points)
-        if points:
-            (x0, y0), (x1, y1) = points[0], points[-1]
+        if series.points:
+            (x0, y0), (x1, y1) = series.points[0], series.points[-1]
             sentences.append(f"{series.name}: {label(y0)} at {label(x0)} tokens, {label(y1)} at {label(x1)} tokens.")
     if chart.reference:
         sentences.append(f"{chart.reference[0]}: {label(chart.reference[1])}.")
-    return " ".join(sentences) or "No values yet."
+    return " ".join(sentences) or "No values."
 
 
 def _across(x: Axis, value: float) -> float:
@@ -220,6 +200,6 @@ def _line(series: Series, number: int, x: Axis, y: Axis) -> list[str]:
         parts += [
             f'<circle class="dot s{number}" cx="{_across(x, a):.1f}" cy="{_up(y, b):.1f}" r="3">'
             f"<title>{label(b)} at {label(a)} tokens</title></circle>"
-            for a, b in finite(points)
+            for a, b in points
         ]
     return parts

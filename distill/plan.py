@@ -214,11 +214,11 @@ class Plan:
         o, width = self.options, max(map(len, self.memory))
         devices = "1 device" if o.world == 1 else f"{o.world} devices"
         lines = [
-            f"{o.batch} windows of {o.tokens} tokens a step, {o.windows} at once on each of {devices}:",
+            f"{o.batch} windows of {o.tokens} tokens per step on {devices}, {o.windows} at a time on each:",
             *(f"  {item:<{width}}  {size / 1e9:7.2f} GB" for item, size in self.memory.items()),
-            f"  {'together':<{width}}  {self.total / 1e9:7.2f} GB",
-            f"{o.total / 1e6:.4g} M tokens at {PRODUCT_SHARE:.0%} of a data sheet's FLOP/s and {MEMORY_SHARE:.0%} of "
-            "its memory's speed:",
+            f"  {'total':<{width}}  {self.total / 1e9:7.2f} GB",
+            f"time of {o.total / 1e6:.4g} M tokens at {PRODUCT_SHARE:.0%} of the data sheet's FLOP/s and "
+            f"{MEMORY_SHARE:.0%} of its memory bandwidth:",
         ]
         for device in DEVICES:
             time = f"{self.seconds(device) / 3600:7.1f} h" if self.fits(device) else "does not fit"

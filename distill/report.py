@@ -11,15 +11,15 @@ from typing import Any
 
 from dfssm.opset.files import write_file
 
-from .chart import Chart, Point, Series, finite, label, svg
+from .chart import Chart, Point, Series, label, svg
 
 FORMS = {
     "teacher": "teacher",
     "data_free": "data-free conversion",
     "student": "student, as shipped",
     "as_trained": "student, as trained",
-    "float_low_rank": "student, its low rank in float",
-    "float_embedding": "student, its embedding in float",
+    "float_low_rank": "student with a float low rank",
+    "float_embedding": "student with a float embedding",
 }
 
 _STYLE = """
@@ -39,7 +39,7 @@ p { margin: .3rem 0; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
 section.charts { margin-top: 2rem; }
 .charts { margin-top: 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.tile, figure, blockquote, .table { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.tile, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 .tile { padding: .6rem .9rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 figure { margin: 0; padding: .7rem .7rem .3rem; }
@@ -63,50 +63,34 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .9rem; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tr:last-child > * { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
-blockquote { margin: 0; padding: .9rem 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 1rem 0 .6rem; }
 """
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html from its log.jsonl and result.json; return its path.
+    """Write `folder`/report.html from the log.jsonl and result.json of a run that ended; return its path.
 
-    Either file may be missing, cut off or hold numbers that are not finite: the page shows what there is.
     Raises DfssmError if the page cannot be written.
     """
-    path = folder / "report.html"
-    text = page(folder.resolve().name, read_log(folder / "log.jsonl"), read_result(folder / "result.json"))
-    write_file(path, text)
+    path, log = folder / "report.html", (folder / "log.jsonl").read_text(encoding="utf-8")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    write_file(path, page(folder.resolve().name, [json.loads(line) for line in log.splitlines()], result))
     return path
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl that are objects with a number of tokens; a line cut off by a kill is none."""
-    if not path.is_file():
-        return []
-    lines = (_object(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [line for line in lines if _number(line, "tokens") is not None]
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """result.json, {} if it is missing or no object."""
-    return _object(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
 
 
 def page(name: str, log: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     """The page of the run called `name`."""
-    perplexity = _perplexities(result)
+    teacher = result["perplexity"].get("teacher")
     body = [
         f"<h1>{escape(name)}</h1>",
-        f'<p class="soft">Distillation of a 1-bit student. {_status(log, result)}</p>',
-        _tiles(log, result, perplexity),
-        _perplexity_table(perplexity, result),
-        _charts(log, perplexity.get("teacher")),
-        _sample(result.get("sample")),
+        '<p class="soft">Distillation of a 1-bit student</p>',
+        _tiles(result, teacher),
+        _perplexity_table(result, teacher),
+        _charts(log, teacher),
         '<div class="charts">',
-        *(_options(title, result.get(title.lower())) for title in ("Recipe", "Schedule")),
+        *(_options(title, result[title.lower()]) for title in ("Recipe", "Schedule")),
         "</div>",
-        _evaluations(log, perplexity.get("teacher")),
+        _evaluations(log, teacher),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -128,18 +112,15 @@ def duration(seconds: float) -> str:
 
 
 def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """The values of `key` over tokens, of the lines that have both; None where it is not finite."""
-    positions = ((_number(line, "tokens"), line) for line in log if key in line)
-    return [(tokens, _number(line, key)) for tokens, line in positions if tokens is not None]
+    """The finite values of `key` over tokens."""
+    return [(line["tokens"], line[key]) for line in log if key in line and math.isfinite(line[key])]
 
 
 def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
-    if not log:
-        return "<p>The log is empty: nothing to draw yet. It grows as the training goes on.</p>"
     parts = [("loss", "loss")] + ([("KL", "kl"), ("hidden", "hidden")] if series(log, "hidden") else [])
     losses = [Series(name, series(log, key), noisy=True) for name, key in parts]
     charts = [
-        Chart("Training loss", "nats a token", losses, log=True),
+        Chart("Training loss", "nats per token", losses, log=True),
         Chart(
             "Held-out perplexity",
             "of the student in training",
@@ -147,12 +128,12 @@ def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
             None if teacher is None else ("teacher", teacher),
             log=True,
         ),
-        Chart("Annealing", "share of the quantised weights", [Series("blend", series(log, "blend"))], shows=(0, 1)),
+        Chart("Annealing", "share of quantised weights", [Series("blend", series(log, "blend"))], shows=(0, 1)),
         Chart("Learning rate", "", [Series("learning rate", series(log, "lr"))], shows=(0,)),
         Chart("Speed", "tokens/s", [Series("speed", series(log, "tok_s"), noisy=True)], shows=(0,)),
         Chart("Gradient norm", "before clipping", [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
     ]
-    tokens = max((tokens for tokens, _ in series(log, "tokens")), default=0.0)
+    tokens = log[-1]["tokens"]
     figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(charts)]
     return f'<section class="charts" aria-label="Curves">{"".join(figures)}</section>'
 
@@ -165,60 +146,39 @@ def _figure(chart: Chart, key: str, tokens: float) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{svg(chart, key, tokens)}</figure>"
 
 
-def _status(log: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
-    if result:
-        return "Complete."
-    return "In progress, or stopped before its end." if log else "Not begun, or without a log."
-
-
-def _tiles(log: Sequence[dict[str, Any]], result: dict[str, Any], perplexity: dict[str, float]) -> str:
-    last = log[-1] if log else {}
-    found = {key: _number(result, key) or _number(last, key) for key in ("tokens", "seconds")}
-    tiles = {}
-    if found["tokens"] is not None:
-        tiles["tokens trained on"] = label(found["tokens"])
-    if found["seconds"] is not None:
-        tiles["training time"] = duration(found["seconds"])
-    if found["tokens"] and found["seconds"]:
-        tiles["tokens a second"] = label(found["tokens"] / found["seconds"])
-    held = finite(series(log, "perplexity"))
-    student = perplexity.get("student", held[-1][1] if held else None)
-    if student is not None:
-        tiles["held-out perplexity"] = f"{student:.2f}"
-    if student is not None and perplexity.get("teacher"):
-        tiles["of the teacher's"] = f"{student / perplexity['teacher']:.3f} ×"
+def _tiles(result: dict[str, Any], teacher: float | None) -> str:
+    tiles = {
+        "training tokens": label(result["tokens"]),
+        "training time": duration(result["seconds"]),
+        "tokens/s": label(result["tokens"] / result["seconds"]),
+    }
+    if teacher:
+        student = result["perplexity"]["student"]
+        tiles |= {"held-out perplexity": f"{student:.2f}", "relative to the teacher": f"{student / teacher:.3f} ×"}
     cells = "".join(
         f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for name, value in tiles.items()
     )
-    return f'<div class="tiles">{cells}</div>' if cells else ""
+    return f'<div class="tiles">{cells}</div>'
 
 
-def _perplexity_table(perplexity: dict[str, float], result: dict[str, Any]) -> str:
-    if not perplexity:
+def _perplexity_table(result: dict[str, Any], teacher: float | None) -> str:
+    if not teacher:
         return ""
-    teacher, tokens = perplexity.get("teacher"), _number(result, "held_out_tokens")
-    kl = _numbers(result.get("kl"))
+    kl = result["kl"]
     rows = [
         (
-            FORMS.get(form, form.replace("_", " ")),
+            FORMS[form],
             f"{value:.2f}",
-            f"{value / teacher:.3f}" if teacher else "",
+            f"{value / teacher:.3f}",
             *([f"{kl[form]:.4f}" if form in kl else ""] if kl else []),
         )
-        for form, value in perplexity.items()
+        for form, value in result["perplexity"].items()
     ]
-    title = "Perplexity on held-out text" + (f", {label(tokens)} tokens" if tokens else "")
-    head = ("model", "perplexity", "/ teacher's", *(["KL from it, nats a token"] if kl else []))
-    return f"<h2>{title}</h2>" + _table(head, rows)
+    head = ("model", "perplexity", "/ teacher's", *(["KL from teacher, nats per token"] if kl else []))
+    return f"<h2>Perplexity on {label(result['held_out_tokens'])} held-out tokens</h2>" + _table(head, rows)
 
 
-def _sample(text: Any) -> str:
-    return f"<h2>A sample</h2><blockquote>{escape(text)}</blockquote>" if isinstance(text, str) and text else ""
-
-
-def _options(title: str, options: Any) -> str:
-    if not isinstance(options, dict) or not options:
-        return ""
+def _options(title: str, options: dict[str, Any]) -> str:
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
     return f"<section><h2>{title}</h2>{_table(('option', 'value'), rows, numbers=False)}</section>"
 
@@ -226,12 +186,12 @@ def _options(title: str, options: Any) -> str:
 def _evaluations(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
     rows = [
         (f"{int(tokens):,}", f"{value:.3f}", f"{value / teacher:.4f}" if teacher else "")
-        for tokens, value in finite(series(log, "perplexity"))
+        for tokens, value in series(log, "perplexity")
     ]
     if not rows:
         return ""
     table = _table(("tokens", "perplexity", "/ teacher's"), rows)
-    return f"<details><summary>Every evaluation, as numbers</summary>{table}</details>"
+    return f"<details><summary>All evaluations</summary>{table}</details>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -242,29 +202,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = T
         return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
 
     return f'<div class="table"><table>{row("th", head)}{"".join(row("td", cells) for cells in rows)}</table></div>'
-
-
-def _perplexities(result: dict[str, Any]) -> dict[str, float]:
-    """The finite ones, the teacher's first: it is what the others are measured by."""
-    found = _numbers(result.get("perplexity"))
-    return {name: found[name] for name in sorted(found, key=lambda name: name != "teacher")}
-
-
-def _numbers(found: Any) -> dict[str, float]:
-    """The finite ones by name, none of what is no object."""
-    found = found if isinstance(found, dict) else {}
-    return {name: value for name in found if (value := _number(found, name)) is not None}
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _number(values: dict[str, Any], key: str) -> float | None:
-    """The number at `key`; None if there is none, or if it is not finite."""
-    value = values.get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None

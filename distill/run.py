@@ -223,9 +223,9 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         trainer.resume()
     if ranks.first:
         write_file(job.output / TOKENIZER, prepared.tokenizer.to_str(), parents=True)
-        found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items())
+        found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items()) or "none"
         trained = sum(p.numel() for parameters in trainer.groups.values() for p in parameters)
-        say(f"{trained:,} parameters train, {windows[:, 1:].size:,} held-out tokens; {found}")
+        say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
     trainer.train()
 
     student, file = finished(model, recipe, ranks), job.output / MODEL

@@ -185,7 +185,7 @@ class TestRun:
         for name, (value, ratio, *divergence) in rows.items():
             assert ratio == pytest.approx(value / rows["teacher"][0], abs=2e-3)
             assert name == "teacher" or divergence == [pytest.approx(kl[name], abs=1e-4)]
-        assert "parameters train" in result.stderr
+        assert "trainable parameters" in result.stderr
 
     def test_json(self, distill, tmp_path):
         result = distill("--json")

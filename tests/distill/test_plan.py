@@ -281,7 +281,7 @@ class TestPlan:
     def test_lines(self):
         found = plan(self.CONFIG, Options(total=32_000_000, checkpointing=True))
         lines = found.lines()
-        assert "16 windows of 512 tokens a step, 4 at once on each of 1 device" in lines[0]
+        assert "16 windows of 512 tokens per step on 1 device, 4 at a time on each" in lines[0]
         sizes = [float(line.split()[-2]) for line in lines if line.endswith(" GB") and "x" not in line]
         assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05) == pytest.approx(found.total / 1e9, abs=0.05)
         assert any("A100 40 GB" in line and line.endswith(" h") for line in lines)
