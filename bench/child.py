@@ -1,13 +1,11 @@
-"""One process that loads a bundle and decodes, as an application would: `python -m dfssm.bench.child BUNDLE`.
+"""One process that loads a bundle and decodes, as an application would. Its options come as one argument, JSON.
 
-Prints a JSON object: load_seconds, the memory of the process, and the logits' file if one was asked for. The
-benchmark runs it twice: for figures that a process with other buffers would spoil, and with the scalar
-kernels as the reference.
+Prints a JSON object: load_seconds and the memory of the process. The benchmark runs it twice: for figures that a
+process with other buffers would spoil, and with the scalar kernels, for the logits to compare with.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -36,31 +34,24 @@ def follow_script(engine: Engine, state: State, prompt: int, steps: int) -> np.n
 
 def run_child(bundle: str | Path, threads: int, prompt: int, steps: int, logits: str = "", isa: str = "") -> dict:
     """Run this module in a new process and return what it prints. `isa` forces an instruction set."""
-    command = [sys.executable, "-m", __name__, str(bundle), f"--threads={threads}", f"--prompt={prompt}"]
-    command += [f"--steps={steps}", f"--logits={logits}"]
+    options = {"bundle": str(bundle), "threads": threads, "prompt": prompt, "steps": steps, "logits": logits}
     environment = os.environ | ({"DFSSM_ISA": isa} if isa else {})
+    command = [sys.executable, "-m", __name__, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise DfssmError(f"a process that runs {bundle} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--logits", default="")
-    options = parser.parse_args()
+def main(bundle: str, threads: int, prompt: int, steps: int, logits: str) -> None:
     start = time.perf_counter()
-    engine = Engine.load(options.bundle, threads=options.threads)
+    engine = Engine.load(bundle, threads=threads)
     load_seconds = time.perf_counter() - start
     state = engine.new_state()
-    if options.logits:
-        np.save(options.logits, follow_script(engine, state, options.prompt, options.steps))
+    if logits:
+        np.save(logits, follow_script(engine, state, prompt, steps))
     else:  # as an application decodes: logits are used, not collected
-        first, rest = script(engine.vocab_size, options.prompt, options.steps)
+        first, rest = script(engine.vocab_size, prompt, steps)
         engine.prefill(first, state)
         for token in rest:
             engine.step([token], state)
@@ -69,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(**json.loads(sys.argv[1]))

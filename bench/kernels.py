@@ -10,13 +10,13 @@ middle half.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import click
 import numpy as np
 
 import dfssm._native as _native
@@ -281,19 +281,17 @@ def _print(result: dict) -> None:
         print(f"{k['name']:24}{k['ms']['median']:9.3f}{k['gb_s']['median']:8.1f}{share:>24}{k['gop_s']['median']:9.1f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", choices=_native.isas(), default=_native.isas()[-1])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", action="append", choices=[*DECODE, *PREFILL], help="repeatable; default: decode")
-    parser.add_argument("--prefill", action="store_true", help="the kernels of prefill in place of those of decode")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    names = options.only or list(PREFILL if options.prefill else DECODE)
-    result = measure(options.isa, options.threads, options.rounds, names)
-    if options.json:
-        print(json.dumps(result))
+@click.command(help=__doc__)
+@click.option("--isa", type=click.Choice(_native.isas()), default=_native.isas()[-1])
+@click.option("--threads", type=click.IntRange(1, 1024), default=1)
+@click.option("--rounds", type=click.IntRange(1, 10_000), default=9)
+@click.option("--only", multiple=True, type=click.Choice([*DECODE, *PREFILL]), help="Repeatable; default: decode.")
+@click.option("--prefill", is_flag=True, help="The kernels of prefill in place of those of decode.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(isa: str, threads: int, rounds: int, only: tuple[str, ...], prefill: bool, as_json: bool) -> None:
+    result = measure(isa, threads, rounds, list(only or (PREFILL if prefill else DECODE)))
+    if as_json:
+        click.echo(json.dumps(result))
     else:
         _print(result)
 
