@@ -48,7 +48,7 @@ def _external(tensor: memoryview) -> External:
     entries = (
         {field: bytes(_message(v)).decode() for field, v in _fields(e)} for e in _messages(tensor, _EXTERNAL_DATA)
     )
-    place = {entry[_KEY]: entry[_VALUE] for entry in entries}
+    place = {entry.get(_KEY, ""): entry.get(_VALUE, "") for entry in entries}
     shape: list[int] = []
     name, dtype = "", 0
     for field, value in _fields(tensor):

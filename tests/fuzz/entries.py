@@ -212,10 +212,16 @@ def _manifests() -> list[bytes]:
 
 
 def _graphs() -> list[bytes]:
-    import tiny
+    import numpy as np
+    import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        return [(tiny.write_bundle(Path(folder) / "b", target="onnx", tokenizer=False) / "model.onnx").read_bytes()]
+    weights = [onnx.numpy_helper.from_array(np.zeros((4, 8), dtype), dtype) for dtype in ("int8", "float32")]
+    for weight in weights:
+        onnx.external_data_helper.set_external_data(weight, "model.onnx.data", offset=4096)
+        weight.ClearField("raw_data")
+    inline = onnx.numpy_helper.from_array(np.zeros(3, np.float32), "c")
+    graph = onnx.helper.make_graph([], "g", [], [], [*weights, inline])
+    return [onnx.helper.make_model(graph).SerializeToString()]
 
 
 def _states() -> list[bytes]:
