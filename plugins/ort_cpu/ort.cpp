@@ -1,8 +1,6 @@
 #include "ort.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 #include <map>
 #include <memory>
 #include <optional>
@@ -49,15 +47,6 @@ constexpr std::pair<opset::DType, ONNXTensorElementDataType> kTypes[] = {
 };
 
 }  // namespace
-
-void fail(const char* format, ...) {
-  char text[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  throw Error(text);
-}
 
 void check(OrtStatus* status) {
   if (!status) return;
@@ -110,7 +99,7 @@ void Kernel::Reader::read(const char* name, const char* type, Get get, T* value)
   if (!status) return;
   api->ReleaseStatus(status);
   if (kernel_.has_attribute(name)) {
-    fail("attribute '%s' is %s, expected %s", name, kernel_.attribute_type(name), type);
+    fail("attribute " + quoted(name) + " is " + kernel_.attribute_type(name) + ", expected " + type);
   }
   kernel_.check_misspelt(name);
 }
@@ -206,7 +195,7 @@ void Kernel::read_types() {
   }
   for (size_t i = output_count_; i < op_.output_count; ++i) {
     const int of = op_.outputs[i].scale_of;
-    if (of >= 0 && types_[of] == opset::kInt8) fail("output '%s' is missing", op_.outputs[i].name);
+    if (of >= 0 && types_[of] == opset::kInt8) fail("output " + quoted(op_.outputs[i].name) + " is missing");
   }
 }
 
@@ -249,7 +238,7 @@ OrtCall::OrtCall(const Kernel& kernel, OrtKernelContext* context)
 void* OrtCall::output_data(size_t index, const int64_t* shape, size_t rank) {
   OrtValue* value = nullptr;
   check(api->KernelContext_GetOutput(context_, index, shape, rank, &value));
-  if (!value) fail("output '%s' is not connected", op_.outputs[index].name);
+  if (!value) fail("output " + quoted(op_.outputs[index].name) + " is not connected");
   void* data = nullptr;
   check(api->GetTensorMutableData(value, &data));
   return data;

@@ -30,10 +30,7 @@ extern const OrtApi* api;
 // Its minor version: 24 for 1.24.1.
 extern int ort_minor;
 
-using opset::Error, opset::TensorSpec, opset::quoted;
-
-// Throws an Error.
-[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+using opset::Error, opset::TensorSpec, opset::fail, opset::quoted;
 
 // Name of a type as NumPy spells it, for messages.
 const char* type_name(ONNXTensorElementDataType type);

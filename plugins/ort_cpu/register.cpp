@@ -46,7 +46,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   if (!supported) return too_old(base);
   return guarded("dfssm", [&] {
     std::sscanf(base->GetVersionString(), "1.%d", &ort_minor);
-    if (const char* error = dfssm::kernels_error()) fail("%s", error);
+    if (const char* error = dfssm::kernels_error()) fail(error);
     static OrtCustomOpDomain* const domain = make_domain();
     check(api->AddCustomOpDomain(options, domain));
   });

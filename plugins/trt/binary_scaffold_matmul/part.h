@@ -7,8 +7,8 @@ namespace dfssm::trt {
 
 inline void check_canonical(int64_t layout) {
   if (layout != opset::kCanonical) {
-    fail("attribute 'layout' is %lld, expected 0: these kernels read the canonical bits",
-         static_cast<long long>(layout));
+    fail("attribute 'layout' is " + opset::shown(layout) +
+         ", expected 0: these kernels read the canonical bits");
   }
 }
 

@@ -34,6 +34,10 @@ namespace dfssm::trt {
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kWarpSize = 32;
 
+// Magnitudes as unsigned integers: they order like floats, and infinity and NaN come last.
+constexpr uint32_t kInfinityBits = 0x7f800000, kNaNBits = 0x7fc00000;
+__device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
 // Activations: fp32 arithmetic on whatever they are stored as.
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }

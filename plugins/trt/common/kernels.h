@@ -17,6 +17,9 @@
 
 namespace dfssm::trt {
 
+// opset's TINY, below which a row counts as zero, and HALF_MAX, where fp16 states saturate.
+constexpr float kTiny = 1e-30f, kHalfMax = 65504.0f;
+
 enum class Float : int32_t { f32, f16, bf16 };
 enum class State : int32_t { f32, f16, i8 };
 

@@ -22,9 +22,6 @@ __device__ inline float block_sum(float value) {
   return warp_sum(lane * kWarpSize < static_cast<int>(blockDim.x) ? parts[lane] : 0.0f);
 }
 
-// As unsigned integers magnitudes order like floats, and infinity and NaN come last.
-__device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
-
 // The tokens of a norm's input, a block a token. kWide values a load: 16 bytes where the columns of a group
 // start on multiples of that, else one, still coalesced. What is normed is read once and kept in shared
 // memory as fp32; each thread reads back only what it wrote.
@@ -71,7 +68,7 @@ struct NormRow {
       }
     }
     const float mean = block_sum(squares) / static_cast<float>(size);
-    return magnitude(mean) < 0x7f800000u ? 1.0f / sqrtf(mean + eps) : __uint_as_float(0x7fc00000u);
+    return magnitude(mean) < kInfinityBits ? 1.0f / sqrtf(mean + eps) : __uint_as_float(kNaNBits);
   }
 
   // As the input of a product (common/quantize.cuh): all groups, kept as they are normed.

@@ -1,8 +1,6 @@
 #include "common/plugin.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 
@@ -70,12 +68,15 @@ const char* allowed_names(Type type) {
   }
 }
 
+// What kernels, which include no header of the opset, have from it.
+static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
+
 constexpr int32_t kDone = 0, kFailed = -1;
 
 // Weights and states are read 16 bytes at a time. TensorRT's own memory is aligned; a caller binds states.
 void check_aligned(const char* kind, const char* name, const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16) {
-    fail("%s '%s' is bound to address %p, expected a multiple of 16", kind, name, address);
+    fail(kind + (" " + quoted(name)) + " is bound to an address that is no multiple of 16");
   }
 }
 
@@ -117,7 +118,8 @@ class Reader : public FieldVisitor {
       const PluginField& field = fields_.fields[i];
       if (!field.name || std::strcmp(field.name, name) != 0) continue;
       const bool one = type == PluginFieldType::kCHAR || field.length == 1;
-      if (field.type != type || !field.data || !one) fail("attribute '%s' is not %s", name, expected);
+      if (field.type != type || !field.data || !one)
+        fail("attribute " + quoted(name) + " is not " + expected);
       return &field;
     }
     return nullptr;
@@ -152,15 +154,6 @@ class Lister : public FieldVisitor {
 
 }  // namespace
 
-void fail(const char* format, ...) {
-  char text[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  throw Error(text);
-}
-
 Float float_type(DataType type) {
   return type == DataType::kFLOAT ? Float::f32 : type == DataType::kHALF ? Float::f16 : Float::bf16;
 }
@@ -168,8 +161,7 @@ Float float_type(DataType type) {
 size_t element_size(DataType type) { return type == DataType::kFLOAT ? 4 : type == DataType::kINT8 ? 1 : 2; }
 
 int32_t size(int64_t value) {
-  if (value > std::numeric_limits<int32_t>::max())
-    fail("a size of %lld is too large", static_cast<long long>(value));
+  if (value > std::numeric_limits<int32_t>::max()) fail("a size of " + opset::shown(value) + " is too large");
   return static_cast<int32_t>(value);
 }
 
@@ -204,8 +196,8 @@ void Inputs::set(size_t input, const TensorSpec& spec, DataType type, const nvin
   set_dims(spec, tensor, dims.d, static_cast<size_t>(std::max(dims.nbDims, 0)));
   for (size_t i = 0; i < tensor.rank; ++i) {
     if (tensor[i] > std::numeric_limits<int32_t>::max()) {
-      fail("input '%s' has a dimension of %lld, expected less than 2^31", spec.name,
-           static_cast<long long>(tensor[i]));
+      fail("input " + quoted(spec.name) + " has a dimension of " + opset::shown(tensor[i]) +
+           ", expected less than 2^31");
     }
   }
 }
@@ -242,7 +234,8 @@ std::vector<PluginField> Plugin::fields(bool values) {
 
 void Plugin::check_arity(int32_t inputs, int32_t outputs) const {
   if (inputs != static_cast<int32_t>(input_count()) || outputs != static_cast<int32_t>(output_count())) {
-    fail("%d inputs and %d outputs, expected %zu and %zu", inputs, outputs, input_count(), output_count());
+    fail(std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs, expected " +
+         std::to_string(input_count()) + " and " + std::to_string(output_count()));
   }
 }
 
@@ -343,12 +336,12 @@ int32_t Plugin::getOutputDataTypes(DataType* outputs, int32_t outputs_given, con
     check_arity(inputs_given, outputs_given);
     for (size_t i = 0; i < input_count(); ++i) {
       if (!allowed(input_type(i), inputs[i])) {
-        fail("input '%s' has dtype %s, expected %s", op_.inputs[i].name, type_name(inputs[i]),
+        fail("input " + quoted(op_.inputs[i].name) + " has dtype " + type_name(inputs[i]) + ", expected " +
              allowed_names(input_type(i)));
       }
       if (!type_fits(i, inputs[i], inputs[0])) {
-        fail("input '%s' has dtype %s, expected that of '%s', %s", op_.inputs[i].name, type_name(inputs[i]),
-             op_.inputs[0].name, type_name(inputs[0]));
+        fail("input " + quoted(op_.inputs[i].name) + " has dtype " + type_name(inputs[i]) +
+             ", expected that of " + quoted(op_.inputs[0].name) + ", " + type_name(inputs[0]));
       }
     }
     for (size_t i = 0; i < output_count(); ++i) outputs[i] = output_dtype(i, inputs);
@@ -412,7 +405,7 @@ int32_t Plugin::enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, 
       if (alias(i) >= 0) check_aligned("output", op_.outputs[i].name, outputs[i]);
     }
     const cudaError_t error = launch(from(descs, inputs), {outputs, workspace, stream});
-    if (error != cudaSuccess) fail("the launch failed: %s", cudaGetErrorString(error));
+    if (error != cudaSuccess) fail(std::string("the launch failed: ") + cudaGetErrorString(error));
     return kDone;
   });
 }

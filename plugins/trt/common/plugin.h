@@ -33,10 +33,7 @@ namespace dfssm::trt {
 #error "TensorRT 10.3 or newer is needed: states are updated in place through IPluginV3OneBuildV2"
 #endif
 
-using opset::Error, opset::kOpen, opset::Tensor, opset::TensorSpec, opset::quoted;
-
-// Throws an Error, a message to the user.
-[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+using opset::Error, opset::kOpen, opset::Tensor, opset::TensorSpec, opset::fail, opset::quoted;
 
 // What f returns, or `failed` after its error was logged behind `where`.
 template <class Result, class F>

@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
 
   const float m = __uint_as_float(top);
   float inv = 0, s = 0;
-  if (top >= 0x7f800000u) {
-    s = __uint_as_float(0x7fc00000u);
-  } else if (m >= 1e-30f) {
+  if (top >= kInfinityBits) {
+    s = __uint_as_float(kNaNBits);
+  } else if (m >= kTiny) {
     inv = __fdiv_rn(127.0f, m);
     s = __fdiv_rn(m, 127.0f);
   }

@@ -15,20 +15,16 @@ struct alignas(kBytes) Words {
 template <class State, int kVector>
 using Packed = Words<static_cast<int>(sizeof(State)) * kVector>;
 
-constexpr float kTiny = 1e-30f;  // a row of an int8 state whose largest magnitude is below this is zero
-constexpr uint32_t kInfinityBits = 0x7f800000;
-
 using trt::to_float;
 __device__ __forceinline__ float to_float(int8_t value) { return static_cast<float>(value); }
 
-// The larger of m and |x| as bits: unsigned integers order magnitudes as floats do, with infinity and NaN on
-// top, so that no NaN gets lost as it does in fmaxf. From sm_80 on one instruction does it.
+// The larger of m and |x| as bits, so that no NaN gets lost as it does in fmaxf. From sm_80 on one instruction does it.
 __device__ __forceinline__ uint32_t larger_magnitude(uint32_t m, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %1, %2;" : "=r"(m) : "r"(m), "f"(fabsf(x)));
   return m;
 #else
-  return max(m, __float_as_uint(x) & 0x7fffffffu);
+  return max(m, magnitude(x));
 #endif
 }
 
@@ -47,7 +43,7 @@ __device__ __forceinline__ RowScale row_scale(uint32_t largest_magnitude_bits) {
   float quotient = 0.0f;
   if (finite && m >= kTiny) quotient = __fdiv_rn(odd ? 127.0f : m, odd ? m : 127.0f);
   const float inverse = __shfl_sync(kAllLanes, quotient, 1, 2);
-  return {inverse, finite ? quotient : __uint_as_float(0x7fc00000u), finite ? ~0u : 0u};
+  return {inverse, finite ? quotient : __uint_as_float(kNaNBits), finite ? ~0u : 0u};
 }
 
 // 1.5 * 2^23 + x is x rounded to a whole number, half to even, in the low bits: what __float2int_rn gives for
@@ -58,7 +54,6 @@ __device__ __forceinline__ uint32_t quantize(float x, float inverse) {
 
 // Past the largest fp16 to that one. NaN stays NaN, which fminf and fmaxf would lose.
 __device__ __forceinline__ float saturate(float x) {
-  constexpr float kHalfMax = 65504.0f;
   x = x > kHalfMax ? kHalfMax : x;
   return x < -kHalfMax ? -kHalfMax : x;
 }

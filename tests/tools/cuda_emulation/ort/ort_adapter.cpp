@@ -51,7 +51,7 @@ void check(OrtStatus* status) {
 void check(int32_t result, const char* what) {
   if (result == 0) return;
   const std::string message = std::exchange(last_message, "");
-  fail("%s", message.empty() ? what : message.c_str());
+  fail(message.empty() ? what : message);
 }
 
 template <class F>
@@ -72,7 +72,8 @@ DataType trt_type(ONNXTensorElementDataType type) {
       {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, DataType::kINT32},
   };
   const auto found = types.find(type);
-  if (found == types.end()) fail("a tensor has ONNX type %d, which TensorRT has not", static_cast<int>(type));
+  if (found == types.end())
+    fail("a tensor has ONNX type " + std::to_string(type) + ", which TensorRT has not");
   return found->second;
 }
 
@@ -273,7 +274,7 @@ Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& input
   auto formats = exactly(all);
   for (int32_t i = 0; i < in + out; ++i) {
     if (!build.supportsFormatCombination(i, formats.data(), in, out))
-      fail("tensor %d: no format is supported", i);
+      fail("tensor " + std::to_string(i) + ": no format is supported");
   }
   check(build.configurePlugin(formats.data(), in, formats.data() + in, out), "configurePlugin");
   return outputs;
@@ -304,7 +305,7 @@ void Node::compute(OrtKernelContext* context) const {
     OrtValue* value = nullptr;
     const nvinfer1::Dims& dims = outputs.descs[i].dims;
     check(api->KernelContext_GetOutput(context, i, dims.d, static_cast<size_t>(dims.nbDims), &value));
-    if (!value) fail("output '%s' is not connected", outputs.names[i]);
+    if (!value) fail("output " + quoted(outputs.names[i]) + " is not connected");
     check(api->GetTensorMutableData(value, &addresses.emplace_back()));
   }
 
