@@ -19,7 +19,11 @@ from .options import SEED, bundle_argument, json_option, print_result, real, thr
 @click.option("-p", "--prompt", default="", show_default=False, metavar="TEXT", help="Text to continue.")
 @click.option("-n", "--max-tokens", type=whole(0), default=128, metavar="N", help="Generate at most N tokens.")
 @click.option(
-    "--temperature", type=real(0, 1e6), default=0.0, metavar="T", help="Sampling temperature; 0: the most likely token."
+    "--temperature",
+    type=real(0, 1_000_000),
+    default=0.0,
+    metavar="T",
+    help="Sampling temperature; 0: the most likely token.",
 )
 @click.option("--top-k", type=whole(0), default=0, metavar="K", help="Sample from the K most likely tokens; 0: all.")
 @click.option(

@@ -45,15 +45,15 @@ class Recipe:
         1,
         "Share of the steps that train the scaffold; then only the low rank trains, in float. 1: both at once.",
     )
-    lr: float = _number(8e-3, 1e-12, 1e3, "Peak learning rate.")
-    low_rank_lr: float = _number(1.0, 1e-6, 1e6, "Learning rate of the low rank, as a multiple of --lr.")
-    float_lr: float = _number(0.25, 1e-6, 1e6, "Learning rate of the float parameters, as a multiple of --lr.")
+    lr: float = _number(8e-3, 1e-12, 1_000, "Peak learning rate.")
+    low_rank_lr: float = _number(1.0, 1e-6, 1_000_000, "Learning rate of the low rank, as a multiple of --lr.")
+    float_lr: float = _number(0.25, 1e-6, 1_000_000, "Learning rate of the float parameters, as a multiple of --lr.")
     warmup: float = _number(0.05, 0, 1, "Share of the steps over which the learning rate rises.")
     final_lr: float = _number(0.05, 0, 1, "Learning rate at the end of the cosine decay, as a multiple of --lr.")
-    cross_entropy: float = _number(0.0, 0, 1e6, "Weight of the cross entropy, added to the KL divergence.")
-    hidden: float = _number(0.0, 0, 1e6, "Weight of the squared error of the hidden states, layer by layer.")
+    cross_entropy: float = _number(0.0, 0, 1_000_000, "Weight of the cross entropy, added to the KL divergence.")
+    hidden: float = _number(0.0, 0, 1_000_000, "Weight of the squared error of the hidden states, layer by layer.")
     ste_window: float = _number(
-        1.5, 1e-6, 1e6, "Straight-through gradient: it passes to latents below this, in units of the row's scale."
+        1.5, 1e-6, 1_000_000, "Straight-through gradient: it passes to latents below this, in units of the row's scale."
     )
     state_dtype: str = _choice("fp32", ["int8"], "int8: round the state between the chunks of a window.")
 

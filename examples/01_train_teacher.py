@@ -136,7 +136,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 @click.option("--warmup", type=whole(1), default=100, help="Steps over which the learning rate rises.")
 @click.option("--batch", type=whole(1, 2**20), default=8, help="Windows per step.")
 @click.option("--tokens", type=whole(2, 2**20), default=256, help="Tokens in a window.")
-@click.option("--lr", type=real(1e-12, 1e3), default=2e-3, help="Peak learning rate.")
+@click.option("--lr", type=real(1e-12, 1_000), default=2e-3, help="Peak learning rate.")
 @click.option("--held-out", type=real(0, 0.5), default=0.02, help="Share of each file, from its end, that is held out.")
 @click.option("--every", type=whole(1), default=200, help="Steps from one held-out loss and checkpoint to the next.")
 @click.option("--seed", type=SEED, default=0, help="Random seed.")
