@@ -145,7 +145,8 @@ class _Batch:
         return out
 
     def _call(self, ids: np.ndarray, out: np.ndarray, done: Callable[[], object], options: Any = None) -> None:
-        self._use(ids, out)
+        if ids is not self._ids or out is not self._out:
+            self._use(ids, out)
         ran: list[None] = []
         try:
             # One call in C, so that Ctrl-C is raised before the run or after it, and `ran` tells which.

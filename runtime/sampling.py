@@ -4,6 +4,7 @@ seed.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -40,9 +41,9 @@ class Sampling:
         With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
         """
         best = int(np.argmax(logits))  # argmax returns a NaN if there is one
-        if self.temperature == 0 or not np.isfinite(logits[best]):
+        if self.temperature == 0 or not math.isfinite(logits[best]):
             return best
-        tokens, weights = candidates(logits, self)
+        tokens, weights = candidates(logits, self, logits[best])
         return int(tokens[draw(weights, _uniform(self.seed, position))])
 
 
@@ -71,14 +72,14 @@ def _passes(sums: np.ndarray, target: float) -> int:
     return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0.0)), side="right"))
 
 
-def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def candidates(logits: np.ndarray, sampling: Sampling, largest: np.float32) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that remain after the filters and their unnormalised probabilities.
 
-    Args: logits f32[V]; `sampling.temperature` > 0.
+    Args: logits f32[V], and the `largest` of them; `sampling.temperature` > 0.
     Returns: (tokens i64[n], weights f32[n]); in falling order of weight where a filter is on, else in token
     order. Equal logits rank by token, so that the same logits give the same set on every machine.
     """
-    weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    weights = np.exp((logits - largest) / np.float32(sampling.temperature))
     if not sampling.top_k and sampling.top_p == 1:
         return np.arange(len(weights)), weights
     if sampling.top_k:
