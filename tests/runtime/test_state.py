@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import struct
 
 import numpy as np
@@ -40,6 +42,36 @@ def test_a_state_file_is_safetensors(engine, state, tmp_path):
     tensors = load_file(tmp_path / "a.state")
     assert set(tensors) == {*state.tensors, "logits", "tokens"}
     assert all((tensors[name] == tensor).all() for name, tensor in state.tensors.items())
+
+
+def sort(header):
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+
+
+def test_bytes_are_the_file(engine, state, tmp_path):
+    state.save(tmp_path / "a.state")
+    data, saved = state.to_bytes(), (tmp_path / "a.state").read_bytes()
+    assert rewritten(data, sort) == rewritten(saved, sort)  # safetensors writes the metadata in any order
+    (tmp_path / "b.state").write_bytes(data)
+    three = State.from_bytes(data), State.from_bytes(saved), State.load(tmp_path / "b.state")
+    assert [follow(engine, found) for found in three] == [follow(engine, state)] * 3
+    for bad in (b"", data[:-1], bytearray(data), None):
+        with pytest.raises(DfssmError, match="what was given is not a state that this dfssm can read"):
+            State.from_bytes(bad)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, State.clone, lambda s: pickle.loads(pickle.dumps(s)), lambda s: State.from_bytes(s.to_bytes())],
+)
+def test_a_copy_of_a_row_is_a_state_of_its_own(engine, copied):
+    batch = engine.new_state(3)
+    engine.prefill(IDS.reshape(3, 3), batch)
+    row = copied(batch.row(1))
+    assert (row.batch, row.whole is row, row.tokens.tolist()) == (1, True, [3])
+    alone = follow(engine, row)
+    assert batch.tokens.tolist() == [3, 3, 3]
+    assert [engine.step([9, token, 9], batch)[1].tolist() for token in (3, 1, 4, 1, 5)] == alone
 
 
 def test_rollback_continues_identically(engine, state):
