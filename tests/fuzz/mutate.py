@@ -113,7 +113,7 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
         return any_bytes(data, rng)
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if isinstance(metadata, dict) and isinstance(metadata.get("config"), str) and rng.random() < 0.4:
-        metadata["config"] = json_file(metadata["config"].encode(), rng).decode(errors="replace")
+        metadata["config"] = json_file(metadata["config"].encode(errors="replace"), rng).decode(errors="replace")
         text = _dumps(header)
     else:
         text = json_file(_dumps(header), rng)

@@ -12,7 +12,7 @@ from dfssm.cli.main import dfssm
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, trt
-from dfssm.targets.bundle import ENGINE, MANIFEST
+from dfssm.targets.bundle import ENGINE, MANIFEST, sealed
 
 # One process has the device, and compiles the model once.
 pytestmark = pytest.mark.xdist_group("gpu")
@@ -38,7 +38,7 @@ def bundle(request, opened, tmp_path, monkeypatch):
         (folder / "model.onnx").rename(folder / ENGINE)
         document = json.loads((folder / MANIFEST).read_text())
         files = document["files"] | {ENGINE: document["files"].pop("model.onnx")}
-        (folder / MANIFEST).write_text(json.dumps(document | {"target": "trt", "files": files, "engine": STAND_IN}))
+        (folder / MANIFEST).write_text(sealed(document | {"target": "trt", "files": files, "engine": STAND_IN}))
         monkeypatch.setattr(cuda, "devices", lambda: ([cuda.Device("GPU", 86)], ""))
         monkeypatch.setattr(trt, "installed", lambda: {"tensorrt-rtx": "1.7.1"})
     return folder
@@ -58,7 +58,7 @@ def test_a_mismatch_is_one_line(bundle, changes, words):
     document = json.loads((bundle / MANIFEST).read_text())
     made = document["engine"]
     facts = {"sm": cuda.devices()[0][0].sm, "version": trt.installed()[made["builder"]]}
-    (bundle / MANIFEST).write_text(json.dumps(document | {"engine": made | changes}))
+    (bundle / MANIFEST).write_text(sealed(document | {"engine": made | changes}))
     with pytest.raises(DfssmError) as caught:
         Engine.load(bundle)
     assert words.format(**facts) in str(caught.value) and "\n" not in str(caught.value)
