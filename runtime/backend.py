@@ -53,12 +53,13 @@ class Pool(Protocol):
 
 class Backend(Protocol):
     """A bundle's step, opened. `layout` is that of a state of one row, without logits; `max_batch` the most rows of a
-    run.
+    run, `max_tokens` the tokens of each by which a prompt is read.
     """
 
     layout: Layout
     vocab_size: int
     max_batch: int
+    max_tokens: int
 
     def pool(self, rows: int) -> Pool:
         """Memory for `rows` sequences that have read nothing."""
@@ -80,7 +81,8 @@ def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool =
 
         target.check(bundle.folder, bundle.manifest, own)
         cuda = Cuda()
-        backend = TensorRTBackend(target.open_engine(bundle, bundle.manifest, own, trust), cuda)
+        opened = target.open_engine(bundle, bundle.manifest, own, trust)
+        backend = TensorRTBackend(opened, cuda, in_place=bundle.manifest.engine["lowering"] == "plugin")
     else:
         from .ort import OrtBackend
 

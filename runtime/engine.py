@@ -26,10 +26,6 @@ from .state import State, require_model
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Tokens of one run of the graph while a prompt is read. Longer runs are no faster (1.3B: 32 to 256 tokens
-# within the noise), and take memory: 8 MB of activations at 64 tokens, 40 MB at 256.
-CHUNK = 64
-
 # Longer prompts leave enough memory behind to be worth the time of giving it back.
 LONG = 16
 
@@ -207,12 +203,12 @@ class Engine:
             )
 
     def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
-        """Run ids i64[B,T] in chunks; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
+        """Run ids i64[B,T] in pieces; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
         pool = self._pool(state)
         self._require_batch(len(ids))
-        total = ids.shape[1]
-        for start in range(0, total, CHUNK):
-            stop = min(start + CHUNK, total)
+        total, most = ids.shape[1], self.backend.max_tokens
+        for start in range(0, total, most):
+            stop = min(start + most, total)
             part = np.ascontiguousarray(ids[:, start:stop])
             if out is None:
                 self.run(pool, state.rows, state.span, part, release_memory=stop == total > LONG)

@@ -1,13 +1,14 @@
 """The step in TensorRT: states live on the device, and decoding replays a CUDA graph where the engine can be recorded.
 
-The arrays of a `State` are copies on the host, brought up to date when they are asked for. A step writes the new states
-of its rows beside the old ones and the two sides change places, so there is a captured graph for either direction;
-where the engine itself declares that an output lies on its input (the plugins' `getAliasedInput`), both sides are one.
+The arrays of a `State` are copies on the host, brought up to date when they are asked for. A step writes the states of
+its rows where it reads them: one buffer is bound as input and as output. TensorRT promises nothing about that, so it is
+tried once when the engine is opened; see `TensorRTBackend`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
@@ -28,25 +29,31 @@ ALIGNMENT = 256
 
 class TensorRTBackend:
     """An engine, a context of it for prompts, and one for the steps of each batch size: a graph that was recorded holds
-    for the shapes that its context then had. `cuda` is a `Cuda`; `engine` an ICudaEngine.
+    for the shapes that its context then had. `cuda` is a `Cuda`; `engine` an ICudaEngine. `in_place`: in the engine's
+    graph one plugin of ours alone reads and writes a state. Then states are updated in place, if a trial shows no
+    difference; else runs write to other buffers, which are copied back.
     """
 
-    def __init__(self, engine: Any, cuda: Any):
+    def __init__(self, engine: Any, cuda: Any, in_place: bool = True):
         self.engine, self.cuda = engine, cuda
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [name for name in names if "." in name and "_out." not in name]
         self.states = {name: name.replace(".", "_out.") for name in inputs}
         self.layout: Layout = {name: (self.dtype(name), tuple(engine.get_tensor_shape(name))[1:]) for name in inputs}
         self.vocab_size = int(engine.get_tensor_shape("logits")[-1])
-        # An older TensorRT cannot be asked: it copies where a plugin wants one buffer and is given two.
-        alias = getattr(engine, "get_aliased_input_tensor", lambda name: None)
-        self.aliased = {name for name, out in self.states.items() if alias(out) == name}
         last = engine.num_optimization_profiles - 1
         self.prompt_context = self._context(last)
         self._step_contexts: dict[int, Any] = {}
         self.max_batch, self.max_tokens = engine.get_tensor_profile_shape("input_ids", last)[2]
         # Contexts and the stream are one for all states, which may be run from several threads.
         self.lock = Lock()
+        self.in_place = in_place and self._works_in_place()
+        if in_place and not self.in_place:
+            warnings.warn(
+                "TensorRT does not update states in place on this GPU: they take twice the memory and a copy a step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def step_context(self, batch: int) -> Any:
         """The context for T = 1 with `batch` rows, of the engine's first profile."""
@@ -57,6 +64,22 @@ class TensorRTBackend:
     def recordable(self, context: Any) -> bool:
         """Whether a run of `context` may be recorded. TensorRT-RTX tells; TensorRT records all of our ops."""
         return getattr(context, "is_stream_capturable", lambda stream: True)(self.cuda.stream)
+
+    def _works_in_place(self) -> bool:
+        """Whether a step from arbitrary states gives the same logits and states, bit for bit, from one buffer as from
+        two. An engine that writes nothing to the second one works in the first whatever is bound.
+        """
+        rng = np.random.default_rng(0)
+        states = {name: _arbitrary(rng, dtype, (1, *shape)) for name, (dtype, shape) in self.layout.items()}
+        found = []
+        for self.in_place in (False, True):
+            pool, after = self.pool(1), {name: np.empty_like(state) for name, state in states.items()}
+            pool.write(0, states)
+            pool.run(np.ones((1, 1), np.int64), 0, lambda: None)
+            pool.read(0, after)
+            found.append([*after.values(), pool.logits])
+        apart, together = found
+        return _same_bits(apart, together) or not any(state.any() for state in apart[:-1])
 
     def _context(self, profile: int, final_kernels: bool = False) -> Any:
         """With `final_kernels`, TensorRT-RTX compiles those for a shape before it runs it; else it begins with general
@@ -99,12 +122,10 @@ class DevicePool:
         self._addresses: list[int] = []
         self._ids = self._allocate(rows * backend.max_tokens * self._ids_dtype.itemsize)
         self._logits = self._allocate(logits.nbytes)
-        # Where each state lies: a run reads its rows on one side and writes them to the other.
-        self._sides = np.zeros(rows, np.int64)
         self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
-        self._states = {name: self._two_sides(name, rows) for name in backend.layout}
-        self._stage: dict[str, tuple[int, int]] = {}
-        self._graphs: dict[tuple[int, int, int], Any] = {}  # side, first row and number of rows -> their step, recorded
+        self._states = self._allocate_states()
+        self._elsewhere: dict[str, dict[str, int]] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}  # first row and number of rows -> their step, recorded
         self._stale = self._ahead = False  # the host's copies are behind the device, or before it
 
     def __del__(self) -> None:
@@ -122,7 +143,7 @@ class DevicePool:
     @property
     def recorded(self) -> bool:
         """Whether the next step of all rows replays a graph."""
-        return (int(self._sides[0]), 0, len(self._sides)) in self._graphs
+        return (0, len(self.logits)) in self._graphs
 
     def compute(self, ids: np.ndarray) -> None:
         """`run`, but the logits stay on the device: for measuring it alone."""
@@ -141,35 +162,33 @@ class DevicePool:
     def reset(self, row: int) -> None:
         with self._device():
             for name, size in self._row_bytes.items():
-                self._cuda.zero(self._address(name, row, self._sides[row]), size)
+                self._cuda.zero(self._address(name, row), size)
             self._stale = True
         self.logits[row] = 0
 
     def copy(self, source: int, to: int) -> None:
         with self._device():
-            self._sides[to] = side = self._sides[source]
             for name, size in self._row_bytes.items():
-                self._cuda.copy(self._address(name, to, side), self._address(name, source, side), size)
+                self._cuda.copy(self._address(name, to), self._address(name, source), size)
             self._stale = True
         self.logits[to] = self.logits[source]
 
     def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
         with self._device():
             for name, tensor in tensors.items():
-                self._cuda.to_host(tensor, self._address(name, row, self._sides[row]))
+                self._cuda.to_host(tensor, self._address(name, row))
 
     def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
         with self._device():
             for name, tensor in tensors.items():
-                self._cuda.to_device(self._address(name, row, self._sides[row]), tensor)
+                self._cuda.to_device(self._address(name, row), tensor)
             self._stale = True
 
     def pull(self) -> None:
         if self._stale:
             with self._device():
-                side = self._align(0, len(self._sides))
                 for name, array in self._host.items():
-                    self._cuda.to_host(array, self._states[name][side])
+                    self._cuda.to_host(array, self._states[name])
             self._stale = False
 
     def push(self) -> None:
@@ -184,9 +203,8 @@ class DevicePool:
                 if self._cuda.recording:  # it was cut short
                     self._cuda.synchronize()
                 if self._ahead:
-                    self._sides[:] = 0
                     for name, array in self._host.items():
-                        self._cuda.to_device(self._states[name][0], array)
+                        self._cuda.to_device(self._states[name], array)
                     self._cuda.synchronize()  # the copies, too, may then be written
                     self._ahead = False
                 yield
@@ -201,76 +219,73 @@ class DevicePool:
 
     def _run(self, ids: np.ndarray, start: int) -> None:
         rows = len(ids)
-        side = self._align(start, rows)
-        lie = {name: (self._address(name, start, side), self._address(name, start, 1 - side)) for name in self._states}
-        bound = lie if all(read % ALIGNMENT == 0 for read, _ in lie.values()) else self._staged()
+        lie = {name: self._address(name, start) for name in self._states}
+        read = lie if all(address % ALIGNMENT == 0 for address in lie.values()) else self._buffers("read")
+        written = read if self._backend.in_place else self._buffers("written")
         self._cuda.to_device(self._ids, ids)
-        if bound is not lie:
-            for name, size in self._row_bytes.items():
-                self._cuda.copy(bound[name][0], lie[name][0], rows * size)
+        self._move(lie, read, rows)
         if ids.shape[1] > 1:
-            self._queue(self._backend.prompt_context, ids.shape, bound)
-        elif graph := self._graphs.get((side, start, rows)):
+            self._queue(self._backend.prompt_context, ids.shape, read, written)
+        elif graph := self._graphs.get((start, rows)):
             self._cuda.launch(graph)
         else:
             # The first run of a shape may allocate, which a capture forbids: run, then record the same for the next.
             context = self._backend.step_context(rows)
-            self._queue(context, ids.shape, bound)
+            self._queue(context, ids.shape, read, written)
             self._cuda.synchronize()
             if self._backend.recordable(context):
-                if len(self._graphs) > 4 * len(self._sides):  # of both sides: all from row 0 on, and each row alone
+                if len(self._graphs) > 2 * len(self.logits):  # all from row 0 on, and each row alone
                     self._release_graphs()
                 self._cuda.begin_capture()
-                self._queue(context, ids.shape, bound)
-                self._graphs[side, start, rows] = self._cuda.end_capture()
-        if bound is not lie:
-            for name, size in self._row_bytes.items():
-                self._cuda.copy(lie[name][1], bound[name][1], rows * size)
+                self._queue(context, ids.shape, read, written)
+                self._graphs[start, rows] = self._cuda.end_capture()
+        self._move(written, lie, rows)
         self._cuda.synchronize()  # `ids` is ours until here
-        self._sides[start : start + rows] = 1 - side
         self._stale = True
 
     def _release_graphs(self) -> None:
         while self._graphs:
             self._cuda.release(self._graphs.popitem()[1])
 
-    def _staged(self) -> dict[str, tuple[int, int]]:
-        """Room for rows that lie where TensorRT does not take them; of usual sizes none do."""
-        if not self._stage:
-            self._stage = {name: self._two_sides(name, len(self._sides) - 1) for name in self._states}
-        return self._stage
-
-    def _align(self, start: int, rows: int) -> int:
-        """Bring rows from `start` on to one side, where most are; returns it. One that joins a batch is copied once."""
-        sides = self._sides[start : start + rows]
-        side = int(2 * sides.sum() > rows)
-        for row in (start + np.flatnonzero(sides != side)).tolist():
-            for name, size in self._row_bytes.items():
-                if name not in self._backend.aliased:
-                    self._cuda.copy(self._address(name, row, side), self._address(name, row, 1 - side), size)
-        sides[:] = side
-        return side
-
-    def _queue(self, context: Any, shape: tuple[int, ...], states: dict[str, tuple[int, int]]) -> None:
-        """Queue a run of the ids [n,T] that were copied; `states`: where each is read and where it is written."""
+    def _queue(self, context: Any, shape: tuple[int, ...], read: dict[str, int], written: dict[str, int]) -> None:
+        """Queue a run of the ids [n,T] that were copied; `read` and `written`: where the states are."""
         context.set_input_shape("input_ids", shape)
         context.set_tensor_address("input_ids", self._ids)
         context.set_tensor_address("logits", self._logits)
         for name, out in self._backend.states.items():
-            read, written = states[name]
             context.set_input_shape(name, (shape[0], *self._backend.layout[name][1]))
-            context.set_tensor_address(name, read)
-            context.set_tensor_address(out, written)
+            context.set_tensor_address(name, read[name])
+            context.set_tensor_address(out, written[name])
         if not context.execute_async_v3(self._cuda.stream):
             raise DfssmError(f"TensorRT could not run the step for {math.prod(shape)} tokens: see its message above")
 
-    def _address(self, name: str, row: int, side: int) -> int:
-        return int(self._states[name][side] + row * self._row_bytes[name])
+    def _move(self, source: dict[str, int], to: dict[str, int], rows: int) -> None:
+        """Queue a copy of the states of so many rows, where it is one."""
+        for name, size in self._row_bytes.items() if source is not to else ():
+            self._cuda.copy(to[name], source[name], rows * size)
 
-    def _two_sides(self, name: str, rows: int) -> tuple[int, int]:
-        first = self._allocate(rows * self._row_bytes[name])
-        return first, first if name in self._backend.aliased else self._allocate(rows * self._row_bytes[name])
+    def _buffers(self, use: str) -> dict[str, int]:
+        """Other buffers for the states of a run: to be read where rows lie at addresses that TensorRT does not take (of
+        usual sizes none do), to be written where it does not work in place.
+        """
+        if use not in self._elsewhere:
+            self._elsewhere[use] = self._allocate_states()
+        return self._elsewhere[use]
+
+    def _address(self, name: str, row: int) -> int:
+        return int(self._states[name] + row * self._row_bytes[name])
+
+    def _allocate_states(self) -> dict[str, int]:
+        return {name: self._allocate(len(self.logits) * size) for name, size in self._row_bytes.items()}
 
     def _allocate(self, size: int) -> int:
         self._addresses.append(self._cuda.allocate(size))
         return self._addresses[-1]
+
+
+def _same_bits(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def _arbitrary(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype) if dtype.kind == "f" else rng.integers(-127, 128, shape, dtype)

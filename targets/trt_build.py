@@ -80,6 +80,7 @@ def build(trt: ModuleType, request: Request) -> dict[str, Any]:
     if not parser.parse_from_file(request.model):
         raise BuildError(f"the graph does not parse: {_parser_error(parser, log)}")
     parsed = time.perf_counter()
+    _make_linear(trt, network)
     config, profiles = _config(trt, builder, network, request)
     monitor = _monitor(trt)
     if monitor:
@@ -134,9 +135,6 @@ def _config(trt: ModuleType, builder: Any, network: Any, request: Request) -> tu
     # fp32 is to mean fp32: TensorRT may round the factors of its own products to ten bits otherwise.
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
-    # States are updated in place: plugins declare their outputs to be their inputs' memory.
-    if request.library and hasattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03"):
-        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if request.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if request.embed_plugins:
@@ -150,6 +148,14 @@ def _config(trt: ModuleType, builder: Any, network: Any, request: Request) -> tu
         _set_capabilities(trt, config, _capabilities(trt, request))
     profiles = [_add_profile(builder, config, network, *profile) for profile in request.profiles]
     return config, profiles
+
+
+def _make_linear(trt: ModuleType, network: Any) -> None:
+    """As the runtime binds tensors: a state that TensorRT reformats would be another buffer for the plugin."""
+    for index in range(network.num_inputs):
+        network.get_input(index).allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
+    for index in range(network.num_outputs):
+        network.get_output(index).allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
 def _capabilities(trt: ModuleType, request: Request) -> Sequence[int]:

@@ -81,15 +81,24 @@ class FakeCuda:
         assert not self.recording, "this would not be part of the graph"
 
 
+ALIASED = ("aliased", "alias not reported")
+BINDINGS = ("direct", *ALIASED, "copied", "overwritten")
+"""What a TensorRT may do with a state's two addresses: give them to the op; write to the input's whatever the output's
+is (it was declared an alias), and say so or not; copy the state to the output's and update it there; use the output's
+for something else before the input is read.
+"""
+
+
 class FakeEngine:
     """An engine over an ONNX Runtime session, of two profiles: of a step graph T = 1 and T up to `max_tokens`. With
-    `aliased`, new states must be bound where the old ones lie; with `rtx`, it has what only TensorRT-RTX has.
+    `rtx`, it has what only TensorRT-RTX has.
     """
 
     num_optimization_profiles = 2
 
-    def __init__(self, cuda, session, max_batch=1, max_tokens=1, aliased=False, rtx=False):
-        self.cuda, self.session, self.limits = cuda, session, (max_batch, max_tokens)
+    def __init__(self, cuda, session, max_batch=1, max_tokens=1, binding="direct", rtx=False):
+        assert binding in BINDINGS
+        self.cuda, self.session, self.limits, self.binding = cuda, session, (max_batch, max_tokens), binding
         self.inputs = {t.name: t for t in session.get_inputs() if t.name != "logits_to_keep"}
         self.outputs = {t.name: t for t in session.get_outputs()}
         self.tensors = self.inputs | self.outputs
@@ -100,7 +109,7 @@ class FakeEngine:
                 dynamic_shapes_kernel_specialization_strategy=Strategy.LAZY
             )
         states = {name: name.replace("_out.", ".").replace("new_", "") for name in self.outputs}
-        self.aliases = {name: state for name, state in states.items() if aliased and state in self.inputs}
+        self.states = {name: state for name, state in states.items() if state in self.inputs}
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
@@ -112,7 +121,7 @@ class FakeEngine:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
 
     def get_aliased_input_tensor(self, name):
-        return self.aliases.get(name)
+        return self.states.get(name) if self.binding == "aliased" else None
 
     def get_tensor_profile_shape(self, name, profile):
         assert name == "input_ids"
@@ -156,17 +165,29 @@ class FakeContext:
             _, _, (most_rows, most_tokens) = engine.get_tensor_profile_shape("input_ids", self.profile)
             assert batch <= most_rows and tokens <= most_tokens
         for name in engine.outputs:
-            same = [other for other in engine.inputs if addresses[other] == addresses[name]]
-            assert same == [engine.aliases[name]] if name in engine.aliases else not same
+            same = {other for other in engine.tensors if addresses[other] == addresses[name]}
+            assert same <= {name, engine.states.get(name)}
+        written = dict(addresses)
+        if engine.binding in ALIASED:
+            written |= {name: addresses[state] for name, state in engine.states.items()}
+
+        def size_of(name):
+            return int(np.prod(shapes[name])) * _NUMPY[engine.get_tensor_dtype(name).name]().itemsize
 
         def work():
+            read = dict(addresses)
+            for name, state in engine.states.items():
+                if engine.binding == "copied":
+                    cuda.at(addresses[name], size_of(state))[:] = cuda.at(addresses[state], size_of(state))
+                    read[state] = addresses[name]
+                elif engine.binding == "overwritten":
+                    cuda.at(addresses[name], size_of(state))[:] = 85
             feeds = {"logits_to_keep": np.array(1)} if "input_ids" in shapes else {}
             for name in engine.inputs:
-                dtype = np.dtype(_NUMPY[engine.get_tensor_dtype(name).name])
-                size = int(np.prod(shapes[name])) * dtype.itemsize
-                feeds[name] = cuda.at(addresses[name], size).view(dtype).reshape(shapes[name]).copy()
+                dtype = _NUMPY[engine.get_tensor_dtype(name).name]
+                feeds[name] = cuda.at(read[name], size_of(name)).view(dtype).reshape(shapes[name]).copy()
             for name, array in zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True):
-                cuda.at(addresses[name], array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
+                cuda.at(written[name], array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
 
         def recorded_work():
             assert self.shapes == shapes, "the context of a recording has other shapes now"

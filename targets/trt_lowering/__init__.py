@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from .check import check_lowered
+from .check import check_in_place, check_lowered
 from .graph import load, save
 
 LOWERINGS = {
@@ -31,10 +31,13 @@ def lower(model: Path, output: Path, lowering: str = "plugin") -> dict[str, list
     """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file.
 
     Returns what each pass changed. Raises ValueError when what came out is not the graph that went in: that is a bug
-    of a pass.
+    of a pass. DfssmError where plugins cannot update a state in place.
     """
     graph = load(model)
     changed = {name: run(graph) for name, run in passes(lowering).items()}
     save(graph, output)
-    check_lowered(load(model), load(output), lowering)
+    written = load(output)
+    check_lowered(load(model), written, lowering)
+    if lowering == "plugin":
+        check_in_place(written)
     return changed

@@ -10,12 +10,13 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from dfssm.opset import DOMAIN
+from dfssm.opset import DOMAIN, DfssmError
 from dfssm.opset.fusion import FusedOp
 from dfssm.opset.ops import FUSED, OPS
+from dfssm.targets.trt_plugins import PLUGINS
 
 from .fuse import columns_read
-from .graph import ours, raw_bytes
+from .graph import ours, raw_bytes, uses
 
 
 @dataclass
@@ -69,6 +70,31 @@ def check_lowered(step: gs.Graph, lowered: gs.Graph, lowering: str) -> None:
         became |= {old.name: new.name for old, new in zip(before.outputs, call.outputs, strict=True)}
     for call in found.values():
         raise ValueError(f"{call} was not there")
+
+
+def check_in_place(lowered: gs.Graph) -> None:
+    """DfssmError, naming it, where a state may not be written in the buffer that it is read from. TensorRT knows
+    nothing of that, so one node of ours must be alone in reading the state, and make the new one of it.
+    """
+    made_of: dict[str, tuple[gs.Node, int]] = {}
+    for node in ours(lowered):
+        specs = PLUGINS[node.op]
+        inputs = [spec.name for spec in specs.inputs]
+        for spec, tensor in zip(specs.outputs, node.outputs, strict=False):
+            if spec.over:
+                made_of[tensor.name] = node, inputs.index(spec.over)
+    for state in lowered.inputs:
+        if "." not in state.name:
+            continue
+        readers = uses(state)
+        maker = made_of.get(state.name.replace(".", "_out."))
+        if maker is None or readers != [maker]:
+            read_by = " and ".join(f"{node.op} {node.name}" for node, _ in readers) or "nothing"
+            makes = f"{maker[0].op} {maker[0].name}" if maker else "no plugin"
+            raise DfssmError(
+                f"{state.name} cannot be updated in place: {read_by} reads it, {makes} makes the new one; "
+                "compile with --lowering native"
+            )
 
 
 def _named(before: Call, found: dict[tuple[str, str], Call]) -> Call | None:

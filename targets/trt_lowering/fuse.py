@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from dfssm.opset import DOMAIN, OPS
 from dfssm.opset.ops import FUSED
 
-from .graph import Changes, Refused, ours, take_out
+from .graph import Changes, Refused, ours, take_out, uses
 
 MOST_COLUMNS = 12288
 """A row of the product's input lies in shared memory, in fp32; every GPU has 48 KB a block."""
@@ -51,7 +51,7 @@ def _fuse(graph: gs.Graph, product: gs.Node) -> None:
 
 def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> None:
     (y,) = product.outputs
-    convolutions = [user for user, index in _uses(y) if _is_ours(user, "CausalConv1dStep") and index == 0]
+    convolutions = [user for user, index in uses(y) if _is_ours(user, "CausalConv1dStep") and index == 0]
     if len(convolutions) != 1:
         raise Refused(f"{y.name} is convolved by {len(convolutions)} CausalConv1dStep, not by one")
     (conv,) = convolutions
@@ -61,16 +61,16 @@ def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> Non
     attributes = _attributes("NormScaffoldConv", norm, product, conv)
     start = attributes["x_start"] = max(attributes["x_start"], 0)
     stop = start + conv.inputs[2].shape[0]
-    for user, index in _uses(y):
+    for user, index in uses(y):
         columns = columns_read(user.op, index, user.attrs, user.inputs) if user.domain == DOMAIN else None
         if user is not conv and (columns is None or columns.start < stop and start < columns.stop):
             which = "all columns" if columns is None else f"columns {columns.start} to {columns.stop - 1}"
             raise Refused(f"{_described(user)} reads {which} of {y.name}, of which {start} to {stop - 1} are convolved")
-    for user, index in _uses(channels):
+    for user, index in uses(channels):
         if not _start_attribute(user, index):
             raise Refused(f"{_described(user)} reads {channels.name} and has no attribute to read columns by")
 
-    for user, index in _uses(channels):
+    for user, index in uses(channels):
         name = _start_attribute(user, index)
         user.attrs[name] = start + max(user.attrs.get(name, -1), 0)
         user.inputs[index] = y
@@ -80,7 +80,7 @@ def _norm_scaffold_conv(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> Non
 def _gated_norm_scaffold_add(graph: gs.Graph, norm: gs.Node, product: gs.Node) -> None:
     (y,) = product.outputs
     _require_one_reader(graph, y)
-    ((add, index),) = _uses(y)
+    ((add, index),) = uses(y)
     if add.op != "Add" or add.domain not in (None, ""):
         raise Refused(f"{y.name} is read by {_described(add)}, not by an Add")
     residual = add.inputs[1 - index]
@@ -97,7 +97,7 @@ def _require_one_reader(graph: gs.Graph, tensor: gs.Tensor) -> None:
     """Refused unless one node reads `tensor`, once, and nothing else does."""
     if _is_output(graph, tensor):
         raise Refused(f"{tensor.name} is an output of the graph")
-    readers = [_described(user) for user, _ in _uses(tensor)]
+    readers = [_described(user) for user, _ in uses(tensor)]
     if len(readers) != 1:
         raise Refused(f"{tensor.name} is read by {' and '.join(readers) or 'nothing'}, not by one node alone")
 
@@ -134,12 +134,6 @@ def _is_ours(node: gs.Node, op: str) -> bool:
 
 def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     return any(output is tensor for output in graph.outputs)
-
-
-def _uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
-    """Each node that reads `tensor`, and as which of its inputs."""
-    users = {id(node): node for node in tensor.outputs}.values()
-    return [(node, index) for node in users for index, value in enumerate(node.inputs) if value is tensor]
 
 
 def _start_attribute(node: gs.Node, index: int) -> str | None:

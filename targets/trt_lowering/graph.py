@@ -64,6 +64,12 @@ def ours(graph: gs.Graph, *ops: str) -> Iterator[gs.Node]:
     return (node for node in list(graph.nodes) if node.domain == DOMAIN and (not ops or node.op in ops))
 
 
+def uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
+    """Each node that reads `tensor`, and as which of its inputs."""
+    users = {id(node): node for node in tensor.outputs}.values()
+    return [(node, index) for node in users for index, value in enumerate(node.inputs) if value is tensor]
+
+
 def node_named(graph: gs.Graph, name: str) -> gs.Node | None:
     """The node called `name`, if there is one."""
     return next((node for node in graph.nodes if node.name == name), None)

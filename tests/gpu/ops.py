@@ -88,8 +88,12 @@ def build(cases: list[Case | FusedCase], builder: str, sm: int, folder: Path) ->
     return Manifest("trt", {}, "fp32", 0, {}, engine=engine)
 
 
-def run(engine, cuda, cases: list[Case | FusedCase], prefix: bool = True) -> list[list[np.ndarray]]:
-    """Each case's outputs, in the plugin's order, of one run of the engine on `cuda`."""
+def run(
+    engine, cuda, cases: list[Case | FusedCase], prefix: bool = True, in_place: bool = True
+) -> list[list[np.ndarray]]:
+    """Each case's outputs, in the plugin's order, of one run of the engine on `cuda`. `in_place`: one buffer for a
+    state and the new one.
+    """
     context = engine.create_execution_context()
     assert context.set_optimization_profile_async(0, cuda.stream)
     addresses, results = {}, []
@@ -104,8 +108,8 @@ def run(engine, cuda, cases: list[Case | FusedCase], prefix: bool = True) -> lis
         for name, expected in outputs(case).items():
             dtype = np.dtype(DTYPES[engine.get_tensor_dtype(names + name).name])
             result = results[-1][names + name] = np.empty(expected.shape, dtype)
-            alias = getattr(engine, "get_aliased_input_tensor", lambda name: None)(names + name)
-            addresses[names + name] = addresses[alias] if alias else cuda.allocate(result.nbytes)
+            state = names + name.removeprefix("new_") if in_place else ""
+            addresses[names + name] = addresses.get(state) or cuda.allocate(result.nbytes)
     assert len(addresses) == engine.num_io_tensors
     for name, address in addresses.items():
         assert context.set_tensor_address(name, address)

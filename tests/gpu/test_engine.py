@@ -78,6 +78,10 @@ def test_states_stay_on_the_device(device, reference, rows):
     assert ours.tokens.tolist() == theirs.tokens.tolist()
 
 
+def test_states_are_updated_in_place(device):
+    assert device.backend.in_place, "a trial of it spoilt a state: is every kernel right in place?"
+
+
 @pytest.mark.parametrize("rows", [1, devices.MAX_BATCH])
 def test_recorded_steps_are_those_that_are_not(device, rows, monkeypatch):
     recorded, plain = device.new_state(rows), device.new_state(rows)

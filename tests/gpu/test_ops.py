@@ -16,6 +16,7 @@ from dfssm.targets.trt_plugins import PLUGINS
 
 pytestmark = pytest.mark.xdist_group("gpu")
 
+STATEFUL = ("CausalConv1dStep", "SelectiveScanStep", "NormScaffoldConv")
 PRODUCTS = ("BinaryScaffoldMatMul", "Int8MatMul")
 
 CASES = {op: [case for case in (*lowered.CANONICAL, *fused.CASES) if case.op == op] for op in PLUGINS}
@@ -37,12 +38,12 @@ def run(tmp_path_factory):
     """Runs cases on the GPU, in an engine of `builder`."""
     cuda = Cuda()
 
-    def run(cases, builder: str) -> list[list[np.ndarray]]:
+    def run(cases, builder: str, in_place: bool = True) -> list[list[np.ndarray]]:
         if reason := devices.missing_for(builder):
             pytest.skip(reason)
         folder = tmp_path_factory.mktemp("ops")
         engine = trt.open_engine(folder, ops.build(cases, builder, devices.sm(), folder))
-        return ops.run(engine, cuda, cases)
+        return ops.run(engine, cuda, cases, in_place=in_place)
 
     return run
 
@@ -56,6 +57,16 @@ def test_plugin_is_the_reference(run, builder, op):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("op", STATEFUL)
+@pytest.mark.parametrize("builder", devices.BUILDERS)
+def test_a_state_in_place_is_that_of_two_buffers(run, builder, op):
+    together, apart = (run(CASES[op], builder, in_place=in_place) for in_place in (True, False))
+    for case, *both in zip(CASES[op], together, apart, strict=True):
+        for one, other in zip(*both, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=case.id)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", PRODUCTS)
 @pytest.mark.parametrize("builder", devices.BUILDERS)
 def test_whole_numbers_are_exact(run, builder, op):
@@ -66,9 +77,9 @@ def test_whole_numbers_are_exact(run, builder, op):
 SOME = [case for op in PLUGINS for case in (CASES[op] + WHOLE.get(op, []))[1::9]]
 
 
-@pytest.mark.parametrize("aliased", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
-def test_over_the_stand_in(case, aliased):
+def test_over_the_stand_in(case, in_place):
     """What the tests above do with an engine, done with one case in ONNX Runtime."""
     if isinstance(case, Case):
         model = node_model(case, constants=True, body=True).SerializeToString()
@@ -78,7 +89,7 @@ def test_over_the_stand_in(case, aliased):
     else:
         session = adapter.session(fused.node_model(case))
     cuda = FakeCuda()
-    (outputs,) = ops.run(FakeEngine(cuda, session, aliased=aliased), cuda, [case], prefix=False)
+    (outputs,) = ops.run(FakeEngine(cuda, session), cuda, [case], prefix=False, in_place=in_place)
     check_exact(case, outputs) if isinstance(case, ops.Whole) else check(case, outputs)
     assert not cuda.memory
 

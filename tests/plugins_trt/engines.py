@@ -40,14 +40,17 @@ def missing() -> str | None:
 @dataclass
 class Built:
     """What came of a model: `size` of its engine (0: none), its `layers` as (name, type, plugin), `outputs` as (name,
-    dtype), the workspace of the largest layer (`scratch`), the plugin fields that are `embedded` in it, and the
-    `errors` that were logged.
+    dtype), the workspace of the largest layer (`scratch`), all memory between layers (`activations`), how many copies
+    of constants the builder put in (`copies`), the plugin fields that are `embedded` in it, and the `errors` that were
+    logged.
     """
 
     size: int
     layers: list[tuple[str, str, str]]
     outputs: list[tuple[str, str]]
     scratch: int
+    activations: int
+    copies: int
     embedded: list[str]
     errors: list[str]
 
@@ -86,6 +89,7 @@ def _build(models: dict[str, onnx.ModelProto], folder: Path) -> None:
 
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+), .*?(?:PluginType: (\w+).*)?$", re.MULTILINE)
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
 def main() -> None:
@@ -117,7 +121,6 @@ def main() -> None:
         if not trt.OnnxParser(network, logger).parse(model):
             return b"", []
         config = builder.create_builder_config()
-        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.num_compute_capabilities = len(SMS)
         for i, sm in enumerate(SMS):
@@ -137,13 +140,15 @@ def main() -> None:
         logger.lines.clear()
         plan, outputs = engine((folder / f"{i}.onnx").read_bytes())
         text = "\n".join(message for _, message in logger.lines)
-        scratch = _SCRATCH.search(text)
+        scratch, activations = _SCRATCH.search(text), _ACTIVATIONS.search(text)
         built.append(
             {
                 "size": len(plan),
                 "outputs": outputs,
                 "layers": _LAYER.findall(text.rpartition("\nLayers:")[2]),
                 "scratch": int(scratch[1]) if scratch else 0,
+                "activations": int(activations[1]) if activations else 0,
+                "copies": text.count("Insert CopyNode"),
                 "errors": [message for severity, message in logger.lines if severity <= trt.ILogger.Severity.ERROR],
                 "embedded": [name for names in creators.values() for name in names if name.encode() in plan],
             }

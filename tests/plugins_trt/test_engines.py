@@ -10,16 +10,15 @@ import pytest
 from each import check_each
 from onnx import TensorProto
 from plugins_trt import engines, fused, lowered
-from trt_graphs import write_step
+from trt_graphs import DEMO, write_step
 
+from dfssm.model.checkpoint import load_student_tensors
 from dfssm.opset.cases import Case
 from dfssm.targets.trt_lowering import lower
 from dfssm.targets.trt_plugins import FUSED, PLUGINS
 
 OWN = {"SelectiveScanStep": {"int8_state"}, "Int8MatMul": {"w_words"}}
 """Fields that only the plugins have: see plugins/trt/<op>/plugin.cpp."""
-
-STATEFUL = {"CausalConv1dStep", "SelectiveScanStep", "NormScaffoldConv"}
 
 GOOD = {case.id: case for case in [case for case in lowered.CANONICAL if case.kind == "normal"][::2]}
 """Every other case: half of them are enough for shapes and types, and an engine takes 0.1 s."""
@@ -117,11 +116,20 @@ def variants() -> dict:
     return models
 
 
-def student(folder) -> onnx.ModelProto:
-    """A whole model of two layers, lowered."""
-    write_step(folder, "plain")
+def student(folder, name: str) -> onnx.ModelProto:
+    """A whole model, lowered."""
+    write_step(folder, name)
     lower(folder / "model.onnx", folder / "lowered.onnx")
     return onnx.load(folder / "lowered.onnx")
+
+
+def of_one_token(model: onnx.ModelProto) -> onnx.ModelProto:
+    """For one row and one token alone."""
+    for tensor in model.graph.input:
+        for dim in tensor.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = 1
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,8 @@ def built(tmp_path_factory):
         pytest.skip(reason)
     models = {name: lowered.node_model(case) for name, case in GOOD.items()}
     models |= {name: fused.node_model(case) for name, case in FUSED_GOOD.items()}
-    models["student"] = student(tmp_path_factory.mktemp("student"))
+    models["student"] = student(tmp_path_factory.mktemp("student"), "plain")
+    models["demo, a token"] = of_one_token(student(tmp_path_factory.mktemp("demo"), "demo"))
     models |= VARIANTS | {name: model for name, (model, _) in WRONG.items()}
     mine = tmp_path_factory.getbasetemp()  # under xdist one folder a worker, side by side
     return engines.build(models, (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "engines")
@@ -167,12 +176,8 @@ def test_engine(built, op):
         engine = built[0][name]
         assert not engine.errors
         assert engine.size
-        if op in STATEFUL:
-            # A layer of its own; what shares no memory becomes part of a region that TensorRT compiles.
-            assert [layer for layer in engine.layers if layer[1] != "Constant"] == [["/the/node", "PluginV3", op]]
-        else:
-            assert [kind for _, kind, _ in engine.layers] == ["shape_call", "custom_layer"]  # the former is host code
-            assert engine.layers[1][0].startswith("/the/node")
+        assert [kind for _, kind, _ in engine.layers] == ["shape_call", "custom_layer"]  # the former is host code
+        assert engine.layers[1][0].startswith("/the/node")
         # What the runtime makes the plugin from.
         assert set(engine.embedded) >= set(built[1][op])
 
@@ -193,6 +198,16 @@ def test_layers_of_a_student(built):
     *between, norm, head = computing[first + len(wanted) :]
     assert [kind for _, kind in between] == ["kgen"]  # the last token
     assert norm[0].startswith("/norm_f") and head[0].startswith("/lm_head")
+
+
+def test_a_step_is_one_region_that_copies_nothing(built):
+    """Neither the embedding's table, which a tied head reads too, nor a state: the memory between layers holds none."""
+    engine = built[0]["demo, a token"]
+    assert not engine.errors and not engine.copies
+    assert [kind for _, kind, _ in engine.layers] == ["kgen", *["custom_layer"] * (6 * 3 + 2)]
+    config, _ = load_student_tensors(DEMO)
+    state = config.nheads * config.d_state * config.headdim * 2
+    assert 0 < engine.activations < min(state, config.vocab_size * config.d_model)
 
 
 KINDS = {"half": "HALF", "bfloat16": "BF16"}

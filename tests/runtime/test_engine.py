@@ -10,7 +10,6 @@ import tiny
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
-from dfssm.runtime import engine as engine_module
 
 PROMPT = np.random.default_rng(1).integers(0, 256, 12)
 
@@ -40,7 +39,7 @@ def test_logits_of_all_tokens_end_with_those_of_prefill(engine):
 def test_chunks_of_a_prompt_do_not_change_it(engine, monkeypatch):
     whole = engine.prefill(PROMPT, engine.new_state())
     all_tokens = engine.logits(PROMPT)
-    monkeypatch.setattr(engine_module, "CHUNK", 5)
+    monkeypatch.setattr(engine.backend, "max_tokens", 5)
     state = engine.new_state()
     tolerance = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.5}[engine.manifest.state_dtype]
     assert np.abs(engine.prefill(PROMPT, state) - whole).max() <= tolerance

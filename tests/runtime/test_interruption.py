@@ -12,7 +12,6 @@ from signals import everywhere
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
-from dfssm.runtime import engine as engine_module
 
 IDS = np.random.default_rng(3).integers(0, 256, 11)
 CHUNK = 4
@@ -27,8 +26,9 @@ def engine(tiny_bundle):
 
 @pytest.fixture(params=BACKENDS)
 def run_by(request, engine, monkeypatch):
-    monkeypatch.setattr(engine_module, "CHUNK", CHUNK)
-    return BACKENDS[request.param](engine)
+    run_by = BACKENDS[request.param](engine)
+    monkeypatch.setattr(run_by.backend, "max_tokens", CHUNK)
+    return run_by
 
 
 def moment(state):

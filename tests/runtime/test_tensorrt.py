@@ -1,10 +1,11 @@
 """The engine over a device, its states there and its decoding from a recorded graph, against the engine on the CPU."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from fake_device import FakeCuda, FakeEngine, Strategy
+from fake_device import BINDINGS, FakeCuda, FakeEngine, Strategy
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -13,16 +14,20 @@ from dfssm.runtime.tensorrt import TensorRTBackend
 PROMPT = np.random.default_rng(2).integers(0, 256, 11)
 
 
-@pytest.fixture(params=[{}, {"aliased": True}, {"rtx": True}], ids=["two_buffers", "aliased", "rtx"])
+@pytest.fixture(params=[*BINDINGS, "rtx", "native"])
 def device(request, engine):
-    return over_fake(engine, **request.param)
+    if request.param in BINDINGS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return over_fake(engine, binding=request.param)
+    return over_fake(engine, in_place=request.param != "native", rtx=True)
 
 
-def over_fake(engine, **kind):
+def over_fake(engine, in_place=True, **kind):
     """`engine` over the fake device, for up to 3 rows and 5 tokens a run."""
     cuda = FakeCuda()
     fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, **kind)
-    return Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
+    return Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda, in_place), threads=1)
 
 
 def same(a, b):
@@ -32,9 +37,9 @@ def same(a, b):
 
 
 @pytest.fixture
-def in_fives(monkeypatch):
+def in_fives(engine, monkeypatch):
     """The engine on the CPU reads prompts in the pieces the device does: a narrow state is rounded after each."""
-    monkeypatch.setattr("dfssm.runtime.engine.CHUNK", 5)
+    monkeypatch.setattr(engine.backend, "max_tokens", 5)
 
 
 def test_steps_are_those_of_the_cpu(engine, device):
@@ -48,8 +53,41 @@ def test_decoding_replays_a_graph(device):
     state = device.new_state()
     for token in PROMPT:
         device.step([token], state)
-    # One first run for each side of the states is not from a graph; an engine that works in place has one side twice.
-    assert device.backend.cuda.launches == len(PROMPT) - 2
+    assert device.backend.cuda.launches == len(PROMPT) - 1  # the first run is not from a graph
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_whether_states_are_updated_in_place_is_tried(engine, binding):
+    """Where TensorRT spoils a state that is read and written in one buffer, there are two, and that is said once."""
+    with warnings.catch_warnings(record=True) as said:
+        device = over_fake(engine, binding=binding)
+        state = device.new_state(2)
+        device.prefill([[1, 2, 3]] * 2, state)
+        device.step([4, 5], state)
+    assert device.backend.in_place == (binding != "overwritten")
+    assert [warning.category for warning in said] == [RuntimeWarning] * (not device.backend.in_place)
+    held = sum(map(len, device.backend.cuda.memory.values()))
+    rest = state.logits.nbytes + 2 * 5 * 8  # logits, and ids of two rows
+    assert held == rest + state.nbytes * (1 if device.backend.in_place else 2)
+
+
+def test_states_of_an_engine_without_plugins_are_apart_and_nothing_is_tried(engine):
+    device = over_fake(engine, in_place=False)
+    assert not device.backend.in_place and not device.backend._step_contexts
+
+
+def test_a_prompt_is_read_in_pieces_of_the_profile(engine, monkeypatch):
+    """As many tokens a run as the engine was built for, whatever the CPU's pieces are."""
+    cuda = FakeCuda()
+    fake = FakeEngine(cuda, engine.backend.session, max_tokens=100)
+    device = Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
+    runs = []
+    monkeypatch.setattr(
+        device.backend.prompt_context, "set_input_shape", lambda name, shape: runs.append((name, shape))
+    )
+    monkeypatch.setattr(device.backend.prompt_context, "execute_async_v3", lambda stream: True)
+    device.prefill(np.arange(250) % 200, device.new_state())
+    assert [shape for name, shape in runs if name == "input_ids"] == [(1, 100), (1, 100), (1, 50)]
 
 
 def test_an_engine_that_cannot_be_recorded(engine):
@@ -101,6 +139,19 @@ def test_rows_of_unequal_lengths(engine, device, in_fives):
     assert device.prefill(rows, ours).tolist() == engine.prefill(rows, theirs).tolist()
     assert device.step([1, 2, 3], ours).tolist() == engine.step([1, 2, 3], theirs).tolist()
     same(ours, theirs)
+
+
+def test_rows_of_unequal_lengths_move_no_states(engine, monkeypatch):
+    device = over_fake(engine)
+    state = device.new_state(3)
+    device.step([1, 2, 3], state)
+    moved = []
+    for name in ("copy", "to_host", "to_device"):
+        monkeypatch.setattr(device.backend.cuda, name, lambda *arguments: moved.append(arguments))
+    device.prefill([PROMPT[:3], PROMPT[3:10], PROMPT[10:]], state)
+    arrays = [array for arguments in moved for array in arguments if isinstance(array, np.ndarray)]
+    assert moved and len(arrays) == len(moved)  # ids and logits, between host and device
+    assert max(array.nbytes for array in arrays) <= state.logits[0].nbytes
 
 
 def test_a_row_and_its_batch_see_each_other(engine, device):

@@ -201,15 +201,16 @@ class Recorder:
         return lambda *args, **kw: self.calls.append((name, *args))
 
 
-def fake_tensorrt(flags: dict, previews: dict, config: Recorder, builder: Recorder) -> SimpleNamespace:
+def fake_tensorrt(flags: dict, config: Recorder, builder: Recorder) -> SimpleNamespace:
     """A `tensorrt` with these flags: 10.x has STRONGLY_TYPED, 11 has strongly typed networks only and no such flag."""
     shape = SimpleNamespace(name="input_ids", shape=(-1, -1))
-    state = SimpleNamespace(name="ssm_state.0", shape=(-1, 4, 8, 16))
+    state, logits = SimpleNamespace(name="ssm_state.0", shape=(-1, 4, 8, 16)), SimpleNamespace(name="logits")
+    network = SimpleNamespace(
+        num_inputs=2, num_outputs=1, num_layers=7, get_input=lambda i: (shape, state)[i], get_output=lambda i: logits
+    )
     builder.__dict__ |= {
-        "create_network": lambda bits: (
-            builder.calls.append(("create_network", bits))
-            or SimpleNamespace(num_inputs=2, num_layers=7, get_input=lambda i: (shape, state)[i])
-        ),
+        "create_network": lambda bits: builder.calls.append(("create_network", bits)) or network,
+        "tensors": (shape, state, logits),
         "create_builder_config": lambda: config,
         "create_optimization_profile": lambda: Recorder(),
         "build_serialized_network": lambda network, config: b"plan",
@@ -222,16 +223,15 @@ def fake_tensorrt(flags: dict, previews: dict, config: Recorder, builder: Record
         OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
         NetworkDefinitionCreationFlag=SimpleNamespace(**flags),
         BuilderFlag=SimpleNamespace(VERSION_COMPATIBLE="VC", STRIP_PLAN="SP", TF32="TF32"),
-        PreviewFeature=SimpleNamespace(**previews),
+        TensorFormat=SimpleNamespace(LINEAR=0),
         HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere"),
         get_plugin_registry=lambda: SimpleNamespace(load_library=lambda path: "handle"),
     )
 
 
 @pytest.mark.parametrize("flags, bits", [({"STRONGLY_TYPED": 1}, 2), ({}, 0)])
-@pytest.mark.parametrize("previews", [{"ALIASED_PLUGIN_IO_10_03": 3}, {}])
-def test_what_versions_of_tensorrt_differ_in(flags, bits, previews, tmp_path):
-    """A flag, a preview feature or a monitor that a version lacks is not asked for; all else is set the same."""
+def test_what_versions_of_tensorrt_differ_in(flags, bits, tmp_path):
+    """A flag or a monitor that a version lacks is not asked for; all else is set the same."""
     cache = Recorder()
     cache.serialize = lambda: b"timings"
     config, builder = Recorder(), Recorder()
@@ -245,13 +245,13 @@ def test_what_versions_of_tensorrt_differ_in(flags, bits, previews, tmp_path):
         *("tensorrt", "lowered.onnx", str(engine), "lib.so", (), ((2, 1, 1), (2, 64, 64)), str(timings)),
         version_compatible=True, hardware_compatible=True, embed_plugins=True,
     )  # fmt: skip
-    fake = fake_tensorrt(flags, previews, config, builder)
+    fake = fake_tensorrt(flags, config, builder)
     built = trt_build.build(fake, request)
     assert engine.read_bytes() == b"plan" and timings.read_bytes() == b"timings"
     assert ("create_network", bits) in builder.calls
     assert ("set_flag", "VC") in config.calls and ("set_flag", "SP") not in config.calls
     assert ("clear_flag", "TF32") in config.calls
-    assert (("set_preview_feature", 3, True) in config.calls) == bool(previews)
+    assert [tensor.allowed_formats for tensor in builder.tensors] == [1, 1, 1]
     assert config.hardware_compatibility_level == "ampere" and config.plugins_to_serialize == ["lib.so"]
     assert [profile["max"] for profile in built["profiles"]] == [[2, 1], [2, 64]]
     assert not hasattr(fake, "ComputeCapability") and trt_build.known_sms(fake) == []
@@ -259,7 +259,7 @@ def test_what_versions_of_tensorrt_differ_in(flags, bits, previews, tmp_path):
 
 def test_flag_that_a_version_lacks(tmp_path):
     config = Recorder()
-    fake = fake_tensorrt({}, {}, config, Recorder())
+    fake = fake_tensorrt({}, config, Recorder())
     del fake.BuilderFlag.STRIP_PLAN
     request = Request("tensorrt", "x", str(tmp_path / "e"), "", (), ((1, 1, 1),), strip_weights=True)
     with pytest.raises(BuildError, match="TensorRT 11.0.0 has no STRIP_PLAN"):

@@ -11,7 +11,7 @@ from trt_graphs import write_step
 from dfssm.opset import DOMAIN, OPS, DfssmError
 from dfssm.opset.packing import unpack_bits
 from dfssm.targets.trt_lowering import LOWERINGS, lower, passes
-from dfssm.targets.trt_lowering.check import check_lowered
+from dfssm.targets.trt_lowering.check import check_in_place, check_lowered
 from dfssm.targets.trt_lowering.graph import load, node_named, ours, raw_bytes, read, save
 
 STATES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
@@ -251,3 +251,39 @@ def test_check_sees_what_a_pass_got_wrong(harm, words, demo, tmp_path):
     save(graph, tmp_path / "harmed.onnx")
     with pytest.raises(ValueError, match=words):
         check_lowered(load(demo / "model.onnx"), load(tmp_path / "harmed.onnx"), "plugin")
+
+
+def read_a_state_twice(graph):
+    graph.nodes.append(gs.Node("Identity", "/copy", {}, [graph.inputs[1]], [gs.Variable("copied")]))
+
+
+def make_a_state_elsewhere(graph):
+    made = next(tensor for tensor in graph.outputs if tensor.name == "conv_state_out.0")
+    maker, inner = made.inputs[0], gs.Variable("inner", made.dtype, made.shape)
+    maker.outputs[maker.outputs.index(made)] = inner
+    graph.nodes.append(gs.Node("Identity", "/copy", {}, [inner], [made]))
+
+
+def cross_two_states(graph):
+    first, second = (node_named(graph, f"/layers.{i}/in_proj") for i in (0, 1))
+    (one,), (other,) = ([t for t in node.inputs if "conv_state" in t.name] for node in (first, second))
+    first.inputs[first.inputs.index(one)], second.inputs[second.inputs.index(other)] = other, one
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (read_a_state_twice, "NormScaffoldConv /layers.0/in_proj and Identity /copy reads it, NormScaffoldConv"),
+        (make_a_state_elsewhere, "NormScaffoldConv /layers.0/in_proj reads it, no plugin makes the new one"),
+        (cross_two_states, "/layers.1/in_proj reads it, NormScaffoldConv /layers.0/in_proj makes the new one"),
+    ],
+)
+def test_a_state_that_cannot_be_updated_in_place_is_refused(harm, words, demo):
+    lower(demo / "model.onnx", demo / "lowered.onnx")
+    graph = load(demo / "lowered.onnx")
+    check_in_place(graph)
+    harm(graph)
+    with pytest.raises(DfssmError) as caught:
+        check_in_place(graph)
+    assert str(caught.value).startswith("conv_state.0 cannot be updated in place: ") and words in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("compile with --lowering native")

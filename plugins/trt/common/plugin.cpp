@@ -245,13 +245,13 @@ bool Plugin::type_fits(size_t input, DataType type, DataType first) const {
   return allowed(wanted, type) && (wanted != Type::activation || type == first);
 }
 
-int32_t Plugin::alias(size_t output) const {
+int32_t Plugin::state_of(size_t output) const {
   const int over = op_.outputs[output].over;
   return over >= 0 && input_type(static_cast<size_t>(over)) != Type::activation ? over : -1;
 }
 
 DataType Plugin::output_dtype(size_t output, const DataType* inputs) const {
-  if (alias(output) >= 0) return inputs[alias(output)];
+  if (state_of(output) >= 0) return inputs[state_of(output)];
   return output_type(output) == Type::activation ? inputs[0] : DataType::kFLOAT;
 }
 
@@ -323,7 +323,7 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
     case nvinfer1::PluginCapabilityType::kCORE:
       return static_cast<nvinfer1::IPluginV3OneCore*>(this);
     case nvinfer1::PluginCapabilityType::kBUILD:
-      return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
+      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
     case nvinfer1::PluginCapabilityType::kRUNTIME:
       return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
   }
@@ -402,7 +402,7 @@ int32_t Plugin::enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, 
                         void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded(where(), kFailed, [&] {
     for (size_t i = 0; i < output_count(); ++i) {
-      if (alias(i) >= 0) check_aligned("output", op_.outputs[i].name, outputs[i]);
+      if (state_of(i) >= 0) check_aligned("output", op_.outputs[i].name, outputs[i]);
     }
     const cudaError_t error = launch(from(descs, inputs), {outputs, workspace, stream});
     if (error != cudaSuccess) fail(std::string("the launch failed: ") + cudaGetErrorString(error));

@@ -29,8 +29,8 @@
 
 namespace dfssm::trt {
 
-#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR < 1003
-#error "TensorRT 10.3 or newer is needed: states are updated in place through IPluginV3OneBuildV2"
+#if NV_TENSORRT_MAJOR < 10
+#error "TensorRT 10 or newer is needed: the plugins are IPluginV3"
 #endif
 
 using opset::Error, opset::kOpen, opset::Tensor, opset::TensorSpec, opset::fail, opset::quoted;
@@ -121,7 +121,7 @@ struct Launch {
 
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
-               public nvinfer1::IPluginV3OneBuildV2,
+               public nvinfer1::IPluginV3OneBuild,
                public nvinfer1::IPluginV3OneRuntime {
  public:
   const opset::Op& op() const { return op_; }
@@ -153,8 +153,6 @@ class Plugin : public nvinfer1::IPluginV3,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t output_count) noexcept override;
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override;
-  // Where this names an input, TensorRT builds engines only with the preview feature ALIASED_PLUGIN_IO_10_03.
-  int32_t getAliasedInput(int32_t output) noexcept override { return alias(static_cast<size_t>(output)); }
 
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
                         const nvinfer1::PluginTensorDesc*, int32_t output_count) noexcept override;
@@ -186,8 +184,9 @@ class Plugin : public nvinfer1::IPluginV3,
   void check_arity(int32_t inputs, int32_t outputs) const;
   bool type_fits(size_t input, nvinfer1::DataType type, nvinfer1::DataType first) const;
   nvinfer1::DataType output_dtype(size_t output, const nvinfer1::DataType* inputs) const;
-  // The input whose memory an output shares, a state being updated in place; -1: none.
-  int32_t alias(size_t output) const;
+  // The state that an output is the next one of, and has the type of; -1: none. Both may be one buffer. TensorRT
+  // is told nothing of that (an alias that a plugin declares it does not report to who binds the engine's tensors).
+  int32_t state_of(size_t output) const;
   void set_shape(const nvinfer1::DimsExprs* inputs, size_t output, nvinfer1::DimsExprs& shape,
                  nvinfer1::IExprBuilder& builder) const;
   // What is known of the inputs: at build time, at a bound of a profile, at run time.

@@ -246,7 +246,7 @@ std::vector<nvinfer1::DynamicPluginTensorDesc> exactly(const std::vector<nvinfer
 }
 
 // The outputs' types and shapes, as the builder asks for them.
-Described negotiate(nvinfer1::IPluginV3OneBuildV2& build, const Described& inputs, const opset::Op& op) {
+Described negotiate(nvinfer1::IPluginV3OneBuild& build, const Described& inputs, const opset::Op& op) {
   const auto in = static_cast<int32_t>(inputs.descs.size()), out = build.getNbOutputs();
   std::vector<DataType> input_types, output_types(static_cast<size_t>(out));
   for (const auto& desc : inputs.descs) input_types.push_back(desc.type);
@@ -295,7 +295,7 @@ struct Announced {
 void Node::compute(OrtKernelContext* context) const {
   using emulation::Contents;
   const opset::Op& op = static_cast<const Plugin&>(*built_).op();
-  auto& build = capability<nvinfer1::IPluginV3OneBuildV2>(*built_, nvinfer1::PluginCapabilityType::kBUILD);
+  auto& build = capability<nvinfer1::IPluginV3OneBuild>(*built_, nvinfer1::PluginCapabilityType::kBUILD);
   auto& runtime = capability<nvinfer1::IPluginV3OneRuntime>(*runs_, nvinfer1::PluginCapabilityType::kRUNTIME);
 
   const Described inputs = inputs_of(context, op);
@@ -318,8 +318,8 @@ void Node::compute(OrtKernelContext* context) const {
   Announced memory;
   memory.add("workspace", workspace.get(), bytes, Contents::uninitialised);
   for (size_t i = 0; i < addresses.size(); ++i) {
-    const int32_t alias = build.getAliasedInput(static_cast<int32_t>(i));
-    const bool in_place = alias >= 0 && inputs.data[static_cast<size_t>(alias)] == addresses[i];
+    const int over = op.outputs[i].over;
+    const bool in_place = over >= 0 && inputs.data[static_cast<size_t>(over)] == addresses[i];
     memory.add(outputs.names[i], addresses[i], outputs.bytes(i),
                in_place ? Contents::written : Contents::uninitialised);
   }
