@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,7 @@ class Engine:
         """
         threads = threads or default_threads()
         with open_bundle(path, hashes=verify_hashes) as bundle:
-            return cls(bundle.folder, bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
+            return cls(bundle.folder.absolute(), bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -156,7 +156,7 @@ class Engine:
         range.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable | None) else list(stop or ())
         if not all(isinstance(text, str) for text in stops):
             raise DfssmError(f"stop is {stop!r}: give a string, or a list of them")
         if not isinstance(prompt, str):
@@ -164,7 +164,7 @@ class Engine:
         if eos is None:
             ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
         else:
-            ends = set(self._ids(list(eos) if isinstance(eos, Iterable) else eos).reshape(-1).tolist())
+            ends = set(self._ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
         return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
 
     def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray, release_memory: bool = False) -> None:
@@ -230,10 +230,10 @@ class Engine:
 
     def _rows(self, ids: Any) -> list[np.ndarray]:
         """Any accepted form of prompt as a list of checked i64 rows."""
-        if isinstance(ids, np.ndarray):
-            rows = list(ids) if ids.ndim == 2 else [ids]
-        else:
-            rows = list(ids) if len(ids) and not np.isscalar(ids[0]) else [ids]
+        try:
+            rows = list(ids) if np.ndim(ids[0]) else [ids]
+        except (TypeError, LookupError):  # nothing, or no list
+            rows = [ids]
         rows = [self._ids(row) for row in rows]
         for index, row in enumerate(rows):
             if row.ndim != 1 or not len(row):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.numbers import require_whole
 from dfssm.targets.text import encode
 
 from .sampling import Sampling
@@ -49,8 +50,7 @@ class Generation:
         ends: set[int],
         state: State | None,
     ):
-        if max_tokens < 0:
-            raise DfssmError(f"max_tokens is {max_tokens}: give a number >= 0")
+        require_whole("max_tokens", max_tokens)
         if state is not None:
             if state.batch != 1:
                 raise DfssmError(f"generate continues one sequence, the state has {state.batch}: use state.row(i)")

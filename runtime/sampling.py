@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.numbers import require_real, require_whole
 
 _BLOCK = 256
 
@@ -26,14 +26,11 @@ class Sampling:
     seed: int | None = None  # None = another draw every time
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise DfssmError(f"temperature is {self.temperature}: give a number >= 0 (0 = greedy)")
-        if self.top_k < 0:
-            raise DfssmError(f"top_k is {self.top_k}: give a number >= 0 (0 = all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise DfssmError(f"top_p is {self.top_p}: give a number above 0 and at most 1 (1 = all tokens)")
-        if self.seed is not None and self.seed < 0:
-            raise DfssmError(f"seed is {self.seed}: give a number >= 0")
+        require_real("temperature", self.temperature, 0, 1_000_000, "0 = greedy")
+        require_whole("top_k", self.top_k, meaning="0 = all tokens")
+        require_real("top_p", self.top_p, 1e-9, 1, "1 = all tokens")
+        if self.seed is not None:
+            require_whole("seed", self.seed)
 
     def choose(self, logits: np.ndarray, position: int) -> int:
         """The token after `position` others, from logits f32[V]. One whose logit is NaN or inf, where there is one.
@@ -79,7 +76,8 @@ def candidates(logits: np.ndarray, sampling: Sampling, largest: np.float32) -> t
     Returns: (tokens i64[n], weights f32[n]); in falling order of weight where a filter is on, else in token
     order. Equal logits rank by token, so that the same logits give the same set on every machine.
     """
-    weights = np.exp((logits - largest) / np.float32(sampling.temperature))
+    # Of a temperature below this, fp32 has no quotients; the draw is the greedy choice long before.
+    weights = np.exp((logits - largest) / np.float32(max(sampling.temperature, 1e-20)))
     if not sampling.top_k and sampling.top_p == 1:
         return np.arange(len(weights)), weights
     if sampling.top_k:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.numbers import require_whole
 
 from .rows import Rows
 from .state import State, require_model
@@ -41,8 +42,7 @@ class Slots:
     """
 
     def __init__(self, engine: Engine, capacity: int):
-        if capacity < 1:
-            raise DfssmError(f"capacity is {capacity}: give room for at least one sequence")
+        require_whole("capacity", capacity, 1)
         self.engine, self.capacity = engine, capacity
         self.pool = engine.backend.pool(capacity + 1)  # the last row is for exchanging two others
         self.rows = Rows(np.zeros(capacity + 1, np.int64))

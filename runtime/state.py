@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
+from dfssm.opset.numbers import require_whole
 
 from .rows import RECENT, Rows
 
@@ -63,8 +64,7 @@ class State:
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
         """The state before the first token, `batch` rows of `layout`."""
-        if batch < 1:
-            raise DfssmError(f"batch is {batch}: a state has at least one row")
+        require_whole("batch", batch, 1)
         tensors = {name: np.zeros((batch, *shape), dtype) for name, (dtype, shape) in layout.items()}
         return cls(model, tensors, np.zeros((batch, vocab), np.float32), np.zeros(batch, np.int64))
 
@@ -107,8 +107,7 @@ class State:
 
     def row(self, index: int) -> State:
         """Row `index` as a state of batch 1, sharing this one's memory: what runs on it changes this one."""
-        if not 0 <= index < self.batch:
-            raise DfssmError(f"row {index} of a state of batch {self.batch}: give 0 to {self.batch - 1}")
+        require_whole(f"row of a state of batch {self.batch}", index, 0, self.batch - 1)
         at = slice(index, index + 1)
         tensors = {name: tensor[at] for name, tensor in self._tensors.items()}
         row = State(self.model, tensors, self.logits[at], self.tokens[at], self.recent[at])
@@ -198,6 +197,10 @@ class State:
         logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
         if tokens.ndim != 1 or logits.ndim != 2 or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()]):
             raise ValueError("its tensors are not of one batch")
+        if tokens.dtype != np.int64 or not len(tokens) or not 0 <= tokens.min() <= tokens.max() < 1 << 62:
+            raise ValueError("its numbers of tokens are none")
+        if logits.dtype != np.float32:
+            raise ValueError(f"its logits are {logits.dtype}")
         # A file of before there were recent tokens has none: what follows is a text of its own.
         return cls(model, arrays, logits, tokens, None if recent is None else _recent(recent, *logits.shape))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dfssm.opset import DfssmError
 from dfssm.opset.hashing import on_threads
+from dfssm.opset.numbers import require_whole
 
 from .bundle import DATA
 from .files import Files, opened
@@ -35,8 +36,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     import onnxruntime
 
     most = MOST_THREADS * (os.cpu_count() or 1)
-    if not 0 <= threads <= most:
-        raise DfssmError(f"threads is {threads}: give 1 to {most} on this machine, or 0 for one a core")
+    require_whole("threads", threads, 0, most, "0 = one a core")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # A step is a chain: no two nodes of it can run side by side.
@@ -97,7 +97,12 @@ def _place_of_weights(files: Files) -> Iterator[str]:
             return
     except UnicodeEncodeError:  # a path whose bytes are not UTF-8
         pass
-    with tempfile.TemporaryDirectory(prefix="dfssm-") as place:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="dfssm-")
+    except OSError as error:
+        why = f"{files.folder / DATA} is a link or has an odd name, which takes a folder for temporary files"
+        raise DfssmError(f"{why} ({error.strerror}): set TMPDIR to one that you can write to") from None
+    with folder as place:
         (Path(place) / DATA).touch()
         yield place
 

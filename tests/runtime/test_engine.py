@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -107,11 +108,35 @@ def test_a_prompt_in_two_parts_is_the_prompt(engine):
         ([0.5], "token ids are float64"),
         ([[1, 2], [3]], "the prompt has 2 rows, the state has 1"),
         ([[1], []], "row 1 of the prompt has no tokens"),
+        (None, "token ids are object"),
+        ({1, 2}, "token ids are object"),
+        (iter([1]), "token ids are object"),
+        ("text", "token ids are <U4"),
     ],
 )
 def test_a_wrong_prompt_is_named(engine, ids, named):
     with pytest.raises(DfssmError, match=named):
         engine.prefill(ids, engine.new_state())
+
+
+@pytest.mark.parametrize("form", [tuple, np.array, torch.tensor, lambda a: list(map(np.array, a)), lambda a: [a]])
+def test_a_prompt_is_any_list_of_integers(engine, form):
+    ids = [3, 1, 4]
+    expected = as_list(engine.prefill(ids, engine.new_state())[0])
+    assert as_list(engine.prefill(form(ids), engine.new_state())[0]) == expected
+    assert engine.logits(form(ids)).shape == (1, 3, engine.vocab_size)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, None, "1"])
+def test_a_number_of_rows_is_a_whole_number(engine, number):
+    for name, call in (("batch", engine.new_state), ("capacity", engine.slots)):
+        with pytest.raises(DfssmError, match=f"{name} is {number!r}: give a whole number >= 1"):
+            call(number)
+    if number != 0:
+        with pytest.raises(
+            DfssmError, match=f"row of a state of batch 2 is {number!r}: give a whole number from 0 to 1"
+        ):
+            engine.new_state(2).row(number)
 
 
 def test_wrong_steps_and_batches_are_named(engine):

@@ -109,6 +109,7 @@ def test_special_tokens_are_added_to_a_fresh_text_only(engine, monkeypatch):
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": []}, "the prompt is empty"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens is -1"),
+        *(({"prompt": "a", "max_tokens": n}, f"max_tokens is {n!r}: give a whole") for n in (2.5, True, None, "5")),
         ({"prompt": "a", "temperature": -1}, "temperature is -1"),
     ],
 )
@@ -316,6 +317,7 @@ def test_no_stop_text_is_none(engine, free):
         ({"prompt": b"hello"}, "token ids are .*: give integers"),
         ({"prompt": "caf\udce9"}, r"the text 'caf\\udce9' is not UTF-8"),
         ({"prompt": "a", "stop": [None]}, r"stop is \[None\]: give a string"),
+        ({"prompt": "a", "stop": 5}, r"stop is 5: give a string"),
         ({"prompt": "a", "eos": -1}, "token id -1 is out of range"),
         ({"prompt": "a", "eos": [265]}, "token id 265 is out of range"),
         ({"prompt": "a", "eos": ["b"]}, "token ids are <U1: give integers"),

@@ -1,6 +1,7 @@
 """Opening a bundle: wherever its files lie, and whatever becomes of them afterwards."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -54,6 +55,28 @@ def test_files_may_be_links_to_elsewhere_and_so_may_the_folder(bundle, tmp_path,
         cwd=tmp_path / "link", capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_links_take_a_folder_for_temporary_files(bundle, tmp_path, monkeypatch):
+    weights = bundle / "model.onnx.data"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(DfssmError, match=r"data is a link .*\(Read-only file system\): set TMPDIR to one"):
+        Engine.load(bundle)
+
+
+def test_the_tokenizer_is_read_where_the_engine_was_loaded(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(bundle.parent)
+    engine = Engine.load(bundle.name)
+    monkeypatch.chdir("/")
+    assert "".join(engine.generate("hello", max_tokens=4)) == "".join(
+        Engine.load(bundle).generate("hello", max_tokens=4)
+    )
 
 
 def test_the_bytes_of_a_path_need_not_be_utf8(bundle, tmp_path):

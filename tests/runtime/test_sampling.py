@@ -105,11 +105,21 @@ def test_draws_of_neighbouring_positions_are_independent(seed):
     ("settings", "named"),
     [({"temperature": -1.0}, "temperature is -1.0"), ({"temperature": float("nan")}, "temperature is nan"),
      ({"top_k": -1}, "top_k is -1"), ({"top_p": 0.0}, "top_p is 0.0"), ({"top_p": 1.1}, "top_p is 1.1"),
-     ({"seed": -5}, "seed is -5")],
+     ({"seed": -5}, "seed is -5"), ({"temperature": "1"}, "temperature is '1'"), ({"temperature": None}, "is None"),
+     ({"temperature": float("inf")}, "is inf"), ({"top_k": 1.5}, "top_k is 1.5"), ({"top_p": True}, "top_p is True"),
+     ({"seed": 1.5}, "seed is 1.5"), ({"seed": float("nan")}, "seed is nan")],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_named(settings, named):
     with pytest.raises(DfssmError, match=named):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-20, 1e-6])
+def test_near_temperature_zero_the_largest_is_drawn(temperature, filters):
+    sampling = Sampling(temperature, seed=1, **filters)
+    logits = np.array([0, -3e4, 3e4, 3e4 - 1, 1e-3], np.float32)
+    assert {sampling.choose(logits, position) for position in range(50)} == {2}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 
 from dfssm.opset import DfssmError
@@ -107,7 +108,7 @@ def test_reset_is_a_new_state(engine, state):
 def test_wrong_copies_and_rows_are_named(engine, state):
     with pytest.raises(DfssmError, match="cannot copy a state of batch 2 into one of batch 3"):
         engine.new_state(3).copy_from(engine.new_state(2))
-    with pytest.raises(DfssmError, match="row 1 of a state of batch 1"):
+    with pytest.raises(DfssmError, match="row of a state of batch 1 is 1: give a whole number from 0 to 0"):
         state.row(1)
 
 
@@ -148,6 +149,10 @@ def rewritten(data: bytes, change) -> bytes:
         (lambda h: h["logits"].update(shape=[1, 10**12]), "invalid shape, data type, or offset"),
         (lambda h: h["logits"].update(data_offsets=[0, 4]), "invalid shape, data type, or offset"),
         (lambda h: h["tokens"].update(dtype="F64"), "'tokens' is float64"),
+        (lambda h: h["tokens"].update(dtype="I32", shape=[1, 2]), "'tokens' is int32"),
+        (lambda h: h["tokens"].update(dtype="F32", shape=[1, 2]), "not of one batch"),
+        (lambda h: h["logits"].update(dtype="I8", shape=[1, 16]), "its logits are int8"),
+        (lambda h: h["logits"].update(dtype="F16", shape=[1, 8]), "its logits are float16"),
         (lambda h: h.pop("tokens"), "invalid offset"),
         (lambda h: h["__metadata__"].update(version="9"), "dfssm-state version 9"),
         (lambda h: h.pop("__metadata__"), "it is no state, not dfssm-state 1"),
@@ -158,6 +163,19 @@ def test_a_changed_header_is_refused(tmp_path, change, named):
     path = damaged(tmp_path, rewritten((tmp_path / "good.state").read_bytes(), change))
     with pytest.raises(DfssmError, match=f"bad.state is not a state that this dfssm can read.*{named}"):
         State.load(path)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [np.array([3.0], np.float32), np.array([3], np.int8), np.array([-1]), np.array([2**62]), np.array([], np.int64)],
+    ids=str,
+)
+def test_numbers_of_tokens_that_are_none_are_refused(tokens):
+    state = State.zeros("m", {"conv_state.0": (np.dtype(np.float32), (2, 3))}, 4, 1)
+    arrays = {name: array[: len(tokens)] for name, array in {**state.tensors, "logits": state.logits}.items()}
+    data = safetensors.numpy.save(arrays | {"tokens": tokens}, {"format": "dfssm-state", "version": "1", "model": "m"})
+    with pytest.raises(DfssmError, match=r"is not a state .*its numbers of tokens are none"):
+        State.from_bytes(data)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\xff" * 100, struct.pack("<Q", 10) + b"not a json"])

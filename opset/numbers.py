@@ -1,0 +1,22 @@
+"""Numbers that a caller gives: of the right kind, and within their bounds. Standard library only."""
+
+import math
+from numbers import Integral, Real
+
+from .errors import DfssmError
+
+
+def require_whole(name: str, value: object, least: int = 0, most: float = math.inf, meaning: str = "") -> None:
+    """DfssmError unless `value` is a whole number from `least` to `most`; `meaning` explains one."""
+    _require(name, value, isinstance(value, Integral), "a whole number", least, most, meaning)
+
+
+def require_real(name: str, value: object, least: float, most: float, meaning: str = "") -> None:
+    """DfssmError unless `value` is a number from `least` to `most`; NaN is none."""
+    _require(name, value, isinstance(value, Real), "a number", least, most, meaning)
+
+
+def _require(name: str, value: object, is_kind: bool, kind: str, least: float, most: float, meaning: str) -> None:
+    if not is_kind or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
+        bounds = f">= {least}" if most == math.inf else f"from {least} to {most:,}"
+        raise DfssmError(f"{name} is {value!r}: give {kind} {bounds}{meaning and f' ({meaning})'}")
