@@ -79,6 +79,9 @@ class Child:
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = b""
+        except BaseException:  # Ctrl-C: the next request is not to get this one's answer
+            self.close()
+            raise
         if not answer:
             status = self._wait()
             if status == -signal.SIGALRM:

@@ -53,7 +53,9 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
         raise DfssmError(f"{file}: is no tokenizer.json ({error}); give {give}") from None
     if vocab_size is not None:
         # By the largest id, not by their number: a padded vocabulary has more ids than tokens, and ids may have gaps.
-        name, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+        begun = tokenizer.encode("")  # what the template puts in front of a text need not be in the vocabulary
+        known = tokenizer.get_vocab() | dict(zip(begun.tokens, begun.ids, strict=True))
+        name, largest = max(known.items(), key=lambda entry: entry[1], default=("", -1))
         if largest >= vocab_size:
             found = f"token {name!r} has id {largest}, the model knows ids 0 to {vocab_size - 1}"
             raise DfssmError(f"{file}: {found}; give {give}")

@@ -21,6 +21,9 @@ VARIABLE = "DFSSM_TRUST"
 ENGINES = "engines"
 """The record of engines that this user's dfcompile has made."""
 
+# A folder that may not be written, and a user without a home.
+_NO_PLACE = contextlib.suppress(OSError, RuntimeError)
+
 
 def trusted(asked: bool) -> bool:
     """Whether the code of a bundle may run: the caller `asked` for it, or the environment does."""
@@ -46,8 +49,8 @@ def require_engine(engine: Path, sha256: str, asked: bool) -> None:
 
 def record(sha256: str, kind: str) -> None:
     """Remember a file of that sha256 as one that this user has made, or tried; not where there is no place for it."""
-    path = _records(kind)
-    with contextlib.suppress(OSError):
+    with _NO_PLACE:
+        path = _records(kind)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{sha256}\n")
@@ -55,12 +58,12 @@ def record(sha256: str, kind: str) -> None:
 
 def recorded(sha256: str, kind: str) -> bool:
     """Whether `record` has been called so."""
-    with contextlib.suppress(OSError):
-        return sha256 in _records(kind).read_text().split()
+    with _NO_PLACE:
+        return sha256.encode() in _records(kind).read_bytes().split()
     return False
 
 
 def _records(kind: str) -> Path:
     """One sha256 a line, in the user's folder for state (XDG base directories)."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(base) / "dfssm" / kind
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".local/state") / "dfssm" / kind

@@ -20,6 +20,8 @@ def work(request):
             os._exit(status)
         case ["hang"]:
             time.sleep(1000)
+        case ["nap", seconds]:
+            time.sleep(seconds)
         case ["spin in C"]:
             sum(range(10**12))
         case ["memory", size]:
@@ -73,6 +75,20 @@ def test_one_process_answers_until_it_ends(ask):
 def test_whatever_ends_it_is_an_error(ask, request_, words):
     with pytest.raises(ChildError, match=f"^{words}$"):
         ask(request_)
+
+
+def test_an_interrupted_request_leaves_no_answer_for_the_next(ask):
+    """Ctrl-C while it waits: the process would answer the first request at the second."""
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        first = ask(1)[0]
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            ask(["nap", 0.5])
+        again = ask(2)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert again == [again[0], 2] and again[0] != first
 
 
 def test_it_ends_with_its_block_and_at_the_end_of_its_user():

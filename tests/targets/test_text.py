@@ -108,6 +108,15 @@ def test_ids_decide_and_not_the_number_of_tokens(tokenizer, tmp_path):
     (tmp_path / "gaps.json").write_text(json.dumps(gaps))
     with pytest.raises(DfssmError, match=f"has id 5000, the model knows ids 0 to {size - 1}"):
         load_tokenizer(tmp_path / "gaps.json", "x", size)
+    template = json.loads(tokenizer.to_str())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    template["post_processor"] = {
+        **{"type": "TemplateProcessing", "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}], "pair": []},
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [6000], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "template.json").write_text(json.dumps(template))
+    with pytest.raises(DfssmError, match=f"token '<s>' has id 6000, the model knows ids 0 to {size - 1}"):
+        load_tokenizer(tmp_path / "template.json", "x", size)
 
 
 def test_the_template_begins_a_text_and_only_that():

@@ -155,3 +155,30 @@ def test_the_bytes_of_an_engine_decide_not_its_manifest(tiny_bundle, records, tm
 
 def test_the_copy_in_a_bundle_is_the_installed_library(bundle):
     assert (bundle / LIBRARY).read_bytes() == find_library().read_bytes()
+
+
+def test_a_user_without_a_home_has_no_records(tmp_path, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    trust.record("ab" * 32, trust.ENGINES)
+    assert not trust.recorded("ab" * 32, trust.ENGINES) and not any(tmp_path.iterdir())
+
+
+def test_records_are_never_below_the_working_directory(tmp_path, monkeypatch):
+    """XDG base directories: a path that is not absolute counts as none."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    monkeypatch.chdir(tmp_path)
+    trust.record("ab" * 32, trust.ENGINES)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and trust.recorded("ab" * 32, trust.ENGINES)
+
+
+def test_a_damaged_record_costs_its_own_line_alone(records):
+    trust.record("ab" * 32, trust.ENGINES)
+    records.write_bytes(b"\xff\0\n" + records.read_bytes())
+    assert trust.recorded("ab" * 32, trust.ENGINES)
