@@ -26,6 +26,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 def _bundle(folder: Path) -> dict:
+    from dfssm.model.config import DFSSMConfig
     from dfssm.model.ledger import model_bytes
     from dfssm.targets.bundle import Bundle
 
@@ -36,7 +37,7 @@ def _bundle(folder: Path) -> dict:
         "path": str(folder),
         "target": manifest.target,
         "state_dtype": manifest.state_dtype,
-        "config": manifest.config,
+        "config": DFSSMConfig.from_dict(manifest.config).to_dict(),
         "sizes": model_bytes(manifest.config, manifest.layout),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "machine": manifest.machine,

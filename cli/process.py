@@ -37,6 +37,8 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         _exit(1, f"{name}: error: {error}")
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click < 8.2 prints it and ends
+            _exit(error.exit_code, error.format_message())
         path = context.command_path if context else name
         message = " ".join(error.format_message().split())
         _exit(error.exit_code, f"{path}: error: {message.rstrip('.')}: see {path} --help")

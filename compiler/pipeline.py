@@ -124,7 +124,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     tokenizer = _find_tokenizer(request, model)
     output = f"{model.stem}-{request.target}" if request.output is None else request.output
     # Resolved, so that an output that is a link is replaced where it points.
-    output = paths.output_folder(output).resolve()
+    with writing(Path(output)):
+        output = paths.output_folder(output).resolve()
     _check_output(output, request.force)
     probe = target.probe(**request.options)
     require(*PACKAGES, probe.needs)

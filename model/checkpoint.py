@@ -54,8 +54,8 @@ def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) 
         if name not in specs:
             raise DfssmError(f"{source}: tensor {name} does not belong to its configuration; export it again")
         shape, dtype = specs[name]
-        if not isinstance(tensor, Tensor):
-            raise DfssmError(f"{source}: {name} is a {type(tensor).__name__}; expected a tensor of {dtype}")
+        if not is_plain(tensor):
+            raise DfssmError(f"{source}: {name} is a {type(tensor).__name__}; expected a tensor of {dtype}, dense")
         if tuple(tensor.shape) != shape:
             found = f"has shape {list(tensor.shape)}"
             raise DfssmError(f"{source}: tensor {name} {found}; its configuration asks {list(shape)}")
@@ -63,6 +63,12 @@ def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) 
             raise DfssmError(f"{source}: {name} is {tensor.dtype}; format version {VERSION} asks {dtype}")
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise DfssmError(f"{source}: {name} holds NaN or infinity; make the student again")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor with all its numbers in memory or in a file: neither sparse, nested nor of device meta."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not (value.is_nested or value.is_meta)
 
 
 def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
 from dfssm.opset.paths import WEIGHTS
 
-from .checkpoint import read_tensors
+from .checkpoint import is_plain, read_tensors
 from .config import DFSSMConfig
 from .hf_config import hf_config, read_config, read_json
 from .hf_tokens import with_tokens
@@ -138,7 +138,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         content = read_tensors(path, "copy the checkpoint again")[0]
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]  # a training's checkpoint has more beside it
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, dict) or not all(map(is_plain, content.values())):
             raise DfssmError(f"{path}: is not a mapping of names to tensors; save the model's state_dict")
         return dict(content)
     shards = read_json(path).get("weight_map")

@@ -5,6 +5,7 @@ Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar ker
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -154,7 +155,12 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
     except Exception as error:  # ONNX Runtime's errors have no common base but Exception
         import onnxruntime
 
+        chosen = " and ".join(name for name in (LIBRARY_VARIABLE, "DFSSM_ISA") if os.environ.get(name))
         raise DfssmError(
             f"{library} does not load into ONNX Runtime {onnxruntime.__version__} ({one_line(error)}): "
-            f"reinstall dfssm, or compile the model again if this is a bundle's copy"
+            + (
+                f"unset {chosen}"
+                if chosen
+                else "reinstall dfssm, or compile the model again if this is a bundle's copy"
+            )
         ) from error

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tiny
 from dfssm.cli.main import COMMANDS
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.opset import DfssmError
-from dfssm.targets.bundle import read_manifest
+from dfssm.targets.bundle import read_manifest, sealed
 
 
 def loads(result):
@@ -125,6 +126,15 @@ class TestInspect:
             "scaffold",
             "low rank",
         }
+
+    def test_what_a_config_leaves_out_is_its_default(self, invoke, tiny_bundle, tmp_path):
+        bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+        document = json.loads((bundle / "manifest.json").read_text())
+        del document["config"]["norm_eps"], document["manifest_sha256"]
+        (bundle / "manifest.json").write_text(sealed(document))
+        expected = invoke("inspect", tiny_bundle).stdout.replace(str(tiny_bundle), str(bundle))
+        assert invoke("inspect", bundle).stdout == expected
+        assert loads(invoke("inspect", bundle, "--json"))["config"] == read_manifest(tiny_bundle).config
 
     def test_a_picture_for_people(self, invoke, tiny_bundle):
         text = invoke("inspect", tiny_bundle).stdout

@@ -53,6 +53,13 @@ def test_wrong_usage_is_2():
     assert dfssm("nonsense").returncode == 2
 
 
+@pytest.mark.parametrize("command", [[], ["eval"]])
+def test_no_command_is_the_help(command):
+    done = dfssm(*command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == dfssm(*command, "--help").stdout
+
+
 def test_help_waits_for_nothing_heavy():
     code = (
         "import sys\nfrom dfssm.cli.main import dfssm\n"

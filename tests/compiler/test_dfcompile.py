@@ -71,6 +71,14 @@ def fails(result, words, left=()):
     assert names == list(left)
 
 
+def test_a_working_directory_that_is_gone(model, command, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    fails(command(model, "--target", "onnx"), "cannot write model-onnx: No such file or directory")
+
+
 @pytest.mark.parametrize("target", RUN_HERE)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_bundle(target, state_dtype, model, command, tmp_path):

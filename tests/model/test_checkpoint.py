@@ -78,6 +78,20 @@ def test_specs_are_the_buffers_of_the_packed_student():
         assert {k: (tuple(v.shape), v.dtype) for k, v in held.items()} == tensor_specs(config)
 
 
+@pytest.mark.parametrize("key", ["norm_f.weight", "layers.0.in_proj.bits"])
+def test_what_torch_saves_of_a_tensor(tmp_path, tensors, key):
+    """A view or a parameter is read as its numbers; a tensor without them is refused."""
+    path, tensor = tmp_path / "model.pt", tensors[key]
+    views = [torch.cat([torch.zeros_like(tensor), tensor])[len(tensor) :], tensor.t().contiguous().t()]
+    if tensor.is_floating_point():
+        views += [torch.nn.Parameter(tensor), tensor.clone().requires_grad_()]
+    for view in views:
+        assert torch.equal(load_student_tensors(raw_save(path, tensors | {key: view}))[1][key], tensor)
+    for odd in (tensor.to_sparse(), tensor.to("meta"), torch.nested.as_nested_tensor([tensor])):
+        message = refused(raw_save(path, tensors | {key: odd}))
+        assert f"{key} is a Tensor; expected a tensor of {tensor.dtype}, dense" in message
+
+
 @pytest.mark.parametrize("name", SUFFIXES)
 def test_missing_extra_misshapen_and_mistyped_tensors_are_named(tmp_path, tensors, name):
     path = tmp_path / name

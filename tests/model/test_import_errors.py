@@ -176,6 +176,8 @@ def test_pickled_files(folder, tmp_path):
         assert not (tmp_path / "touched").exists()
     torch.save({"model": {"backbone.norm_f.weight": torch.ones(32)}}, weights)
     assert "is not a mapping of names to tensors" in refused(folder)
+    torch.save({"backbone.norm_f.weight": torch.ones(32, device="meta")}, weights)
+    assert "is not a mapping of names to tensors" in refused(folder)
     torch.save({"backbone.norm_f.weight": torch.ones(512)}, weights)
     rotten = weights.read_bytes().replace(b"\0\0\x80\x3f" * 512, b"\0\0\x80\xbf" + b"\0\0\x80\x3f" * 511)
     weights.write_bytes(rotten)

@@ -175,7 +175,7 @@ def test_unusable_isa(bundle):
         timeout=120,
     )
     last = result.stderr.strip().splitlines()[-1]
-    assert "DfssmError" in last and "mmx" in last and _native.isas()[0] in last
+    assert "DfssmError" in last and "mmx" in last and _native.isas()[0] in last and last.endswith(": unset DFSSM_ISA")
 
 
 @pytest.mark.parametrize("name", RUN_HERE)
