@@ -88,7 +88,7 @@ def manifest(data: bytes, rng: random.Random) -> bytes:
     mutated = json_file(data, rng)
     try:
         document = json.loads(mutated)
-        if rng.random() < 0.9 and document.pop("manifest_sha256", None):
+        if isinstance(document, dict) and rng.random() < 0.9 and document.pop("manifest_sha256", None):
             return sealed(document).encode()
     except (ValueError, RecursionError, AttributeError):
         pass
