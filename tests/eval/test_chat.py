@@ -36,6 +36,11 @@ def test_a_system_message_is_left_out_where_it_is_refused(template):
         template("{{ raise_exception('no') }}")(CHAT)
 
 
+def test_what_marks_a_training_is_no_text(template):
+    made = template("{% for m in messages %}\n{% generation %}\n[{{ m.content }}]\n{% endgeneration %}{% endfor %}")
+    assert made(CHAT) == "[é]\n[a]\n"
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = "{% set n = namespace(x='a') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 
