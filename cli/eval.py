@@ -124,8 +124,8 @@ def harness(arguments) -> None:
 
 def _perplexity_text(result: dict) -> str:
     lines = [
-        f"{result['model']} ({result['kind']}): perplexity {result['perplexity']:.4f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte",
+        f"{result['model']} ({result['kind']}): perplexity {result['perplexity']:.4f}"
+        + (f", {result['bits_per_byte']:.4f} bits per byte" if result["bytes"] else ""),
         f"{result['tokens']} tokens, {result['bytes']} bytes, windows of {result['window']}, stride {result['stride']}",
     ]
     if against := result["reference"]:

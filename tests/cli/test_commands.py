@@ -101,6 +101,7 @@ class TestCompare:
         result = invoke("compare", tiny.write_bundle(tmp_path / "b", target=cpu_target), tiny_model, "--json")
         found = loads(result)
         assert result.exit_code == 1 and not found["passed"] and not found["layers"]["layers.1.in_proj"]["passed"]
+        assert found["identical"]  # NaN in both graphs
 
     def test_another_student_is_refused_by_its_config(self, invoke, tiny_bundle, tmp_path):
         invoke("init", "--config", _config_file(tmp_path), "-o", tmp_path / "other.pt")

@@ -1,6 +1,7 @@
 """The windows, and that teacher, student and bundle are measured alike."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -170,6 +171,9 @@ class TestCommand:
 
         result = CliRunner().invoke(dfssm, ["eval", "perplexity", str(student), "--data", str(write("hello world"))])
         assert "(student): perplexity" in result.stdout and "bits per byte" in result.stdout
+        one = ["eval", "perplexity", str(student), "--data", str(write("a"))]
+        shown = CliRunner().invoke(dfssm, one).stdout
+        assert re.fullmatch(r".* \(student\): perplexity [\d.]+\n1 tokens, 0 bytes, .*\n", shown)
 
     def test_settings_are_checked_before_the_model_is_read(self, tmp_path):
         from dfssm.cli.main import dfssm
