@@ -20,7 +20,8 @@ import click
 import numpy as np
 
 import dfssm._native as _native
-from dfssm.opset.packing import from_row16, up_from_row16
+from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUTS
+from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.reference import (
     binary_scaffold_matmul_ref,
     causal_conv1d_step_ref,
@@ -82,8 +83,8 @@ def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
         for block in rng.integers(rows // 16, size=8):
             part = slice(16 * block, 16 * block + 16)
             sample = weights | {k: weights[k][part] for k in ("scale", "up_scale")}
-            sample["bits"] = from_row16(weights["bits"][part], 16)
-            sample["up"] = up_from_row16(weights["up"][part], 16)
+            sample["bits"] = from_layout(weights["bits"][part], 16, LAYOUTS[LAYOUT_ROW16])
+            sample["up"] = up_from_layout(weights["up"][part], 16, LAYOUTS[LAYOUT_ROW16])
             expected = binary_scaffold_matmul_ref(x, **sample)
             op_tolerance("BinaryScaffoldMatMul", dict(R=RANK)).check(out[..., part], expected, name)
 

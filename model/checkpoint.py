@@ -26,14 +26,12 @@ from torch import Tensor
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
-from dfssm.opset.hashing import on_threads
+from dfssm.opset.hashing import on_threads, pieces
 
 from .config import DFSSMConfig
 from .tensors import student_tensors
 
 FORMAT, VERSION = "dfssm", 1
-
-_PIECE = 1 << 18  # bytes of a read: still in the core's cache when they are summed up
 
 
 def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -169,12 +167,11 @@ def _check_records(file: BinaryIO) -> None:
 
         def check(record: zipfile.ZipInfo) -> None:
             name, extra = struct.unpack("<HH", os.pread(handle, 4, record.header_offset + 26))
-            at = record.header_offset + 30 + name + extra  # behind the local header
-            found, end = 0, at + record.file_size
-            while at < end and (piece := os.pread(handle, min(_PIECE, end - at), at)):
+            start = record.header_offset + 30 + name + extra  # behind the local header
+            found = 0
+            for piece in pieces(handle, start, start + record.file_size):
                 found = zlib.crc32(piece, found)
-                at += len(piece)
-            if at < end or found != record.CRC:
+            if found != record.CRC:
                 raise zipfile.BadZipFile(f"the CRC32 of {record.filename} differs")
 
         on_threads(check, records)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from typing import TypeVar
@@ -25,16 +25,22 @@ def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         return list(pool.map(work, items))
 
 
+def pieces(handle: int, at: int, end: int) -> Iterator[bytes]:
+    """The bytes of an open file from `at` up to `end`, or its own end, in pieces to be used one by one."""
+    while at < end and (piece := os.pread(handle, min(_PIECE, end - at), at)):
+        yield piece
+        at += len(piece)
+
+
 def chunks_sha256(file: BufferedReader) -> str:
     """Hex sha256 of the sha256s (32 bytes each) of the chunks of a regular file, of which the last may be shorter."""
     handle = file.fileno()
     size = os.fstat(handle).st_size
 
     def of_chunk(start: int) -> bytes:
-        found, at, end = hashlib.sha256(), start, min(start + CHUNK, size)
-        while at < end and (piece := os.pread(handle, min(_PIECE, end - at), at)):
+        found = hashlib.sha256()
+        for piece in pieces(handle, start, min(start + CHUNK, size)):
             found.update(piece)
-            at += len(piece)
         return found.digest()
 
     return hashlib.sha256(b"".join(on_threads(of_chunk, range(0, size, CHUNK)))).hexdigest()

@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 
 from .errors import DfssmError
-from .layouts import LAYOUT_ROW16, LAYOUTS, Layout
+from .layouts import Layout
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-ROW16 = LAYOUTS[LAYOUT_ROW16]
 
 
 def pack_bits(signs: Array) -> Array:
@@ -22,11 +20,6 @@ def pack_bits(signs: Array) -> Array:
 def unpack_bits(bits: Array) -> Array:
     """Canonical bits u8 [..., M, K/8] -> signs int8 (+1, -1) [..., M, K]."""
     return np.unpackbits(bits, axis=-1, bitorder="little").astype(np.int8) * np.int8(2) - np.int8(1)
-
-
-def padded_rows(rows: int, layout: Layout = ROW16) -> int:
-    """Mp: `rows` rounded up to whole tiles of a layout."""
-    return layout.padded(rows)
 
 
 def _pad_rows(a: Array, layout: Layout) -> Array:
@@ -75,23 +68,3 @@ def up_from_layout(up: Array, rows: int, layout: Layout) -> Array:
     padded, rank = up.shape
     blocks = up.reshape(padded // layout.rows, rank, layout.rows)
     return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(padded, rank)[:rows]
-
-
-def to_row16(bits: Array) -> Array:
-    """Canonical bits u8 [..., M, K/8] -> layout row16, u8 [..., Mp, K/8]. K % 32 == 0."""
-    return to_layout(bits, ROW16)
-
-
-def from_row16(tiles: Array, rows: int) -> Array:
-    """Inverse of `to_row16`: u8 [..., Mp, K/8] -> canonical bits u8 [..., rows, K/8]."""
-    return from_layout(tiles, rows, ROW16)
-
-
-def up_to_row16(up: Array) -> Array:
-    """`up` i8 [M, R] -> layout row16: [Mp/16, R, 16] viewed as [Mp, R]."""
-    return up_to_layout(up, ROW16)
-
-
-def up_from_row16(up: Array, rows: int) -> Array:
-    """Inverse of `up_to_row16`: i8 [Mp, R] -> [rows, R]."""
-    return up_from_layout(up, rows, ROW16)

@@ -78,6 +78,7 @@ def test_specs_are_the_buffers_of_the_packed_student():
         assert {k: (tuple(v.shape), v.dtype) for k, v in held.items()} == tensor_specs(config)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("key", ["norm_f.weight", "layers.0.in_proj.bits"])
 def test_what_torch_saves_of_a_tensor(tmp_path, tensors, key):
     """A view or a parameter is read as its numbers; a tensor without them is refused."""

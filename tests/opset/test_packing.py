@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 
 from dfssm.opset import DfssmError
-from dfssm.opset.packing import (
-    from_row16,
-    pack_bits,
-    padded_rows,
-    to_row16,
-    unpack_bits,
-    up_from_row16,
-    up_to_row16,
-)
+from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUTS
+from dfssm.opset.packing import from_layout, pack_bits, to_layout, unpack_bits, up_from_layout, up_to_layout
+
+ROW16 = LAYOUTS[LAYOUT_ROW16]
 
 
 def signs(*shape):
@@ -35,16 +30,16 @@ def test_there_and_back(shape):
     bits = pack_bits(s)
     assert bits.shape == (*shape[:-1], shape[-1] // 8)
     np.testing.assert_array_equal(unpack_bits(bits), s)
-    tiles = to_row16(bits)
-    assert tiles.shape == (*shape[:-2], padded_rows(shape[-2]), shape[-1] // 8)
-    np.testing.assert_array_equal(from_row16(tiles, shape[-2]), bits)
+    tiles = to_layout(bits, ROW16)
+    assert tiles.shape == (*shape[:-2], ROW16.padded(shape[-2]), shape[-1] // 8)
+    np.testing.assert_array_equal(from_layout(tiles, shape[-2], ROW16), bits)
 
 
 def test_row16_bit_by_bit():
     rows, columns = 33, 96
     s = signs(rows, columns)
-    tiles = to_row16(pack_bits(s)).reshape(-1)
-    for m in range(padded_rows(rows)):
+    tiles = to_layout(pack_bits(s), ROW16).reshape(-1)
+    for m in range(ROW16.padded(rows)):
         for k in range(columns):
             tile = (m // 16) * (columns // 32) + k // 32
             byte = tiles[tile * 64 + (m % 16) * 4 + k % 4]
@@ -55,9 +50,9 @@ def test_row16_bit_by_bit():
 @pytest.mark.parametrize(("rows", "rank"), [(1, 1), (16, 4), (17, 3), (40, 16), (5, 0)])
 def test_up_row16(rows, rank):
     up = np.random.default_rng(0).integers(-127, 128, (rows, rank), dtype=np.int8)
-    packed = up_to_row16(up)
-    assert packed.shape == (padded_rows(rows), rank)
-    np.testing.assert_array_equal(up_from_row16(packed, rows), up)
+    packed = up_to_layout(up, ROW16)
+    assert packed.shape == (ROW16.padded(rows), rank)
+    np.testing.assert_array_equal(up_from_layout(packed, rows, ROW16), up)
     flat = packed.reshape(-1)
     for m in range(rows):
         for r in range(rank):
@@ -68,4 +63,4 @@ def test_columns_must_fill_words():
     with pytest.raises(DfssmError, match="K is 12"):
         pack_bits(np.ones((1, 12)))
     with pytest.raises(DfssmError, match="multiple of 32"):
-        to_row16(np.zeros((16, 5), np.uint8))
+        to_layout(np.zeros((16, 5), np.uint8), ROW16)

@@ -7,7 +7,8 @@ import pytest
 
 from dfssm.opset import DfssmError
 from dfssm.opset.cases import CASES, Case, cases
-from dfssm.opset.packing import pack_bits, to_row16, up_to_row16
+from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.packing import pack_bits, to_layout, up_to_layout
 from dfssm.opset.reference import (
     REFERENCES,
     binary_scaffold_matmul_ref,
@@ -104,7 +105,7 @@ def test_layouts_agree_exactly():
         if case.attributes["layout"] or case.kind != "normal":
             continue
         inputs, planes = case.inputs(), case.attributes.get("planes", 1)
-        packed = inputs | {"bits": to_row16(inputs["bits"]), "up": up_to_row16(inputs["up"])}
+        packed = inputs | {"bits": to_layout(inputs["bits"], LAYOUTS[1]), "up": up_to_layout(inputs["up"], LAYOUTS[1])}
         np.testing.assert_array_equal(
             binary_scaffold_matmul_ref(**inputs, planes=planes),
             binary_scaffold_matmul_ref(**packed, planes=planes, layout=1),

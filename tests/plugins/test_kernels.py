@@ -9,7 +9,8 @@ from kernel_calls import F32, OUTPUTS, each_isa, native, run
 
 from dfssm.opset import OPS
 from dfssm.opset.cases import cases
-from dfssm.opset.packing import pack_bits, to_row16, up_to_row16
+from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.packing import pack_bits, to_layout, up_to_layout
 from dfssm.opset.reference import REFERENCES
 from dfssm.opset.tolerances import EPS16, EPS32, op_tolerance, reduction
 
@@ -53,7 +54,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
         assert np.abs(expected).max() < 2**24
         bits, stored_up = pack_bits(signs), up
         if layout == 1:
-            bits, stored_up = to_row16(bits), up_to_row16(up)
+            bits, stored_up = to_layout(bits, LAYOUTS[layout]), up_to_layout(up, LAYOUTS[layout])
         ones = np.ones(M, F32)
         y = native(isa).BinaryScaffoldMatMul(isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout)
         np.testing.assert_array_equal(y, expected, err_msg=f"M={M} R={R} n={n}")

@@ -12,7 +12,8 @@ import tiny
 
 from dfssm import _native
 from dfssm.opset import DfssmError
-from dfssm.opset.packing import from_row16, up_from_row16
+from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets import TARGETS, get_target, ort_cpu
 
@@ -66,9 +67,9 @@ def test_lowering_is_lazy_and_can_be_undone():
     for name, tensor in tensors.items():
         got, rows = lowered[name], tensor.shape[-2] if tensor.ndim > 1 else 0
         if name.endswith(".bits"):
-            np.testing.assert_array_equal(from_row16(np.asarray(got), rows), tensor)
+            np.testing.assert_array_equal(from_layout(np.asarray(got), rows, LAYOUTS[ort_cpu.LAYOUT]), tensor)
         elif name.endswith(".up"):
-            np.testing.assert_array_equal(up_from_row16(np.asarray(got), rows), tensor)
+            np.testing.assert_array_equal(up_from_layout(np.asarray(got), rows, LAYOUTS[ort_cpu.LAYOUT]), tensor)
         else:
             assert got is tensor
         assert got.shape == np.asarray(got).shape and got.dtype == np.asarray(got).dtype
