@@ -110,7 +110,7 @@ class Engine:
 
     def step(self, ids: Tokens | int, state: State) -> np.ndarray:
         """Read one token a row: ids [B] (or one int for a state of one row) -> logits f32[B,V]."""
-        ids = self._ids(ids).reshape(-1)
+        ids = self.token_ids(ids).reshape(-1)
         if len(ids) != state.batch:
             raise DfssmError(f"step got {len(ids)} tokens for a state of {state.batch} rows: give one a row")
         self.advance(ids, state)
@@ -160,11 +160,11 @@ class Engine:
         if not all(isinstance(text, str) for text in stops):
             raise DfssmError(f"stop is {stop!r}: give a string, or a list of them")
         if not isinstance(prompt, str):
-            prompt = self._ids(prompt).reshape(-1)
+            prompt = self.token_ids(prompt).reshape(-1)
         if eos is None:
             ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
         else:
-            ends = set(self._ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
+            ends = set(self.token_ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
         return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
 
     def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray, release_memory: bool = False) -> None:
@@ -234,13 +234,14 @@ class Engine:
             rows = list(ids) if np.ndim(ids[0]) else [ids]
         except (TypeError, LookupError):  # nothing, or no list
             rows = [ids]
-        rows = [self._ids(row) for row in rows]
+        rows = [self.token_ids(row) for row in rows]
         for index, row in enumerate(rows):
             if row.ndim != 1 or not len(row):
                 raise DfssmError(f"row {index} of the prompt has no tokens: give every row at least one")
         return rows
 
-    def _ids(self, ids: Any) -> np.ndarray:
+    def token_ids(self, ids: Any) -> np.ndarray:
+        """Integers in range, as an array i64 of their shape; DfssmError for anything else."""
         try:
             array = np.asarray(ids)
         except (ValueError, TypeError):  # lists of unequal lengths

@@ -53,7 +53,11 @@ class OrtPool:
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, tensors: dict[str, np.ndarray], logits: np.ndarray, in_place: bool
+        self,
+        session: onnxruntime.InferenceSession,
+        tensors: Mapping[str, np.ndarray],
+        logits: np.ndarray,
+        in_place: bool,
     ):
         self.session, self.tensors, self.logits = session, tensors, logits
         self._written = {} if in_place else {name: np.empty_like(tensor) for name, tensor in tensors.items()}

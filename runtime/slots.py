@@ -107,13 +107,13 @@ class Slots:
         self.rows.end([row])
 
     def run(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
-        """Read ids i64[n,T], in range, a row a slot, as one batch. Returns the logits of their last tokens, f32[n,V].
+        """Read ids i64[n,T], a row a slot, as one batch. Returns the logits of their last tokens, f32[n,V].
 
         Raises DfssmError where some are NaN or infinite; their slots are then broken, the others have read theirs.
         Slots that do not lie side by side in this order are moved there first: run the same ones in the same order.
         """
-        ids = np.ascontiguousarray(ids, np.int64)
-        if len(slots) != len(ids) or not ids.size:
+        ids = np.ascontiguousarray(self.engine.token_ids(ids))
+        if ids.ndim != 2 or len(slots) != len(ids) or not ids.size:
             raise DfssmError(f"{len(slots)} slots and tokens {list(ids.shape)}: give each slot a row of one or more")
         rows = [self._row(slot) for slot in slots]
         if len(set(rows)) != len(rows):

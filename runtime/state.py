@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,9 @@ class State:
         self.rows.require_sound(self.span)
 
     @property
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> Mapping[str, np.ndarray]:
         self.pull()
-        return self._tensors
+        return MappingProxyType(self._tensors)  # sessions hold the arrays' addresses: none is to be replaced
 
     def pull(self) -> None:
         """Bring the arrays up to date with a device that runs them; nothing to do where they run in place."""
@@ -125,7 +126,7 @@ class State:
     def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
         """Pickled, or deeply copied, a state is its arrays; the engine binds it again at the next run."""
         self.require_sound()
-        return State, (self.model, self.tensors, self.logits, self.tokens, self.recent)
+        return State, (self.model, dict(self.tensors), self.logits, self.tokens, self.recent)
 
     def copy_from(self, other: State) -> None:
         """Become `other`, in place. A single row is copied to every row: a prefix shared by a batch."""

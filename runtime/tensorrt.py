@@ -114,7 +114,7 @@ class DevicePool:
     [rows,...], are copies of the states there, for `pull` and `push`.
     """
 
-    def __init__(self, backend: TensorRTBackend, logits: np.ndarray, host: dict[str, np.ndarray] | None = None):
+    def __init__(self, backend: TensorRTBackend, logits: np.ndarray, host: Mapping[str, np.ndarray] | None = None):
         self._backend, self._cuda = backend, backend.cuda
         self.logits, self._host = logits, host or {}
         rows = len(logits)

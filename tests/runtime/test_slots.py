@@ -185,9 +185,20 @@ def test_wrong_uses_are_named(engine):
         slots.join()
     with pytest.raises(DfssmError, match="twice"):
         slots.run([one, one], [[1], [2]])
-    for ids in ([[1]], np.zeros((2, 0))):
+    for ids in ([[1]], np.zeros((2, 0)), [1, 2], [[[1]], [[2]]]):
         with pytest.raises(DfssmError, match="2 slots and tokens .*: give each slot a row"):
             slots.run([one, two], ids)
+    for ids, named in (
+        ([[1], [265]], "token id 265 is out of range"),
+        ([[-1], [1]], "token id -1 is out of range"),
+        ([[1.0], [2.0]], "token ids are float64"),
+        ([[True], [False]], "token ids are bool"),
+        ([[None], [1]], "token ids are object"),
+        (None, "token ids are object"),
+    ):
+        with pytest.raises(DfssmError, match=named):
+            slots.run([one, two], ids)
+    assert slots.run([one, two], [[1], [2]]).shape == (2, engine.vocab_size)  # nothing was broken
     with pytest.raises(DfssmError, match="the state has 2: use state.row"):
         slots.load(one, engine.new_state(2))
     slots.leave(one)

@@ -193,6 +193,19 @@ def test_a_cut_or_longer_file_is_refused(tmp_path, cut):
             State.load(damaged(tmp_path, bad))
 
 
+def test_the_arrays_of_a_state_are_written_to_and_not_replaced(engine, state):
+    """A session holds their addresses: it read from, and wrote to, the memory of an array that was gone."""
+    engine.step([1], state)
+    with pytest.raises(TypeError):
+        state.tensors["ssm_state.0"] = np.zeros_like(state.tensors["ssm_state.0"])
+    other = state.clone()
+    state.reset()
+    for name, tensor in state.tensors.items():
+        tensor[:] = other.tensors[name]
+    state.push()
+    assert follow(engine, state) == follow(engine, other)
+
+
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(DfssmError, match="nothing.state does not exist: give a file that a state was saved to"):
         State.load(tmp_path / "nothing.state")
