@@ -15,7 +15,7 @@ import numpy as np
 
 from dfssm.model.text import batches, documents, text_files
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
+from dfssm.opset.files import new_folder, writing
 from dfssm.targets.text import document, encode_documents
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def tokenize(
     tokens: int = 1,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Tokens:
-    """Tokenise files into a token file in `folder`, unless the one there is of the same text; map it.
+    """Tokenise files into a token file in the folder `folder`, which is new unless it is of the same text; map it.
 
     Every document is followed by the token `end`; the last `held_out` share of each file's tokens is kept apart. In
     memory is one batch of documents. `progress` gets the bytes of text done since its last call. Of several ranks
@@ -111,22 +111,18 @@ def tokenize(
         "held_out": held_out,
     }
     if (_read_record(folder) or {}).get("source") != source:
-        counts, record = {}, folder / _RECORD
 
         def encoded(file: Path) -> Iterator[np.ndarray]:
             for batch in batches(documents(file)):
                 yield encode(batch, tokenizer, end, vocab_size)
                 progress(sum(len(text.encode()) for text in batch))
 
-        def write(path: Path) -> None:
-            counts["train"], counts["held_out"] = _write(path, map(encoded, files), held_out)
-            if not sum(counts.values()):
+        with new_folder(folder, replace=True, parents=True) as draft, writing(folder):
+            train, held = _write(draft / _TOKENS, map(encoded, files), held_out)
+            if not train + held:
                 raise DfssmError(f"{', '.join(map(str, paths))}: there is no text to train on; give --data more")
-            _require_windows(counts["train"], tokens)
-            record.unlink(missing_ok=True)  # it is of the file that this one replaces
-
-        write_file(folder / _TOKENS, write, parents=True)
-        write_file(record, json.dumps({"source": source} | counts))
+            _require_windows(train, tokens)
+            (draft / _RECORD).write_text(json.dumps({"source": source, "train": train, "held_out": held}))
     return open_tokens(folder)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
+from dfssm.opset.files import collect, write_file
 
 from .data import Windows
 from .distributed import Ranks
@@ -116,6 +116,7 @@ def write_topk(
     if not 1 <= k <= vocab:
         raise DfssmError(f"k is {k}; give 1 to {vocab}, the teacher's tokens")
     record = {"k": k, "tokens": tokens, "vocab_size": vocab, "teacher": _digest(teacher)}
+    collect(folder)
     found = _read_record(folder) or {}
     for name, value in record.items():
         if found and found.get(name) != value:

@@ -25,7 +25,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import DfssmError
@@ -63,28 +63,30 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
 
 
 @contextmanager
-def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -> Iterator[Path]:
     """A new folder in a `with` block, which becomes `path` when the block ends well.
 
-    With `replace` it takes the place of what is there; otherwise nothing but an empty folder may be there. Raises
-    DfssmError when it may not, or when the operating system refuses; `path` is then as it was.
+    With `replace` it takes the place of a folder that is there; otherwise only an empty one may be there. `parents`:
+    make its folder if that is missing. Raises DfssmError when it may not, or when the operating system refuses; `path`
+    is then as it was.
     """
     target = Path(path)
-    with writing(target):
-        target = target.resolve()
-        _collect(target.parent)
-        draft, lock = _make_draft(target)
-    try:
+    with ExitStack() as stack:
+        with writing(target):
+            target = target.resolve()
+            if parents:
+                stack.enter_context(_made(target.parent))
+            collect(target.parent)
+            draft, lock = _make_draft(target)
+        # Then this is what the target was before, or what came of the block that failed.
+        stack.callback(os.close, lock)
+        stack.callback(shutil.rmtree, draft, ignore_errors=True)
         yield draft
         with writing(target):
             for inner in (*sorted(draft.rglob("*"), reverse=True), draft):
                 _sync(inner)
             _put(draft, target, replace)
             _sync(target.parent)
-    finally:
-        # Now this is what the target was before, or what came of the block that failed.
-        shutil.rmtree(draft, ignore_errors=True)
-        os.close(lock)
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def _write_through(target: Path, content: bytes | str | Callable[[Path], object]
 
 @contextmanager
 def _draft_file(target: Path) -> Iterator[Path]:
-    _collect(target.parent)
+    collect(target.parent)
     folder, lock = _make_draft(target)
     try:
         yield folder / "draft"
@@ -175,7 +177,7 @@ def _make_draft(target: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _collect(folder: Path) -> None:
+def collect(folder: Path) -> None:
     """Remove the drafts that killed writers have left in `folder`, and put back what they had taken away."""
     with contextlib.suppress(OSError):
         for left in sorted(folder.iterdir()):
@@ -208,7 +210,7 @@ def _put(draft: Path, target: Path, replace: bool) -> None:
         draft.rename(target)  # it replaces an empty folder, too
         return
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         if not replace:
             raise DfssmError(f"{target} exists now: another program made it; choose another output") from None
