@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from functools import cache
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from .target import Probe, Progress, Tensors
 from .trt_build import MODULES, Request
 from .trt_options import OPTIONS as OPTIONS
 from .trt_options import PACKAGES, SHIPPED, Options, Plan, installed, remedy, resolve
+from .trt_plugins import Build, build_of
 from .trust import require_engine
 
 if TYPE_CHECKING:
@@ -65,10 +66,12 @@ def probe(**options: Any) -> Probe:
     if options.get("builder", "auto") in ("auto", SHIPPED) and not installed():
         needs["trt"] = [PACKAGES[SHIPPED][0]]
     try:
-        plan = _plan(options)
+        plan = resolve(Options(**options))
         uses["builder"] = f"{plan.builder} ({plan.why})"
-        if options.get("lowering") != "native":
-            uses["library"] = str(find_library())
+        if plan.options.lowering == "plugin":
+            library = find_library()
+            uses["library"] = f"{library} ({build_of(library)})"
+            _covered(plan, library)
     except DfssmError as error:
         return Probe(NAME, uses, str(error), needs)
     return Probe(NAME, uses, needs=needs)
@@ -101,14 +104,16 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     from .trt_lowering.graph import Changes
     from .trt_proof import weights_in
 
-    plan = _plan(options)
-    choice = plan.options
-    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering)
-    files = [ENGINE]
+    plan = resolve(Options(**options))
+    choice, sm, files, plugins = plan.options, plan.sm, [ENGINE], None
     if choice.lowering == "plugin":
-        shutil.copyfile(find_library(), folder / LIBRARY)
+        library = find_library()
+        plugins, sm = build_of(library), _covered(plan, library)
+        shutil.copyfile(library, folder / LIBRARY)
         files.append(LIBRARY)
-    built = build_engine(_request(plan, folder), progress)
+    version = plugins.version if plugins else ""
+    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering, version)
+    built = build_engine(_request(plan, sm, folder), progress)
     found, missing = weights_in(folder / LOWERED, folder / ENGINE)
     # Plugins take weights as they are; of a graph without them TensorRT may fold some, and stripped ones are gone.
     if missing and choice.lowering == "plugin" and not choice.strip_weights:
@@ -118,7 +123,8 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     return files, {
         "builder": plan.builder,
         "why": plan.why,
-        "sm": list(plan.sm or built["sm"]),
+        "sm": list(sm),
+        "plugins": {"version": plugins.version, "sm": list(plugins.sm)} if plugins else None,
         "lowering": choice.lowering,
         "passes": {name: len(names) for name, names in changed.items()},
         "refused": {name: names.refused for name, names in changed.items() if isinstance(names, Changes)},
@@ -131,14 +137,31 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
     }
 
 
-def _request(plan: Plan, folder: Path) -> Request:
+def _covered(plan: Plan, library: Path) -> tuple[int, ...]:
+    """The GPUs of `plan` that the library has code for. DfssmError where none was left open and it lacks one."""
+    build = build_of(library)
+    covered = tuple(sm for sm in plan.sm if build.runs_on(sm))
+    if not covered or (plan.options.sm and covered != plan.sm):
+        lacking = ",".join(str(sm) for sm in plan.sm if sm not in covered)
+        raise DfssmError(_no_code(f"{library} has", build.sm, lacking))
+    return covered
+
+
+def _no_code(what_has: str, sm: Sequence[int], lacking: str) -> str:
+    return (
+        f"{what_has} no code for SM {lacking}, only for {', '.join(map(str, sm))}: install dfssm-trt, "
+        f"or build it with DFSSM_CUDA_ARCHS={lacking}"
+    )
+
+
+def _request(plan: Plan, sm: tuple[int, ...], folder: Path) -> Request:
     choice = plan.options
     return Request(
         builder=plan.builder,
         model=str(folder / LOWERED),
         engine=str(folder / ENGINE),
         library=str(folder / LIBRARY) if choice.lowering == "plugin" else "",
-        sm=plan.sm if plan.builder == "tensorrt-rtx" else (),
+        sm=sm if plan.builder == "tensorrt-rtx" else (),
         profiles=plan.profiles,
         timing_cache=str(choice.timing_cache or ""),
         version_compatible=choice.version_compatible,
@@ -146,10 +169,6 @@ def _request(plan: Plan, folder: Path) -> Request:
         embed_plugins=choice.embed_plugins,
         strip_weights=choice.strip_weights,
     )
-
-
-def _plan(options: dict[str, Any]) -> Plan:
-    return resolve(Options(**options))
 
 
 def why_not_run() -> str:
@@ -186,12 +205,25 @@ def check(folder: Path, manifest: Manifest, own: Path | None = None) -> None:
         raise DfssmError(
             f"{folder / ENGINE} has no weights: refit it with TensorRT, or compile without --strip-weights"
         )
-    if _has_library(engine):
-        find_library(own)
     # What is built to be hardware-compatible runs on Ampere and on whatever came later.
     sm = gpus[0].sm
     if not (sm >= 80 if engine["hardware_compatible"] else sm in engine["sm"]):
         raise DfssmError(f"{made_for}; the GPU here is SM {sm}: compile with --sm {sm}")
+    if engine["lowering"] == "plugin":
+        _check_plugins(folder / ENGINE, engine, own, sm)
+
+
+def _check_plugins(path: Path, engine: dict[str, Any], own: Path | None, sm: int) -> None:
+    made = engine.get("plugins") or {"version": "1", "sm": engine["sm"]}  # of before builds had versions
+    if not engine["embed_plugins"]:
+        library = find_library(own)
+        if (found := build_of(library)).version != made["version"]:
+            raise DfssmError(
+                f"{path} is for build {made['version']} of {LIBRARY}, {library} is {found}: use the bundle's own "
+                "library with --trust, or compile the model again"
+            )
+    if not Build(made["version"], tuple(made["sm"])).runs_on(sm):
+        raise DfssmError(_no_code(f"{path} has plugins that have", made["sm"], str(sm)) + ", and compile again")
 
 
 def open_engine(folder: str | Path | Files, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:
@@ -222,11 +254,14 @@ def open_session(
     raise DfssmError(f"{folder} is a TensorRT engine, not a graph for ONNX Runtime: use a bundle of --target ort-cpu")
 
 
-@cache
 def _load_plugins(trt: ModuleType, library: Path) -> None:
-    """Once a process: TensorRT refuses a second plugin of the same name."""
-    if trt.get_plugin_registry().load_library(str(library)) is None:
-        raise DfssmError(f"{library} does not load into TensorRT {trt.__version__}: compile the model again")
+    """Each build once a process, wherever it lies: TensorRT refuses a second plugin of one name and version."""
+    registry, version = trt.get_plugin_registry(), build_of(library).version
+    if registry.get_creator("RMSNorm", version, "") is None and registry.load_library(str(library)) is None:
+        raise DfssmError(
+            f"{library} does not load into {trt.__name__} {trt.__version__}: see its message above; "
+            "install the dfssm-trt that is made for it"
+        )
 
 
 def _has_library(engine: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ class Request:
     """One engine to build.
 
     `model`: the lowered graph. `engine`: the file to write. `library`: the plugin library, "" for a graph without
-    plugins. `sm`: compute capabilities, for tensorrt-rtx; none: all that it knows. `profiles`: (most rows, best tokens,
+    plugins. `sm`: compute capabilities, for tensorrt-rtx. `profiles`: (most rows, best tokens,
     most tokens) of each optimisation profile, rows and tokens from 1 on. `timing_cache`: a file to read, if it is
     there, and to write; "" for none.
     """
@@ -94,7 +94,6 @@ def build(trt: ModuleType, request: Request) -> dict[str, Any]:
     return {
         "version": trt.__version__,
         "layers": network.num_layers,
-        "sm": _capabilities(trt, request),
         "profiles": profiles,
         "parse_seconds": parsed - start,
         "build_seconds": time.perf_counter() - parsed,
@@ -145,7 +144,7 @@ def _config(trt: ModuleType, builder: Any, network: Any, request: Request) -> tu
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise BuildError(f"{path} is the timing cache of another GPU or TensorRT: remove it or name another")
     if request.builder == "tensorrt-rtx":
-        _set_capabilities(trt, config, _capabilities(trt, request))
+        _set_capabilities(trt, config, request.sm)
     profiles = [_add_profile(builder, config, network, *profile) for profile in request.profiles]
     return config, profiles
 
@@ -158,19 +157,7 @@ def _make_linear(trt: ModuleType, network: Any) -> None:
         network.get_output(index).allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
-def _capabilities(trt: ModuleType, request: Request) -> Sequence[int]:
-    """Those asked for, else all that may be: a graph without plugins holds INT4, which begins with SM 80."""
-    return request.sm or [sm for sm in known_sms(trt) if request.library or sm >= 80]
-
-
 def _set_capabilities(trt: ModuleType, config: Any, sm: Sequence[int]) -> None:
-    known = known_sms(trt)
-    unknown = [str(number) for number in sm if number not in known]
-    if unknown:
-        raise BuildError(
-            f"TensorRT-RTX {trt.__version__} does not build for SM {', '.join(unknown)}: choose of "
-            f"{', '.join(map(str, known))}"
-        )
     config.num_compute_capabilities = len(sm)
     for index, number in enumerate(sm):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)

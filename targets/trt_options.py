@@ -1,7 +1,7 @@
 """Options of `--target trt`, and what they come to on this machine: which builder, for which GPUs, why."""
 
 from dataclasses import dataclass, field, fields
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from dfssm.opset import DfssmError, paths
 
 from . import cuda
 from .target import Option
-from .trt_build import MODULES
+from .trt_build import MODULES, known_sms
 
 LOWERINGS = ("plugin", "native")
 BUILDERS = ("auto", *MODULES)
@@ -54,9 +54,7 @@ OPTIONS = tuple(Option(field.name, **field.metadata) for field in fields(Options
 
 @dataclass(frozen=True)
 class Plan:
-    """The options resolved: `builder` is one, not auto; `why` says why; `sm` are the GPUs the engine is to run on,
-    none being all that the builder knows.
-    """
+    """The options resolved: `builder` is one, not auto; `why` says why; `sm` are the GPUs the engine is to run on."""
 
     options: Options
     builder: str
@@ -98,7 +96,7 @@ def resolve(options: Options) -> Plan:
     gpus, no_gpu = cuda.devices()
     builder, why = _builder(options.builder, no_gpu)
     _check_flags(options, builder, no_gpu)
-    return Plan(options, builder, why, _capabilities(options.sm, builder, gpus), _profiles(options, builder))
+    return Plan(options, builder, why, _capabilities(options, builder, gpus), _profiles(options, builder))
 
 
 def _builder(wanted: str, no_gpu: str) -> tuple[str, str]:
@@ -134,8 +132,9 @@ def _check_flags(options: Options, builder: str, no_gpu: str) -> None:
         raise DfssmError(f"--strip-weights: tensorrt-rtx needs a GPU for that, and {no_gpu}; leave it out")
 
 
-def _capabilities(text: str, builder: str, gpus: list[cuda.Device]) -> tuple[int, ...]:
-    """The GPUs asked for, else the one that is here, else none."""
+def _capabilities(options: Options, builder: str, gpus: list[cuda.Device]) -> tuple[int, ...]:
+    """The GPUs asked for, else the one that is here, else all that the builder knows."""
+    text = options.sm
     try:
         wanted = tuple(dict.fromkeys(int(number) for number in text.split(",") if number.strip()))
     except ValueError:
@@ -143,7 +142,26 @@ def _capabilities(text: str, builder: str, gpus: list[cuda.Device]) -> tuple[int
     here = tuple(dict.fromkeys(gpu.sm for gpu in gpus))
     if builder == "tensorrt" and wanted and wanted != here[:1]:
         raise DfssmError(f"--sm {text}: tensorrt builds for the GPU here, SM {here[0]}; use --builder tensorrt-rtx")
-    return wanted or here[:1]
+    if builder == "tensorrt":
+        return here[:1]
+    known = _known(builder)
+    # An engine without plugins holds INT4, which begins with SM 80.
+    known = [sm for sm in known if options.lowering == "plugin" or sm >= 80]
+    if unknown := [sm for sm in wanted or here[:1] if sm not in known]:
+        kind = "engine" if options.lowering == "plugin" else "native engine"
+        raise DfssmError(
+            f"{builder} {installed()[builder]} builds no {kind} for SM {_listed(unknown)}, only for {_listed(known)}: "
+            "choose of those with --sm, or use --builder tensorrt on a machine with that GPU"
+        )
+    return wanted or here[:1] or tuple(known)
+
+
+def _known(builder: str) -> list[int]:
+    return known_sms(import_module(MODULES[builder]))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _profiles(options: Options, builder: str) -> tuple[tuple[int, int, int], ...]:

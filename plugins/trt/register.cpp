@@ -40,6 +40,9 @@ class Registration {
 
 Registration registration;
 
+// What the Python side looks for in the file (targets/trt_plugins.py), which it need not load for that.
+[[gnu::used]] constexpr char kBuild[] = "dfssm_trt version=" DFSSM_TRT_VERSION " sm=" DFSSM_TRT_ARCHS;
+
 }  // namespace
 }  // namespace dfssm::trt
 

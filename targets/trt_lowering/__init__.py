@@ -7,6 +7,7 @@ differently.)
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -22,19 +23,23 @@ LOWERINGS = {
 """Name of a lowering -> its passes. `plugin` has our ops, some fused, for libdfssm_trt.so; `native` none of them."""
 
 
-def passes(lowering: str) -> dict[str, Callable[[gs.Graph], list[str]]]:
-    """The passes of `lowering` by name, in order."""
-    return {name: import_module(f".{name}", __name__).run for name in LOWERINGS[lowering]}
+def passes(lowering: str, version: str = "") -> dict[str, Callable[[gs.Graph], list[str]]]:
+    """The passes of `lowering` by name, in order; `version` as in `lower`."""
+    found = {name: import_module(f".{name}", __name__).run for name in LOWERINGS[lowering]}
+    if "plugin_attributes" in found:
+        found["plugin_attributes"] = partial(found["plugin_attributes"], version=version)
+    return found
 
 
-def lower(model: Path, output: Path, lowering: str = "plugin") -> dict[str, list[str]]:
-    """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file.
+def lower(model: Path, output: Path, lowering: str = "plugin", version: str = "") -> dict[str, list[str]]:
+    """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file. `version`:
+    that of the plugins (`trt_plugins.build_of`), by which TensorRT finds them.
 
     Returns what each pass changed. Raises ValueError when what came out is not the graph that went in: that is a bug
     of a pass. DfssmError where plugins cannot update a state in place.
     """
     graph = load(model)
-    changed = {name: run(graph) for name, run in passes(lowering).items()}
+    changed = {name: run(graph) for name, run in passes(lowering, version).items()}
     save(graph, output)
     written = load(output)
     check_lowered(load(model), written, lowering)

@@ -11,21 +11,20 @@ from dfssm.targets.trt_plugins import PLUGINS
 
 from .graph import ours
 
-PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
-
 OWN = {"SelectiveScanStep": {"int8_state"}, "Int8MatMul": {"w_words"}}
 """The attributes that only a plugin has."""
 
 
-def run(graph: gs.Graph) -> list[str]:
-    """Returns the names of the nodes that got attributes; written out are all, defaults too. An unknown attribute is a
-    DfssmError: TensorRT's parser would drop it.
+def run(graph: gs.Graph, version: str = "") -> list[str]:
+    """Returns the names of the nodes that got attributes; written out are all, defaults too. `version`: of the plugins.
+    An unknown attribute is a DfssmError: TensorRT's parser would drop it.
     """
+    plugin = {"plugin_version": version, "plugin_namespace": ""}
     changed = []
     for node in ours(graph):
-        own = PLUGIN.keys() | OWN.get(node.op, set())
+        own = plugin.keys() | OWN.get(node.op, set())
         given = {name: value for name, value in node.attrs.items() if name not in own}
-        wanted = PLUGINS[node.op].resolve(given) | PLUGIN
+        wanted = PLUGINS[node.op].resolve(given) | plugin
         if node.op == "SelectiveScanStep":
             wanted["int8_state"] = int(len(node.outputs) == 3)
         if node.op == "Int8MatMul":

@@ -126,7 +126,7 @@ def test_progress(model, tmp_path):
     [
         (("--sm", "86", "--builder", "tensorrt"), "builder tensorrt "),
         (("--sm", "86", "--timing-cache", "t"), "--timing-cache: tensorrt-rtx times nothing"),
-        (("--sm", "20", "--lowering", "native"), "does not build for SM 20: choose of 75"),
+        (("--sm", "20", "--lowering", "native"), "builds no native engine for SM 20, only for 80"),
     ],
 )
 def test_errors_are_one_line(arguments, words, model, tmp_path, capsys, monkeypatch):

@@ -62,7 +62,7 @@ def _compile(source: Path, flags: list[str], key: str) -> Path:
     return out
 
 
-def _library(name: str, sources: list[Path], *link: str) -> Path:
+def _library(name: str, sources: list[Path], *link: str, version: str = "0" * 16) -> Path:
     """lib`name`.so of `sources`, made again when anything it is made of has changed."""
     kernels = emulated.load().path
     GENERATED.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,7 @@ def _library(name: str, sources: list[Path], *link: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _run(sys.executable, emulated.ROOT / "opset/header.py", GENERATED / "dfssm_opset.h")
         flags = [*"-std=c++17 -O1 -fPIC -Wall -Wextra -fvisibility=hidden -DDFSSM_EMULATION".split()]
+        flags += [f'-DDFSSM_TRT_VERSION="{version}"', '-DDFSSM_TRT_ARCHS="86,89"']
         flags += [f"-I{emulated.PLUGINS}", f"-I{GENERATED}", f"-isystem{emulated.EMULATION}"]
         flags += [f"-isystem{folder}" for folder in headers().values()]
         read = {*OPS, *ADAPTER, *REGISTERED, *emulated.PLUGINS.glob("*/*.h")}

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import onnx
 
+from dfssm.targets.trt_plugins import build_of
+
 LIBRARY = "libdfssm_trt.so"
 NO_LIBRARY = f"{LIBRARY} is not installed: it is built where nvcc is"
 MODULE = "tensorrt_rtx"
@@ -28,6 +30,12 @@ def library() -> Path | None:
     native = find_spec("dfssm._native")
     chosen = os.environ.get("DFSSM_TRT_LIBRARY") or (native and Path(native.origin).with_name(LIBRARY))
     return Path(chosen) if chosen and Path(chosen).is_file() else None
+
+
+def version() -> str:
+    """That of its plugins; of those of the emulation, which nothing is found by, where there is none."""
+    path = library()
+    return build_of(path).version if path else "0" * 16
 
 
 def missing() -> str | None:
@@ -112,7 +120,7 @@ def main() -> None:
     creators = {
         c.name: {f.name: f.type.name for f in c.field_names}
         for c in mine
-        if (c.plugin_version, c.plugin_namespace) == ("1", "")
+        if (c.plugin_version, c.plugin_namespace) == (build_of(Path(path)).version, "")
     }
 
     def engine(model: bytes) -> tuple[bytes, list]:

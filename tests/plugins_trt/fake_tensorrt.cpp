@@ -47,9 +47,11 @@ class Registry : public IPluginRegistry {
     *count = static_cast<int32_t>(creators_.size());
     return creators_.data();
   }
-  IPluginCreatorInterface* getCreator(const char* name, const char*, const char*) noexcept override {
+  IPluginCreatorInterface* getCreator(const char* name, const char* version, const char*) noexcept override {
     for (auto* creator : creators_) {
-      if (!std::strcmp(static_cast<IPluginCreatorV3One*>(creator)->getPluginName(), name)) return creator;
+      const auto* it = static_cast<IPluginCreatorV3One*>(creator);
+      if (!std::strcmp(it->getPluginName(), name) && !std::strcmp(it->getPluginVersion(), version))
+        return creator;
     }
     return nullptr;
   }
@@ -60,8 +62,8 @@ class Registry : public IPluginRegistry {
     int32_t count = 0;
     IPluginCreatorInterface* const* creators = get(count);
     for (int32_t i = 0; i < count; ++i) {
-      const char* name = static_cast<IPluginCreatorV3One*>(creators[i])->getPluginName();
-      if (getCreator(name, "1", "")) return nullptr;
+      const auto* it = static_cast<IPluginCreatorV3One*>(creators[i]);
+      if (getCreator(it->getPluginName(), it->getPluginVersion(), "")) return nullptr;
     }
     creators_.insert(creators_.end(), creators, creators + count);
     return handle;
@@ -96,7 +98,7 @@ const char* fake_error(const char* name) {
   const float value = -1;
   const PluginField field{name, &value, PluginFieldType::kFLOAT32, 1};
   const PluginFieldCollection fields{1, &field};
-  auto* creator = static_cast<IPluginCreatorV3One*>(registry.getCreator("RMSNorm", "1", ""));
+  auto* creator = static_cast<IPluginCreatorV3One*>(registry.getCreator("RMSNorm", "0000000000000000", ""));
   return creator->createPlugin("a node", &fields, TensorRTPhase::kBUILD) ? "" : logger.last.c_str();
 }
 }

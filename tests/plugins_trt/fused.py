@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from plugins_trt.lowered import model_of
+from plugins_trt.lowered import PLUGIN, model_of
 
 from dfssm.opset.cases import Case
 from dfssm.opset.reference import REFERENCES, quantize_activations_ref
 from dfssm.opset.tolerances import Tolerance, reduction
-from dfssm.targets.trt_lowering.plugin_attributes import PLUGIN
 from dfssm.targets.trt_plugins import FUSED
 
 ACTIVATIONS = {"NormScaffoldConv": ("x",), "GatedNormScaffoldAdd": ("y", "z", "residual")}

@@ -4,10 +4,13 @@ import nodes
 import numpy as np
 import onnx
 from onnx import helper
+from plugins_trt import engines
 
 from dfssm.opset import DOMAIN, OPS, VERSION
 from dfssm.opset.cases import CASES, Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
+
+PLUGIN = {"plugin_version": engines.version(), "plugin_namespace": ""}
 
 CANONICAL = [case for case in CASES if not case.attributes.get("layout")]
 """The plugins read the canonical layout only."""
@@ -27,7 +30,7 @@ def lowered_inputs(case: Case) -> dict[str, np.ndarray]:
 
 
 def lowered_attributes(case: Case) -> dict:
-    attributes = OPS[case.op].resolve(case.attributes) | {"plugin_version": "1", "plugin_namespace": ""}
+    attributes = OPS[case.op].resolve(case.attributes) | PLUGIN
     return attributes | ({"int8_state": int(case.state_dtype == "int8")} if case.op == "SelectiveScanStep" else {})
 
 

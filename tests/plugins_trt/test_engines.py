@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from trt_graphs import DEMO, write_step
 
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.opset.cases import Case
+from dfssm.targets import trt_child
 from dfssm.targets.trt_lowering import lower
 from dfssm.targets.trt_plugins import FUSED, PLUGINS
 
@@ -119,7 +122,7 @@ def variants() -> dict:
 def student(folder, name: str) -> onnx.ModelProto:
     """A whole model, lowered."""
     write_step(folder, name)
-    lower(folder / "model.onnx", folder / "lowered.onnx")
+    lower(folder / "model.onnx", folder / "lowered.onnx", version=engines.version())
     return onnx.load(folder / "lowered.onnx")
 
 
@@ -262,6 +265,20 @@ def test_workspace_of_the_fused(built, kernels, op):
         assert wanted <= built[0][case.id].scratch < wanted + 1024  # the builder rounds up
 
     check_each([case for case in FUSED_GOOD.values() if case.op == op], check)
+
+
+def test_the_script_of_the_documents_gives_polygraphy_the_plugins(built, tmp_path):
+    """docs/trt.md's with_plugins.py; to convert is what needs no GPU."""
+    text = (Path(__file__).parents[2] / "docs" / "trt.md").read_text()
+    (tmp_path / "with_plugins.py").write_text(
+        re.search(r"(?m)^( {4}import os, sys\n(?: {4}.*\n)+)", text)[1].replace("    ", "")
+    )
+    student(tmp_path / "student", "plain")
+    links = trt_child._environment("tensorrt-rtx", tmp_path)  # the parser wants them, see engines.py
+    command = [sys.executable, "with_plugins.py", engines.library(), "convert", "student/lowered.onnx", "--convert-to"]
+    command += ["trt", "--strongly-typed", "-o", "out.engine"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=links)
+    assert done.returncode == 0 and (tmp_path / "out.engine").stat().st_size, done.stdout[-2000:] + done.stderr
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -143,7 +143,7 @@ def test_plugin_attributes(state_dtype, tmp_path):
     graph = load(tmp_path / "model.onnx")
     assert len(run("plugin_attributes", graph)) == len(list(ours(graph)))
     for node in ours(graph):
-        assert node.attrs["plugin_version"] == "1" and node.attrs["plugin_namespace"] == ""
+        assert node.attrs["plugin_version"] == "" and node.attrs["plugin_namespace"] == ""
         assert node.attrs.keys() >= OPS[node.op].defaults.keys()
     (scan, *_) = ours(graph, "SelectiveScanStep")
     assert scan.attrs["int8_state"] == (state_dtype == "int8") and scan.attrs["dt_max"] == pytest.approx(0.1)

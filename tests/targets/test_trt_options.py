@@ -1,7 +1,10 @@
 """Target trt before and after a build: which builder, for which GPUs; what a machine must have to run the result."""
 
 import re
+import subprocess
 import sys
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ from dfssm.opset import DfssmError
 from dfssm.targets import cuda, trt, trt_options
 from dfssm.targets.bundle import Manifest
 from dfssm.targets.trt_options import Options, resolve
+from dfssm.targets.trt_plugins import Build, build_of
 
 BOTH = {"tensorrt-rtx": "1.7.1", "tensorrt": "10.14.1"}
 NO_GPU = ([], "there is no CUDA driver (libcuda.so.1)")
+KNOWN = [75, 80, 86, 89, 120, 121]
 AMPERE, ADA = cuda.Device("A10", 86), cuda.Device("L4", 89)
 
 
@@ -24,8 +29,15 @@ def machine(monkeypatch):
         monkeypatch.setattr(cuda, "devices", lambda: (gpus, "") if gpus else NO_GPU)
         for module in (trt_options, trt):
             monkeypatch.setattr(module, "installed", lambda: builders)
+        monkeypatch.setattr(trt_options, "_known", lambda builder: KNOWN)
 
     return has
+
+
+def write_library(path: Path, version: str = "0123456789abcdef", sm: str = "75,80,86,87,89,90,100,120") -> Path:
+    """What there is to see of a plugin library without loading it."""
+    path.write_bytes(b"\x7fELF...\0dfssm_trt version=%b sm=%b\0..." % (version.encode(), sm.encode()))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -40,7 +52,7 @@ def test_auto_picks_and_says_why(builders, gpus, builder, why, machine):
     machine(builders, gpus)
     plan = resolve(Options())
     assert (plan.builder, plan.why) == (builder, why)
-    assert plan.sm == ((89,) if gpus else ())
+    assert plan.sm == ((89,) if gpus else tuple(KNOWN))
 
 
 def test_profiles(machine):
@@ -62,6 +74,9 @@ def test_sm_is_a_list(machine):
         ({"builder": "onnx"}, BOTH, [], "unknown builder 'onnx': choose one of auto, tensorrt-rtx, tensorrt"),
         ({"lowering": "both"}, BOTH, [], "unknown lowering 'both': choose one of plugin, native"),
         ({"max_batch": 0}, BOTH, [], "--max-batch is 0: give 1 or more"),
+        ({"sm": "86,90"}, BOTH, [], "tensorrt-rtx 1.7.1 builds no engine for SM 90, only for 75, 80, 86, 89, 120, 121"),
+        ({"sm": "75", "lowering": "native"}, BOTH, [], "builds no native engine for SM 75, only for 80, 86, 89, 120"),
+        ({}, {"tensorrt-rtx": "1.7.1"}, [cuda.Device("H100", 90)], "builds no engine for SM 90"),
         ({"max_tokens": -3}, BOTH, [], "--max-tokens is -3"),
         ({"sm": "8.6"}, BOTH, [], "--sm is '8.6': give compute capabilities as in 86,89"),
         ({}, {}, [], "builder tensorrt-rtx is not installed (no module tensorrt_rtx): pip install 'dfssm[trt]'"),
@@ -88,12 +103,12 @@ def test_what_cannot_be_is_one_line(options, builders, gpus, words, machine):
 
 
 def test_probe_says_what_would_be_used(machine, monkeypatch, tmp_path):
-    library = tmp_path / trt.LIBRARY
-    library.touch()
+    library = write_library(tmp_path / trt.LIBRARY, sm="86,89")
     monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(library))
     machine(BOTH, [ADA])
     probe = trt.probe()
-    assert probe.usable and probe.uses["gpu"] == "L4 (SM 89)" and probe.uses["library"] == str(library)
+    assert probe.usable and probe.uses["gpu"] == "L4 (SM 89)"
+    assert probe.uses["library"] == f"{library} (build 0123456789abcdef for SM 86, 89)"
     assert probe.uses["tensorrt-rtx"] == "1.7.1"
     assert trt.probe(builder="tensorrt").uses["builder"] == "tensorrt (--builder)"
     machine(BOTH, [])
@@ -112,7 +127,7 @@ def test_what_running_takes(machine, monkeypatch, tmp_path):
     assert trt.why_not_run() == "TensorRT is not installed: pip install 'dfssm[trt]'"
     machine(BOTH, [ADA])
     assert "there is no such file" in trt.why_not_run()
-    library.touch()
+    write_library(library)
     assert trt.why_not_run() == ""
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     bindings = "cuda-bindings is not installed: pip install 'dfssm[trt]'"
@@ -140,6 +155,7 @@ ENGINE = {
     "version": "1.7.1",
     "sm": [86, 89],
     "lowering": "native",
+    "plugins": {"version": "0123456789abcdef", "sm": [86, 89]},
     "version_compatible": False,
     "hardware_compatible": False,
     "embed_plugins": False,
@@ -188,6 +204,104 @@ def test_engine_for_another_gpu(machine, tmp_path):
     machine({"tensorrt-rtx": "1.7.1"}, [cuda.Device("T4", 75)])
     with pytest.raises(DfssmError, match="the GPU here is SM 75"):
         trt.check(tmp_path, bundle(hardware_compatible=True, sm=[80]))
+
+
+@pytest.mark.parametrize(
+    "has, runs, fails",
+    [
+        ((86, 89), [86, 89, 90, 100, 120], [75, 80, 87]),  # PTX of 89 for what is newer
+        ((75, 80, 86, 87, 89, 90, 100, 120), [75, 80, 86, 87, 89, 90, 100, 103, 120, 121], [110]),
+        ((80, 120), [80, 86, 89, 120, 121], [75, 87, 90, 100, 110]),  # a card's code runs on its generation
+        ((87, 120), [87], [80, 86, 89]),  # Orin's does not
+    ],
+)
+def test_which_gpus_a_library_runs_on(has, runs, fails):
+    build = Build("", has)
+    assert [sm for sm in (*runs, *fails) if build.runs_on(sm)] == runs
+
+
+def test_a_library_says_what_it_is(tmp_path):
+    assert build_of(write_library(tmp_path / "lib.so", "f" * 16, "86,120")) == Build("f" * 16, (86, 120))
+    (tmp_path / "lib.so").write_bytes(b"dfssm_trt version=1")
+    with pytest.raises(DfssmError, match="lib.so is no libdfssm_trt.so, or that of an older dfssm: install the"):
+        build_of(tmp_path / "lib.so")
+    with pytest.raises(DfssmError, match=r"cannot read .*none.so: No such file or directory"):
+        build_of(tmp_path / "none.so")
+
+
+def test_engines_are_for_gpus_that_the_library_has_code_for(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(library := write_library(tmp_path / trt.LIBRARY, sm="86,89")))
+    machine(BOTH, [])
+    assert trt._covered(resolve(Options()), library) == (86, 89, 120, 121)
+    assert trt.probe(sm="86,89").usable
+    words = (
+        f"{library} has no code for SM 75,80, only for 86, 89: install dfssm-trt, or build it with DFSSM_CUDA_ARCHS="
+    )
+    assert trt.probe(sm="75,80,86").why_not.startswith(words)
+    assert trt.probe(sm="80", lowering="native").usable
+    machine(BOTH, [cuda.Device("T4", 75)])
+    assert "has no code for SM 75, only for 86, 89" in trt.probe().why_not
+
+
+def test_an_engine_runs_with_the_library_that_it_was_built_for(machine, monkeypatch, tmp_path):
+    machine(BOTH, [ADA])
+    library = write_library(tmp_path / trt.LIBRARY)
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(library))
+    trt.check(tmp_path, bundle(lowering="plugin"))
+    write_library(library, "f" * 16)
+    words = (
+        rf"is for build 0123456789abcdef of libdfssm_trt.so, {library} is build f{{16}} for SM .*: use the bundle's own"
+    )
+    with pytest.raises(DfssmError, match=words):
+        trt.check(tmp_path, bundle(lowering="plugin"))
+    trt.check(tmp_path, bundle(lowering="plugin", version_compatible=True, embed_plugins=True))
+    earlier = {key: value for key, value in ENGINE.items() if key != "plugins"} | {"lowering": "plugin"}
+    with pytest.raises(DfssmError, match="is for build 1 of libdfssm_trt.so"):
+        trt.check(tmp_path, Manifest("trt", {}, "fp16", 0, {}, engine=earlier))
+
+
+def test_a_gpu_that_the_plugins_have_no_code_for(machine, monkeypatch, tmp_path):
+    machine({"tensorrt-rtx": "1.7.1"}, [cuda.Device("A100", 80)])
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(write_library(tmp_path / trt.LIBRARY, sm="86,89")))
+    with pytest.raises(DfssmError, match=r"model.engine has plugins that have no code for SM 80, only for 86, 89: ins"):
+        trt.check(tmp_path, bundle(lowering="plugin", sm=[80]))
+
+
+def test_the_wheel_has_code_for_all_that_engines_are_built_for():
+    """TensorRT-RTX's list, and those of which only TensorRT builds."""
+    project = Path(trt.__file__).resolve().parents[1] / "plugins" / "trt" / "pyproject.toml"
+    archs = tomllib.loads(project.read_text())["tool"]["scikit-build"]["cmake"]["define"]["DFSSM_CUDA_ARCHS"]
+    build = Build("", tuple(map(int, archs.split(";"))))
+    assert [sm for sm in (*KNOWN, 87, 90, 100) if not build.runs_on(sm)] == []
+    assert set(KNOWN) - {121} <= set(build.sm), "machine code, not PTX"
+
+
+TWO_BUILDS = """
+import sys
+from pathlib import Path
+import tensorrt_rtx
+from dfssm.targets import trt
+for path in sys.argv[1:]:
+    trt._load_plugins(tensorrt_rtx, Path(path))
+    creators = [c for c in tensorrt_rtx.get_plugin_registry().all_creators if c.name == "SelectiveScanStep"]
+    print(*sorted(c.plugin_version for c in creators))
+"""
+
+
+@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+def test_two_builds_of_the_library_in_one_process(tmp_path):
+    """As two bundles bring them; the same build again, at another place, is one."""
+    try:
+        library = trt.find_library()
+    except DfssmError as error:
+        pytest.skip(str(error))
+    version = build_of(library).version
+    paths = [tmp_path / name for name in ("first.so", "again.so", "second.so")]
+    for path, written in zip(paths, (version, version, "f" * 16), strict=True):
+        path.write_bytes(library.read_bytes().replace(version.encode(), written.encode()))
+    done = subprocess.run([sys.executable, "-c", TWO_BUILDS, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [version, version, f"{version} {'f' * 16}"]
 
 
 def test_no_session():

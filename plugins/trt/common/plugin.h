@@ -48,7 +48,8 @@ Result guarded(const char* where, Result failed, F&& f) noexcept {
   }
 }
 
-inline constexpr char kPluginVersion[] = "1", kPluginNamespace[] = "";
+// The version is that of the build: CMakeLists.txt says what it is made of.
+inline constexpr char kPluginVersion[] = DFSSM_TRT_VERSION, kPluginNamespace[] = "";
 
 // ---- What an op declares ----
 
