@@ -40,6 +40,7 @@ class TensorRTBackend:
         inputs = [name for name in names if "." in name and "_out." not in name]
         self.states = {name: name.replace(".", "_out.") for name in inputs}
         self.layout: Layout = {name: (self.dtype(name), tuple(engine.get_tensor_shape(name))[1:]) for name in inputs}
+        self._require_known(names)
         self.vocab_size = int(engine.get_tensor_shape("logits")[-1])
         last = engine.num_optimization_profiles - 1
         self.prompt_context = self._context(last)
@@ -97,8 +98,26 @@ class TensorRTBackend:
             raise DfssmError("TensorRT makes no execution context: see its message above; is the device's memory full?")
         return context
 
+    def _require_known(self, names: list[str]) -> None:
+        """DfssmError where these are not the tensors of a step as this dfssm runs it: one keeps its states in another
+        form, say.
+        """
+        expected = {"input_ids", "logits", *self.states, *self.states.values()}
+        unknown = expected.symmetric_difference(names)
+        unknown |= {name for name, (_, shape) in self.layout.items() if min(shape) < 1}  # left open
+        if unknown:
+            raise DfssmError(
+                f"the engine's inputs and outputs are not those of a step, see {', '.join(sorted(unknown))}: "
+                "compile the model again, or use the dfssm that made it"
+            )
+
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(DTYPES[self.engine.get_tensor_dtype(name).name])
+        found = self.engine.get_tensor_dtype(name).name
+        if found not in DTYPES:
+            raise DfssmError(
+                f"{name} of the engine is {found}, which this dfssm does not know: compile the model again"
+            )
+        return np.dtype(DTYPES[found])
 
     def pool(self, rows: int) -> DevicePool:
         return DevicePool(self, np.zeros((rows, self.vocab_size), np.float32))

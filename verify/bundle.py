@@ -113,7 +113,8 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     target = get_target(manifest.target)
     if target.IS_ENGINE:
         raise DfssmError(
-            f"{bundle} holds an engine, which shows no values inside: compare the same model as --target ort-cpu"
+            f"{bundle} holds an engine, which shows no values inside: compare its logits with `dfssm eval perplexity "
+            f"{bundle} --reference {model}`, or the layers of the same model as --target ort-cpu"
         )
     own = own_library(opened, target.LIBRARY, asked=False)
     student = load_student(model, manifest.state_dtype)

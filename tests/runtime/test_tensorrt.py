@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,36 @@ def test_a_state_goes_from_one_engine_to_the_other(engine, device):
 def test_a_batch_that_the_engine_was_not_built_for(device):
     with pytest.raises(DfssmError, match="4 rows, the engine was built for 3: compile with --max-batch 4"):
         device.step([1, 1, 1, 1], device.new_state(4))
+
+
+@pytest.mark.parametrize(
+    "more, without, named",
+    [
+        ("ssm_recent.0", "", "ssm_recent_out.0"),  # a state that nothing makes anew
+        ("token", "", "token"),
+        ("", "ssm_state_out.1", "ssm_state_out.1"),
+    ],
+)
+def test_an_engine_whose_states_have_another_form_is_refused(engine, more, without, named):
+    cuda = FakeCuda()
+    fake = FakeEngine(cuda, engine.backend.session)
+    fake.tensors = {name: tensor for name, tensor in fake.tensors.items() if name != without}
+    fake.tensors |= {more: fake.tensors["conv_state.0"]} if more else {}
+    fake.num_io_tensors = len(fake.tensors)
+    with pytest.raises(DfssmError, match=rf"not those of a step, see {named}: compile the model again, or use"):
+        TensorRTBackend(fake, cuda)
+
+
+def test_an_engine_with_sizes_or_types_that_are_unknown_is_refused(engine, monkeypatch):
+    cuda = FakeCuda()
+    fake = FakeEngine(cuda, engine.backend.session)
+    shape = fake.get_tensor_shape
+    monkeypatch.setattr(fake, "get_tensor_shape", lambda name: (-1, 8, -1) if name == "conv_state.0" else shape(name))
+    with pytest.raises(DfssmError, match=r"not those of a step, see conv_state.0: compile"):
+        TensorRTBackend(fake, cuda)
+    monkeypatch.setattr(fake, "get_tensor_dtype", lambda name: SimpleNamespace(name="FP8"))
+    with pytest.raises(DfssmError, match=r"conv_state.0 of the engine is FP8, which this dfssm does not know: compile"):
+        TensorRTBackend(fake, cuda)
 
 
 def test_memory_is_given_back(device):

@@ -91,5 +91,8 @@ def test_an_engine_cannot_be_compared(tmp_path):
     (tmp_path / ENGINE).write_bytes(b"engine")
     manifest = Manifest("trt", {}, "fp16", 0, {ENGINE: file_entry(tmp_path / ENGINE)}, engine={"builder": "x"})
     (tmp_path / "manifest.json").write_text(manifest.to_json())
-    with pytest.raises(DfssmError, match="holds an engine, which shows no values inside: compare the same model as"):
+    words = (
+        "compare its logits with `dfssm eval perplexity .* --reference .*model.pt`, or the layers of the same model as"
+    )
+    with pytest.raises(DfssmError, match=f"holds an engine, which shows no values inside: {words} --target ort-cpu"):
         compare_bundle(tmp_path, tmp_path / "model.pt", 8, lambda done, total: None)
