@@ -33,7 +33,9 @@ class ChatTemplate:
 
     def __init__(self, folder: Path):
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
+            config = (
+                json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")) if (folder / CONFIG).is_file() else {}
+            )
         except (OSError, ValueError, RecursionError):
             config = {}
         config = config if isinstance(config, dict) else {}

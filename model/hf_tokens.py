@@ -62,6 +62,6 @@ def _object(value: Any) -> dict[Any, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return _object(json.loads(path.read_text(encoding="utf-8-sig")))
+        return _object(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}  # a pipe would wait
     except (OSError, ValueError, RecursionError):
         return {}

@@ -36,6 +36,8 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
     Raises DfssmError when it cannot be read, is no tokenizer.json, takes too much to use, or is not that of the model.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(None, "no regular file")  # a pipe would wait, a device need not end
         content = file.read_bytes()
     except OSError as error:
         raise DfssmError(f"{file}: cannot be read ({error.strerror or error}); give {give}") from None

@@ -41,6 +41,12 @@ def test_what_marks_a_training_is_no_text(template):
     assert made(CHAT) == "[é]\n[a]\n"
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    assert ChatTemplate(tmp_path)(CHAT) == "é"
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = "{% set n = namespace(x='a') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 

@@ -189,3 +189,10 @@ def test_pickled_files(folder, tmp_path):
     assert "pytorch_model.bin: " in refused(folder)
     weights.write_bytes(b"")
     assert "pytorch_model.bin: cannot be read" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_pipe_says_nothing_of_tokens(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert load_teacher(folder).config == CONFIG

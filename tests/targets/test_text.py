@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from importlib.metadata import version
 
 import numpy as np
@@ -41,6 +42,12 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(DfssmError, match=r"^[^\n]*t.json: [^\n]*; give another$"):
+        load_tokenizer(tmp_path / "t.json", "another")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "t.json")
+    with pytest.raises(DfssmError, match=r"t.json: cannot be read \(no regular file\); give another"):
         load_tokenizer(tmp_path / "t.json", "another")
 
 
