@@ -67,8 +67,8 @@ class TensorRTBackend:
         return getattr(context, "is_stream_capturable", lambda stream: True)(self.cuda.stream)
 
     def _works_in_place(self) -> bool:
-        """Whether a step from arbitrary states gives the same logits and states, bit for bit, from one buffer as from
-        two. An engine that writes nothing to the second one works in the first whatever is bound.
+        """Whether a step and a prompt from arbitrary states give the same logits and states, bit for bit, from one
+        buffer as from two. An engine that writes nothing to the second one works in the first whatever is bound.
         """
         rng = np.random.default_rng(0)
         states = {name: _arbitrary(rng, dtype, (1, *shape)) for name, (dtype, shape) in self.layout.items()}
@@ -76,11 +76,14 @@ class TensorRTBackend:
         for self.in_place in (False, True):
             pool, after = self.pool(1), {name: np.empty_like(state) for name, state in states.items()}
             pool.write(0, states)
-            pool.run(np.ones((1, 1), np.int64), 0, lambda: None)
+            logits = []
+            for tokens in (1, min(2, self.max_tokens)):  # kernels are chosen for each
+                pool.run(np.zeros((1, tokens), np.int64), 0, lambda: None)
+                logits.append(pool.logits.copy())
             pool.read(0, after)
-            found.append([*after.values(), pool.logits])
+            found.append([*logits, *after.values()])
         apart, together = found
-        return _same_bits(apart, together) or not any(state.any() for state in apart[:-1])
+        return _same_bits(apart, together) or not any(state.any() for state in apart[2:])
 
     def _context(self, profile: int, final_kernels: bool = False) -> Any:
         """With `final_kernels`, TensorRT-RTX compiles those for a shape before it runs it; else it begins with general
