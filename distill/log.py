@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
 from dfssm.opset.files import write_file
 
@@ -33,7 +33,7 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise DfssmError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from None
+            raise DfssmError(f"{self.path}: cannot be written ({reason(error)}); make room, then --resume") from None
         for sink in self.sinks:
             sink(int(line["step"]), line)
 
@@ -91,8 +91,9 @@ def _wandb(folder: Path, project: str) -> Sink:
     try:
         run = wandb.init(project=project, name=folder.name, id=kept.read_text(), resume="allow", dir=str(folder))
     except wandb.Error as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DfssmError(f"the W&B project {project}: no run begins ({reason}); see to it, or leave out W&B") from None
+        raise DfssmError(
+            f"the W&B project {project}: no run begins ({reason(error)}); see to it, or leave out W&B"
+        ) from None
 
     def sink(step: int, line: dict[str, float]) -> None:
         # Steps that are taken again after a resume, W&B passes over: they are the same.

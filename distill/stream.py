@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.model.text import FIELD, batches, text_of
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
 
 from . import PREFIX
@@ -185,6 +185,5 @@ def _one_line(source: str) -> Iterator[None]:
     except DfssmError:
         raise
     except Exception as error:
-        reason = "it is empty" if isinstance(error, StopIteration) else str(error) or type(error).__name__
-        reason = reason.splitlines()[0]
-        raise DfssmError(f"{source}: cannot be read ({reason}); check its name, its split and the network") from None
+        why = "it is empty" if isinstance(error, StopIteration) else reason(error)
+        raise DfssmError(f"{source}: cannot be read ({why}); check its name, its split and the network") from None

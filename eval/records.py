@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 
 from . import harness  # noqa: F401 (whoever reads a task file knows `--model dfssm`, the command lm_eval too)
 
@@ -60,8 +60,7 @@ def _read(file: str, data: str | None) -> tuple[Path, str]:
     try:
         return path, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DfssmError(f"{path}: cannot be read ({reason}); give --data the folder it is in") from None
+        raise DfssmError(f"{path}: cannot be read ({reason(error)}); give --data the folder it is in") from None
 
 
 def _test_split(path: Path, rows: list[dict]) -> dict[str, datasets.Dataset]:

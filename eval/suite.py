@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
 
 from .scorer import locate, open_scorer, packages
@@ -66,8 +66,9 @@ def run_tasks(
         try:
             loaded = manager.load(list(names))
         except OSError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DfssmError(f"the data of {', '.join(names)} cannot be had ({reason}): give --data DIR") from None
+            raise DfssmError(
+                f"the data of {', '.join(names)} cannot be had ({reason(error)}): give --data DIR"
+            ) from None
         for task in loaded["tasks"].values():
             if task.config.num_fewshot is None:
                 task.set_config(key="num_fewshot", value=0)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2State
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 
 from .scorer import require_ends
 
@@ -33,8 +33,9 @@ class TorchScorer:
             self.device = torch.device(device or "cpu")
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DfssmError(f"device {device!r} cannot be used ({reason}): leave it out to run on the CPU") from None
+            raise DfssmError(
+                f"device {device!r} cannot be used ({reason(error)}): leave it out to run on the CPU"
+            ) from None
         self.kind = kind
         self.model = (load_teacher if kind == "teacher" else load_student)(path).to(self.device).eval()
         self.vocab_size = self.model.config.vocab_size

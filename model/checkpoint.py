@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
 from dfssm.opset.hashing import on_threads, pieces
 
@@ -151,8 +151,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
     except pickle.UnpicklingError:
         raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
     except Exception as error:  # the unpickler raises whatever the damaged bytes make it stumble over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DfssmError(f"{path}: cannot be read ({reason}); {remedy}") from None
+        raise DfssmError(f"{path}: cannot be read ({reason(error)}); {remedy}") from None
 
 
 def _check_records(file: BinaryIO) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
 from dfssm.opset.paths import file_or_folder
 
@@ -51,8 +51,7 @@ def documents(path: Path) -> Iterator[str]:
     try:
         yield from filter(None, map(str.strip, read(path)))
     except OSError as error:
-        reason = error.strerror or _line(error)
-        raise DfssmError(f"{path}: cannot be read ({reason}); give --data other files") from None
+        raise DfssmError(f"{path}: cannot be read ({reason(error)}); give --data other files") from None
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -102,8 +101,8 @@ def _json_lines(path: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else _line(error)
-                raise DfssmError(f"{path}, line {number}: is no JSON ({reason}); mend or remove the line") from None
+                why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+                raise DfssmError(f"{path}, line {number}: is no JSON ({why}); mend or remove the line") from None
             # Half a surrogate pair can be written in JSON, but is no text for a tokenizer.
             yield text_of(row, f"{path}, line {number}").encode(errors="replace").decode()
 
@@ -124,9 +123,4 @@ def _parquet(path: Path) -> Iterator[str]:
             for number, row in enumerate(rows, 1):
                 yield text_of(row, f"{path}, row {number}")
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: bytes of a text that are not UTF-8
-        raise DfssmError(f"{path}: is no parquet file that can be read ({_line(error)}); give another") from None
-
-
-def _line(error: BaseException) -> str:
-    """What a library says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise DfssmError(f"{path}: is no parquet file that can be read ({reason(error)}); give another") from None

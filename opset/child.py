@@ -13,6 +13,8 @@ import subprocess
 import sys
 from typing import Any, Self
 
+from .errors import reason
+
 SECONDS = 10.0
 """Of one request, by the clock."""
 
@@ -119,7 +121,7 @@ def serve(module: str, function: str, seconds: float) -> None:
             if len(text) > ANSWER:
                 raise ValueError(f"its answer has {len(text)} bytes")
         except Exception as error:
-            text = json.dumps({"error": (str(error) or type(error).__name__).splitlines()[0]})
+            text = json.dumps({"error": reason(error)})
         answers.write(text.encode() + b"\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.flush()

@@ -10,3 +10,9 @@ class DfssmError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))
+
+
+def reason(error: BaseException) -> str:
+    """What an error of the system or of a library says, in a line: its first one, else its type."""
+    text = getattr(error, "strerror", None) or str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__)

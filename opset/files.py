@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .errors import DfssmError
+from .errors import DfssmError, reason
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
@@ -109,7 +109,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DfssmError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        raise DfssmError(f"cannot write {path}: {reason(error)}; choose another place") from error
 
 
 def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:

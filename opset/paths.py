@@ -10,7 +10,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from .errors import DfssmError
+from .errors import DfssmError, reason
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 """The file that makes a folder a bundle, and the one that makes it a checkpoint."""
@@ -153,8 +153,7 @@ def _mode(path: str | Path, remedy: str) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # a folder that is closed to us, too long a name, a loop of links, a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise DfssmError(f"{path} cannot be read ({reason}): {remedy}") from None
+        raise DfssmError(f"{path} cannot be read ({reason(error)}): {remedy}") from None
 
 
 def _kind(path: Path, mode: int) -> tuple[str, Path]:
@@ -176,7 +175,7 @@ def _kind(path: Path, mode: int) -> tuple[str, Path]:
         with path.open("rb") as content:
             return ("student" if content.read(2) == b"PK" else ""), path  # torch.save writes a zip archive
     except OSError as error:
-        raise DfssmError(f"{path} cannot be read ({error.strerror}): copy it again") from None
+        raise DfssmError(f"{path} cannot be read ({reason(error)}): copy it again") from None
 
 
 def _way(kind: str, place: str, wanted: tuple[str, ...]) -> tuple[str, str, str]:

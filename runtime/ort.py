@@ -11,7 +11,8 @@ import onnxruntime
 from .memory import trim
 from .state import Layout, State
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""Of states, by the names of ONNX Runtime."""
 
 # The arena keeps what a long prompt needed; decoding needs a hundredth of it.
 _SHRINK = onnxruntime.RunOptions()
@@ -33,7 +34,7 @@ class OrtBackend:
         self.session, self._in_place = session, in_place
         self.vocab_size: int = session.get_outputs()[0].shape[-1]
         self.layout: Layout = {
-            tensor.name: (np.dtype(_DTYPES[tensor.type]), tuple(tensor.shape[1:]))
+            tensor.name: (np.dtype(DTYPES[tensor.type]), tuple(tensor.shape[1:]))
             for tensor in session.get_inputs()
             if tensor.name not in ("input_ids", "logits_to_keep")
         }

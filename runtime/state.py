@@ -15,7 +15,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
 from dfssm.opset.numbers import require_whole
 
@@ -187,7 +187,7 @@ class State:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DfssmError(f"cannot read the state {path}: {error.strerror or error}") from None
+            raise DfssmError(f"cannot read the state {path}: {reason(error)}") from None
         return cls.from_bytes(data, path)
 
     @classmethod

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Self, TypeVar
 
-from dfssm.opset import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 
 Result = TypeVar("Result")
 
@@ -48,8 +48,8 @@ class Files:
             except (FileNotFoundError, IsADirectoryError):
                 raise self._missing(name) from None
             except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise DfssmError(f"{self.folder / name} cannot be read ({reason}): copy or compile it again") from None
+                why = f"{self.folder / name} cannot be read ({reason(error)})"
+                raise DfssmError(f"{why}: copy or compile it again") from None
             self._close.enter_context(file)
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise self._missing(name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.hashing import on_threads
 from dfssm.opset.numbers import require_whole
 
@@ -128,5 +128,5 @@ def _in_memory(file: BufferedReader) -> np.ndarray:
 
 def one_line(error: Exception) -> str:
     """The first line of an ONNX Runtime error, without its numeric prefix."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = reason(error)
     return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text

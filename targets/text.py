@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dfssm.opset.child import Child, ChildError, possible
 from dfssm.opset.endings import END_OF_TEXT, end_ids
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 
 from .trust import record, recorded
 
@@ -40,7 +40,7 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
             raise OSError(None, "no regular file")  # a pipe would wait, a device need not end
         content = file.read_bytes()
     except OSError as error:
-        raise DfssmError(f"{file}: cannot be read ({error.strerror or error}); give {give}") from None
+        raise DfssmError(f"{file}: cannot be read ({reason(error)}); give {give}") from None
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise DfssmError(f"{file}: has changed since the model was opened; give {give}")
@@ -86,7 +86,7 @@ def _value_errors() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
+        raise ValueError(reason(error)) from None
 
 
 def _try_file(request: list[str]) -> None:

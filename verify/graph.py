@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from dfssm.opset import DOMAIN
+from dfssm.runtime.ort import DTYPES
 from dfssm.targets.bundle import MODEL
 
 TAPPED = f"tapped.{MODEL}"
@@ -19,8 +20,6 @@ TAPPED = f"tapped.{MODEL}"
 Feeds = dict[str, np.ndarray]
 Infer = Callable[[Feeds], Mapping[str, np.ndarray]]
 Values = dict[str, list[np.ndarray]]  # name of a graph's output -> its values, call by call
-
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def inference(session: Any) -> Infer:
 def zero_states(session: Any) -> Feeds:
     """The inputs of `session` for one sequence that has read nothing, all but `input_ids`."""
     inputs = [value for value in session.get_inputs() if value.name != "input_ids"]
-    return {value.name: np.zeros([1, *value.shape[1:]], _NUMPY_TYPES[value.type]) for value in inputs}
+    return {value.name: np.zeros([1, *value.shape[1:]], DTYPES[value.type]) for value in inputs}
 
 
 def calls_of(infer: Infer, feeds: Feeds, ids: np.ndarray, calls: list[int]) -> Iterator[Mapping[str, np.ndarray]]:
