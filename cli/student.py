@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -48,10 +49,13 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
     output = paths.output_file(output)
     require(PACKAGES)
     from dfssm.model.checkpoint import save_student
+    from dfssm.model.config import DFSSMConfig
     from dfssm.model.config import preset as named
     from dfssm.model.convert import init_student
 
-    student = init_student(_read_config(config) if config else named(preset), seed, rank, planes)
+    teacher = _read_config(config) if config else named(preset)
+    _require_memory(DFSSMConfig.from_teacher(teacher, rank, planes))
+    student = init_student(teacher, seed, rank, planes)
     save_student(output, *student)
     print_result(_report(output, *student), as_json, _text)
 
@@ -90,9 +94,20 @@ def _read_config(path: Path):
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DfssmError(f"{path} cannot be read as JSON ({error}): give a config as in docs/format.md") from None
     return Mamba2Config.from_dict(values)
+
+
+def _require_memory(config) -> None:
+    """DfssmError where the weights of a student would not go into the memory of this machine."""
+    from dfssm.model.ledger import model_bytes
+
+    values, memory = config.to_dict(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    one, two = (sum(model_bytes(values | {"n_layer": layers}).values()) for layers in (1, 2))
+    size = one + (two - one) * (config.n_layer - 1)  # without a list of all layers
+    if size > memory:
+        raise DfssmError(f"the student takes {megabytes(size)}, this machine has {megabytes(memory)}: make it smaller")
 
 
 def _report(output: Path, config, tensors: dict) -> dict:

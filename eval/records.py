@@ -25,10 +25,10 @@ def json_lines(file: str, data: str | None = None, **_: Any) -> dict[str, datase
     """
     path, text = _read(file, data)
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DfssmError(f"{path}, question {number}: is no JSON ({error})") from None
         if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
             raise DfssmError(f"{path}, question {number}: is no object with the keys of the first")

@@ -71,7 +71,9 @@ def _follow(lines: Iterable[str], progress: Progress | None) -> tuple[dict[str, 
     for line in lines:
         try:
             message = json.loads(line)
-        except ValueError:  # a native library, writing past the logger
+        except (ValueError, RecursionError):
+            message = line
+        if not isinstance(message, dict):  # a native library, writing past the logger
             message = {"log": ["", line]}
         if "progress" in message and progress:
             progress(*message["progress"])

@@ -180,6 +180,19 @@ class TestStudents:
         with pytest.raises(DfssmError, match="nothing.json does not exist: give a config as JSON"):
             invoke("init", "--config", tmp_path / "nothing.json", "-o", tmp_path / "a.pt")
 
+    @pytest.mark.parametrize("change", [{"n_layer": 10**9}, {"vocab_size": 10**14}, {"n_layer": 10**30}])
+    def test_init_of_more_than_the_memory_is_refused_at_once(self, invoke, tmp_path, change):
+        (tmp_path / "big.json").write_text(json.dumps({"vocab_size": 64, "d_model": 32, "n_layer": 1} | change))
+        with pytest.raises(DfssmError, match="the student takes [0-9.]+ MB, this machine has [0-9.]+ MB"):
+            invoke("init", "--config", tmp_path / "big.json", "-o", tmp_path / "a.pt")
+        assert [path.name for path in tmp_path.iterdir()] == ["big.json"]
+
+    @pytest.mark.parametrize("text", ["{", "[" * 100_000, "\xff"])
+    def test_a_config_that_is_no_json_is_named(self, invoke, tmp_path, text):
+        (tmp_path / "c.json").write_text(text, encoding="latin-1")
+        with pytest.raises(DfssmError, match="c.json cannot be read as JSON .*: give a config as in docs/format.md"):
+            invoke("init", "--config", tmp_path / "c.json", "-o", tmp_path / "a.pt")
+
     def test_convert(self, invoke, tmp_path):
         import torch
 

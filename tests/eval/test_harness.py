@@ -313,6 +313,7 @@ class TestCommand:
         [
             ("piqa.jsonl", "", "piqa.jsonl: holds no questions"),
             ("piqa.jsonl", '{"query": "a"}\nno JSON\n', "piqa.jsonl, question 2: is no JSON"),
+            ("piqa.jsonl", "[" * 100_000, "piqa.jsonl, question 1: is no JSON"),
             ("piqa.jsonl", '{"query": "a"}\n{"text": "b"}\n', "question 2: is no object with the keys"),
             ("piqa.jsonl", "[1]\n", "question 1: is no object"),
             ("hellaswag_val.txt", "A man. he\n3\na\nb\nc\nd\nA dog. he\n", "question 2: expected a beginning"),
@@ -323,6 +324,16 @@ class TestCommand:
         (tmp_path / name).write_text(text)
         with pytest.raises(DfssmError, match=message):
             invoke(bundle, "--tasks", "piqa" if "piqa" in name else "hellaswag", "--data", tmp_path)
+
+    def test_a_line_ends_where_the_file_says_so(self, tmp_path):
+        """JSON may have a line separator (U+2028) inside a text as it is."""
+        from dfssm.eval.records import json_lines
+
+        (tmp_path / "a.jsonl").write_text(
+            '{"query": "a\u2028b"}\n\n{"query": "c\x85d"}\r\n', encoding="utf-8", newline=""
+        )
+        (split,) = json_lines("a.jsonl", data=str(tmp_path)).values()
+        assert split["query"] == ["a\u2028b", "c\x85d"]
 
     def test_a_task_without_its_folder(self):
         from dfssm.eval.records import json_lines

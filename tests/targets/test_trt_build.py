@@ -158,6 +158,7 @@ EXITS = "import sys; sys.stdin.read(); sys.exit(3)"
         (KILLED, "out of memory (the system killed the builder): free some, or use a larger machine"),
         (NO_MEMORY, "out of memory (buildSerializedNetwork: Error Code 2: OutOfMemory): free some"),
         (EXITS, "the builder exited with 3; its last words: none"),
+        ("import sys; print('null', 5, [1], sep='\\n'); sys.stdin.read(); sys.exit(3)", "3; its last words: [1]"),
     ],
 )
 def test_ends_of_the_process(code, words, request_, monkeypatch):
