@@ -42,6 +42,7 @@ class TensorRTBackend:
         self.layout: Layout = {name: (self.dtype(name), tuple(engine.get_tensor_shape(name))[1:]) for name in inputs}
         self._require_known(names)
         self.vocab_size = int(engine.get_tensor_shape("logits")[-1])
+        self._activations = 0  # where they lie, once there is a context
         last = engine.num_optimization_profiles - 1
         self.prompt_context = self._context(last)
         self._step_contexts: dict[int, Any] = {}
@@ -55,6 +56,10 @@ class TensorRTBackend:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def __del__(self) -> None:
+        if getattr(self, "_activations", 0):
+            self.cuda.free(self._activations)
 
     def step_context(self, batch: int) -> Any:
         """The context for T = 1 with `batch` rows, of the engine's first profile."""
@@ -90,13 +95,19 @@ class TensorRTBackend:
         ones and puts the better in their place when they are ready, which a recorded graph would not see.
         """
         settings = {}
-        if final_kernels and hasattr(self.engine, "create_runtime_config"):
-            config = self.engine.create_runtime_config()
+        if hasattr(self.engine, "create_runtime_config"):
+            config = settings["runtime_config"] = self.engine.create_runtime_config()
+            # What lies between the layers takes gigabytes for a large batch. Contexts run one at a time, and share it.
+            allocation = type(config.get_execution_context_allocation_strategy())
+            config.set_execution_context_allocation_strategy(allocation.USER_MANAGED)
             strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
-            if strategy is not None:
+            if final_kernels and strategy is not None:
                 config.dynamic_shapes_kernel_specialization_strategy = type(strategy).EAGER
-                settings["runtime_config"] = config
         context = self.engine.create_execution_context(**settings)
+        if context is not None and settings:
+            size = self.engine.device_memory_size_v2
+            self._activations = self._activations or self.cuda.allocate(size)
+            context.set_device_memory(self._activations, size)
         if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
             raise DfssmError("TensorRT makes no execution context: see its message above; is the device's memory full?")
         return context

@@ -18,6 +18,24 @@ class Strategy(Enum):
     LAZY, EAGER = range(2)
 
 
+class Allocation(Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class FakeConfig:
+    """Of a context of TensorRT-RTX."""
+
+    def __init__(self):
+        self.dynamic_shapes_kernel_specialization_strategy = Strategy.LAZY
+        self.allocation = Allocation.STATIC
+
+    def get_execution_context_allocation_strategy(self):
+        return self.allocation
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.allocation = strategy
+
+
 class FakeCuda:
     stream = 7
 
@@ -105,9 +123,8 @@ class FakeEngine:
         self.num_io_tensors = len(self.tensors)
         self.capturable = True
         if rtx:
-            self.create_runtime_config = lambda: SimpleNamespace(
-                dynamic_shapes_kernel_specialization_strategy=Strategy.LAZY
-            )
+            self.create_runtime_config = FakeConfig
+            self.device_memory_size_v2 = 4096
         states = {name: name.replace("_out.", ".").replace("new_", "") for name in self.outputs}
         self.states = {name: state for name, state in states.items() if state in self.inputs}
 
@@ -135,8 +152,10 @@ class FakeEngine:
 class FakeContext:
     def __init__(self, engine, config):
         self.engine, self.shapes, self.addresses, self.profile = engine, {}, {}, 0
+        self.own_memory, self.activations = True, None
         if hasattr(engine, "create_runtime_config"):
             config = config or engine.create_runtime_config()
+            self.own_memory = config.allocation is not Allocation.USER_MANAGED
             self.final_kernels = config.dynamic_shapes_kernel_specialization_strategy is Strategy.EAGER
             self.is_stream_capturable = lambda stream: stream == engine.cuda.stream and engine.capturable
         else:
@@ -147,6 +166,10 @@ class FakeContext:
         assert stream == self.engine.cuda.stream
         self.profile = profile
         return True
+
+    def set_device_memory(self, address, size):
+        assert size == self.engine.device_memory_size_v2 and not self.own_memory
+        self.activations = address
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = tuple(shape)
@@ -160,6 +183,7 @@ class FakeContext:
     def execute_async_v3(self, stream):
         engine, cuda = self.engine, self.engine.cuda
         shapes, addresses = dict(self.shapes), dict(self.addresses)
+        assert self.own_memory or self.activations, "it was told that it would be given memory"
         if "input_ids" in shapes:
             batch, tokens = shapes["input_ids"]
             _, _, (most_rows, most_tokens) = engine.get_tensor_profile_shape("input_ids", self.profile)
@@ -175,6 +199,8 @@ class FakeContext:
             return int(np.prod(shapes[name])) * _NUMPY[engine.get_tensor_dtype(name).name]().itemsize
 
         def work():
+            if self.activations:  # spoilt by each run: none may rely on what another left
+                cuda.at(self.activations, engine.device_memory_size_v2)[:] = 99
             read = dict(addresses)
             for name, state in engine.states.items():
                 if engine.binding == "copied":

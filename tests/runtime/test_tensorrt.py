@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_device import BINDINGS, FakeCuda, FakeEngine, Strategy
+from fake_device import BINDINGS, Allocation, FakeConfig, FakeCuda, FakeEngine, Strategy
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -239,9 +239,23 @@ def test_an_engine_with_sizes_or_types_that_are_unknown_is_refused(engine, monke
 def test_memory_is_given_back(device):
     state = device.new_state()
     device.step([1], state)
-    assert device.backend.cuda.memory
+    memory = device.backend.cuda.memory
+    assert memory
     state.pool = None
-    assert not device.backend.cuda.memory
+    assert len(memory) == hasattr(device.backend.engine, "device_memory_size_v2")  # what contexts share
+    device.backend = state.engine = None
+    assert not memory
+
+
+def test_contexts_share_the_memory_between_layers(engine):
+    """A context for prompts and one for each batch size: they run in turn, in one memory."""
+    device = over_fake(engine, rtx=True)
+    for batch in (1, 2, 3):
+        state = device.new_state(batch)
+        device.prefill([[1, 2, 3]] * batch, state)
+        device.step([4] * batch, state)
+    contexts = [device.backend.prompt_context, *device.backend._step_contexts.values()]
+    assert len(contexts) == 4 and len({context.activations for context in contexts}) == 1
 
 
 def test_the_stand_in_has_the_names_of_tensorrt_rtx(engine):
@@ -250,7 +264,11 @@ def test_the_stand_in_has_the_names_of_tensorrt_rtx(engine):
     for ours, real in ((fake.engine, trt.ICudaEngine), (fake.prompt_context, trt.IExecutionContext)):
         names = [name for name in dir(ours) if callable(getattr(ours, name)) and not name.startswith("_")]
         assert len(names) > 3 and [name for name in names if not hasattr(real, name)] == []
-    assert hasattr(trt.IRuntimeConfig, *vars(fake.engine.create_runtime_config()))
+    assert [name for name in dir(FakeConfig()) if name[0] != "_" and not hasattr(trt.IRuntimeConfig, name)] == [
+        "allocation"
+    ]
+    assert set(Allocation.__members__) == set(trt.ExecutionContextAllocationStrategy.__members__)
+    assert hasattr(trt.ICudaEngine, "device_memory_size_v2")
     assert set(Strategy.__members__) <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
     assert "runtime_config:" in trt.ICudaEngine.create_execution_context.__doc__
 
