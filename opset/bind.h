@@ -201,7 +201,7 @@ inline constexpr int64_t kUnbound = -2;
 inline bool known(int64_t size) { return size >= 0; }
 
 // What the dimension is, kOpen where that is not known.
-inline int64_t value(const Dim& dim, const int64_t* sizes) {
+[[gnu::always_inline]] inline int64_t value(const Dim& dim, const int64_t* sizes) {
   const int64_t size = sizes[dim.symbol], other = dim.other < 0 ? dim.number : sizes[dim.other];
   if (dim.operation == 0) return known(size) ? size : kOpen;
   if (!known(size) || !known(other)) return kOpen;
@@ -218,7 +218,7 @@ inline int64_t value(const Dim& dim, const int64_t* sizes) {
 }
 
 // Of a tensor with the leading dimension `planes`: 1 where that is 1 and so not there.
-inline size_t left_out(const Op& op, const TensorSpec& spec, const int64_t* sizes) {
+[[gnu::always_inline]] inline size_t left_out(const Op& op, const TensorSpec& spec, const int64_t* sizes) {
   const int lead = spec.dims[0].symbol;
   // The upper bound is for gcc 12, which inlines this into ops without integer attributes and warns.
   return spec.dims[0].operation == 0 && lead >= op.size_count && lead < op.symbol_count && sizes[lead] == 1;
@@ -271,7 +271,7 @@ inline size_t left_out(const Op& op, const TensorSpec& spec, const int64_t* size
   fail(std::string(op.symbols[symbol]) + "=" + shown(sizes[symbol]) + ", expected " + expected);
 }
 
-inline void check_rule(const Op& op, const Rule& rule, const int64_t* sizes) {
+[[gnu::always_inline]] inline void check_rule(const Op& op, const Rule& rule, const int64_t* sizes) {
   const int64_t size = sizes[rule.symbol], other = rule.other < 0 ? rule.least : sizes[rule.other];
   if (!known(size)) return;
   const auto text = [&](int symbol) { return op.symbols[symbol] + ("=" + shown(sizes[symbol])); };
@@ -292,10 +292,12 @@ inline void check_rule(const Op& op, const Rule& rule, const int64_t* sizes) {
 }
 
 // Binds the symbols of `spec` that `tensor` is the first to have.
-inline void bind_symbols(const Op& op, const TensorSpec& spec, const Tensor& tensor, int64_t* sizes) {
+[[gnu::always_inline]] inline void bind_symbols(const Op& op, const TensorSpec& spec, const Tensor& tensor,
+                                                int64_t* sizes) {
   const size_t first = left_out(op, spec, sizes);
   if (tensor.rank != spec.rank - first) wrong_symbols(op, spec, tensor, sizes);
   const size_t bound = spec.start >= 0 && sizes[spec.start] >= 0 ? spec.rank - 1 : spec.rank;
+#pragma GCC unroll 16
   for (size_t i = first; i < bound; ++i) {
     const Dim& dim = spec.dims[i];
     if (dim.operation || dim.symbol >= op.size_count) continue;
@@ -308,8 +310,10 @@ inline void bind_symbols(const Op& op, const TensorSpec& spec, const Tensor& ten
   }
 }
 
-inline void check_shape(const Op& op, const TensorSpec& spec, const Tensor& tensor, const int64_t* sizes) {
+[[gnu::always_inline]] inline void check_shape(const Op& op, const TensorSpec& spec, const Tensor& tensor,
+                                               const int64_t* sizes) {
   const size_t first = left_out(op, spec, sizes);
+#pragma GCC unroll 16
   for (size_t i = first; i < spec.rank; ++i) {
     const int64_t got = tensor[i - first];
     int64_t wanted = value(spec.dims[i], sizes);
@@ -332,8 +336,10 @@ inline void check_shape(const Op& op, const TensorSpec& spec, const Tensor& tens
 
 // Checks `inputs` against `op`, and binds the sizes; `sizes` holds the integer attributes behind their
 // places. Throws Error. Sizes that no input shows are kOpen.
-inline void bind(const Op& op, const Tensor* inputs, int64_t* sizes) {
+[[gnu::always_inline]] inline void bind(const Op& op, const Tensor* inputs, int64_t* sizes) {
+#pragma GCC unroll 16
   for (int i = 0; i < op.size_count; ++i) sizes[i] = detail::kUnbound;
+#pragma GCC unroll 16
   for (size_t i = 0; i < op.input_count; ++i) {
     const TensorSpec& spec = op.inputs[i];
     if (inputs[i].present) {
@@ -342,10 +348,13 @@ inline void bind(const Op& op, const Tensor* inputs, int64_t* sizes) {
       fail("input " + quoted(spec.name) + " is missing");
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < op.size_count; ++i) {
     if (sizes[i] == detail::kUnbound) sizes[i] = kOpen;
   }
+#pragma GCC unroll 16
   for (size_t i = 0; i < op.rule_count; ++i) detail::check_rule(op, op.rules[i], sizes);
+#pragma GCC unroll 16
   for (size_t i = 0; i < op.input_count; ++i) {
     if (inputs[i].present) detail::check_shape(op, op.inputs[i], inputs[i], sizes);
   }

@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 
 def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`work` of each item, on as many threads as this process has cores, and no more than 8."""
+    items = list(items)
+    if len(items) < 2:  # as of a bundle's small files
+        return list(map(work, items))
     with ThreadPoolExecutor(min(default_threads(), _MOST_THREADS)) as pool:
         return list(pool.map(work, items))
 

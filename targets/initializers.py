@@ -41,14 +41,12 @@ class External(NamedTuple):
 def externals(graph: bytes) -> list[External]:
     """The weights of a ModelProto that lie in other files. ValueError for bytes that are no such graph."""
     tensors = (t for body in _messages(memoryview(graph), _GRAPH) for t in _messages(body, _INITIALIZER))
-    return [_external(tensor) for tensor in tensors if any(_messages(tensor, _EXTERNAL_DATA))]
+    return [external for tensor in tensors if (external := _external(tensor))]
 
 
-def _external(tensor: memoryview) -> External:
-    entries = (
-        {field: bytes(_message(v)).decode() for field, v in _fields(e)} for e in _messages(tensor, _EXTERNAL_DATA)
-    )
-    place = {entry.get(_KEY, ""): entry.get(_VALUE, "") for entry in entries}
+def _external(tensor: memoryview) -> External | None:
+    """The weight; None where it lies in the graph."""
+    place: dict[str, str] = {}
     shape: list[int] = []
     name, dtype = "", 0
     for field, value in _fields(tensor):
@@ -58,6 +56,11 @@ def _external(tensor: memoryview) -> External:
             dtype = value
         elif field == _NAME:
             name = bytes(_message(value)).decode()
+        elif field == _EXTERNAL_DATA:
+            entry = {of: bytes(_message(text)).decode() for of, text in _fields(_message(value))}
+            place[entry.get(_KEY, "")] = entry.get(_VALUE, "")
+    if not place:
+        return None
     if dtype not in _DTYPES or "location" not in place:
         raise ValueError(f"{name or 'an initializer'} is of a kind that dfcompile does not write")
     return External(name, np.dtype(_DTYPES[dtype]), tuple(shape), place["location"], int(place.get("offset", "0")))
@@ -97,6 +100,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Field]]:
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """An integer and where it ends: seven bits a byte, the lowest first, the top bit set where more follow."""
+    if at < len(message) and message[at] < 0x80:  # most of them
+        return message[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at == len(message):

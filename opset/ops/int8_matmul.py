@@ -1,5 +1,7 @@
 """Int8MatMul: the LM head, whose table is the embedding's."""
 
+from __future__ import annotations  # np.random takes 7 ms to import
+
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,5 +1,7 @@
 """SelectiveScanStep: the Mamba-2 recurrence, one token after the other, on a state that is stored narrow."""
 
+from __future__ import annotations  # np.random takes 7 ms to import
+
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
