@@ -19,14 +19,17 @@ def test_kernels(kernels, op):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_fused_is_the_chain(kernels, case):
-    """Bit for bit, also where a number is extreme."""
+    """Bit for bit, also where a number is extreme. Of many tokens, at 0.1 s a run, each input has a third of the
+    extremes, another third than its neighbour.
+    """
     plain = case.inputs()
     rng = np.random.default_rng(len(case.id))
-    for name, value in plain.items():
+    every = 3 if plain["y" if "y" in plain else "x"].size > 2000 else 1
+    for number, (name, value) in enumerate(plain.items()):
         if value.dtype != np.float32 or not value.size:
             continue
         at = rng.choice(np.flatnonzero(np.isfinite(value)))
-        for extreme in extremes.EXTREMES:
+        for extreme in extremes.EXTREMES[number % every :: every]:
             inputs = plain | {name: value.copy()}
             inputs[name].reshape(-1)[at] = extreme
             fused = kernels.run(case.op, inputs, **case.attributes)
