@@ -54,7 +54,7 @@ class FakeCuda:
 
     def at(self, address, size):
         """The `size` bytes from `address` on, which lie in one allocation."""
-        start = max(start for start in self.memory if start <= address)
+        start = max(start for start in tuple(self.memory) if start <= address)  # another thread may allocate
         assert address - start + size <= len(self.memory[start]), "past the end of an allocation"
         return self.memory[start][address - start :][:size]
 
