@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset import DOMAIN, OPS, VERSION, DfssmError
+from dfssm.opset import DOMAIN, VERSION, DfssmError
 from dfssm.opset.layouts import LAYOUTS, Layout
+from dfssm.opset.ops import MODULES
 from dfssm.opset.packing import to_layout, up_to_layout
 from dfssm.opset.schema import LAYOUT_ROW16
 
@@ -141,7 +142,7 @@ def _check_kernels(session: onnxruntime.InferenceSession, library: Path) -> None
         return  # an older ONNX Runtime does not tell
     parts = session.get_provider_graph_assignment_info()
     kernels = {node.op_type for part in parts for node in part.get_nodes() if node.domain == DOMAIN}
-    missing = sorted(set(OPS) - kernels)
+    missing = sorted(set(MODULES["OPS"]) - kernels)
     if missing:
         raise DfssmError(
             f"{library} has no kernel for {', '.join(missing)} of {DOMAIN} version {VERSION}: it is another version; "

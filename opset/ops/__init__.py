@@ -1,24 +1,39 @@
-"""The ops of `ai.dfssm`, version 1, and those fused of them: one module each, which holds all there is to know."""
+"""The ops of `ai.dfssm`, version 1, and those fused of them: one module each, which holds all there is to know.
 
-from ..fusion import FusedOp
-from ..schema import Op
-from . import (
-    binary_scaffold_matmul,
-    causal_conv1d_step,
-    gated_norm_scaffold_add,
-    gated_rms_norm,
-    int8_matmul,
-    norm_scaffold_conv,
-    rms_norm,
-    selective_scan_step,
-)
+OPS and FUSED are made, and the modules imported, when they are first asked for: a program that runs bundles needs only
+the names.
+"""
 
-_OPS = (
-    binary_scaffold_matmul, int8_matmul, causal_conv1d_step, selective_scan_step, gated_rms_norm, rms_norm
-)  # fmt: skip
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-OPS: dict[str, Op] = {module.OP.name: module.OP for module in _OPS}
-"""Op name -> op, in the order of docs/ops.md."""
+if TYPE_CHECKING:
+    from ..fusion import FusedOp
+    from ..schema import Op
 
-FUSED: dict[str, FusedOp] = {module.OP.name: module.OP for module in (norm_scaffold_conv, gated_norm_scaffold_add)}
-"""Name -> op that is a chain of those and of ONNX's Add; no model file has them."""
+    OPS: dict[str, Op]
+    FUSED: dict[str, FusedOp]
+
+MODULES = {
+    "OPS": {  # in the order of docs/ops.md
+        "BinaryScaffoldMatMul": "binary_scaffold_matmul",
+        "Int8MatMul": "int8_matmul",
+        "CausalConv1dStep": "causal_conv1d_step",
+        "SelectiveScanStep": "selective_scan_step",
+        "GatedRMSNorm": "gated_rms_norm",
+        "RMSNorm": "rms_norm",
+    },
+    "FUSED": {  # chains of those and of ONNX's Add; no model file has them
+        "NormScaffoldConv": "norm_scaffold_conv",
+        "GatedNormScaffoldAdd": "gated_norm_scaffold_add",
+    },
+}
+"""Op name -> its module, of each of the two tables."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute {name!r}")
+    found = {op: import_module(f".{module}", __name__).OP for op, module in MODULES[name].items()}
+    globals()[name] = found
+    return found

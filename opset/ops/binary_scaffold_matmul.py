@@ -1,6 +1,6 @@
 """BinaryScaffoldMatMul: the product with a 1-bit matrix, plus an int8 low-rank correction."""
 
-from __future__ import annotations  # np.random takes 7 ms to import
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """CausalConv1dStep: a depthwise causal convolution that carries its last W-1 tokens."""
 
-from __future__ import annotations  # np.random takes 7 ms to import
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """Int8MatMul: the LM head, whose table is the embedding's."""
 
-from __future__ import annotations  # np.random takes 7 ms to import
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """RMSNorm: one node for six of ONNX's."""
 
-from __future__ import annotations  # np.random takes 7 ms to import
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any

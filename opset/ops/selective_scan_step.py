@@ -1,6 +1,6 @@
 """SelectiveScanStep: the Mamba-2 recurrence, one token after the other, on a state that is stored narrow."""
 
-from __future__ import annotations  # np.random takes 7 ms to import
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
