@@ -14,7 +14,7 @@ from dfssm.model.config import DFSSMConfig
 from dfssm.model.tensors import PARTS, SCAFFOLD
 from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
-from dfssm.opset.schema import LAYOUT_CANONICAL, STATE_DTYPES
+from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from .builder import GraphBuilder, Shape
 
@@ -44,7 +44,10 @@ class _StepGraph:
     def __init__(self, config: DFSSMConfig, tensors: Mapping, state_dtype: str, layout: int):
         self.config, self.state_dtype, self.layout = config, state_dtype, layout
         self.g = GraphBuilder(tensors)
-        self.storage = ir.DataType.from_numpy(np.dtype(STATE_DTYPES[state_dtype]))
+        self.states: dict[str, tuple[ir.DataType, Shape]] = {
+            kind: (ir.DataType.from_numpy(np.dtype(dtype)), ("B", *shape))
+            for kind, (dtype, shape) in config.states(state_dtype).items()
+        }
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
@@ -150,13 +153,12 @@ class _StepGraph:
 
     def conv(self, i: int, zxBCdt: ir.Value, name: str) -> ir.Value:
         """xBC [B,T,conv_dim], convolved."""
-        c = self.config
-        shape = ("B", c.conv_dim, c.d_conv - 1)
-        state = self.g.input(f"conv_state.{i}", F32, shape)
+        c, stored = self.config, self.states["conv_state"]
+        state = self.g.input(f"conv_state.{i}", *stored)
         y, new_state = self.g.dfssm(
             "CausalConv1dStep",
             [zxBCdt, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
-            [(F32, ("B", "T", c.conv_dim)), (F32, shape)],
+            [(F32, ("B", "T", c.conv_dim)), stored],
             name,
             rename={"new_state": f"conv_state_out.{i}"},
             activation="silu",
@@ -169,10 +171,7 @@ class _StepGraph:
     def scan(self, i: int, xBC: ir.Value, zxBCdt: ir.Value, name: str) -> ir.Value:
         """The recurrence's y [B,T,d_inner]."""
         c = self.config
-        shape = ("B", c.nheads, c.d_state, c.headdim)
-        stored: dict[str, tuple[ir.DataType, Shape]] = {"ssm_state": (self.storage, shape)}
-        if self.state_dtype == "int8":
-            stored["ssm_scale"] = (F32, shape[:3])
+        stored = {kind: state for kind, state in self.states.items() if kind != "conv_state"}
         states = [self.g.input(f"{kind}.{i}", *what) for kind, what in stored.items()]
         parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
         y, *new_states = self.g.dfssm(

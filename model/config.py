@@ -8,20 +8,13 @@ from typing import Any, Self
 
 from dfssm.opset.endings import end_ids
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(Sizes):
     """Shape and arithmetic of a Mamba-2 language model, in elements. An invalid value raises DfssmError."""
 
-    vocab_size: int
-    d_model: int
-    n_layer: int
-    d_state: int = 128
-    headdim: int = 64
-    expand: int = 2
-    ngroups: int = 1
-    d_conv: int = 4
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dt_limit: tuple[float, float] = (0.0, math.inf)  # clamp of softplus(dt + dt_bias)
@@ -31,20 +24,9 @@ class Mamba2Config:
     eos_token_id: int | tuple[int, ...] | None = None  # each ends a text, the first separates documents
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "d_model",
-            "n_layer",
-            "d_state",
-            "headdim",
-            "expand",
-            "ngroups",
-            "norm_groups",
-            "chunk_size",
-        )
-        for name in sizes:
-            self._require_int(name, 1)
         self._require_int("d_conv", 2, 4)
+        for name in (*(field.name for field in dataclasses.fields(Sizes)), "norm_groups", "chunk_size"):
+            self._require_int(name, 1)
         if self.bos_token_id is not None:
             self._require_int("bos_token_id", 0)
         # One id is a number, as ever in these files; only several are a list.
@@ -58,24 +40,6 @@ class Mamba2Config:
         self._require_divides("headdim", self.headdim, "d_inner (expand * d_model)", self.d_inner)
         self._require_divides("ngroups", self.ngroups, "the number of heads", self.nheads)
         self._require_divides("norm_groups", self.norm_groups, "d_inner (expand * d_model)", self.d_inner)
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def nheads(self) -> int:
-        return self.d_inner // self.headdim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.d_inner + 2 * self.ngroups * self.d_state
-
-    @property
-    def d_in_proj(self) -> int:
-        """Outputs of in_proj, in this order: z, x, B, C, dt."""
-        return self.d_inner + self.conv_dim + self.nheads
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; an infinite dt_limit is null, since JSON has no infinity."""

@@ -40,11 +40,8 @@ class Mamba2State:
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """The state before the first token."""
-        conv = (batch, config.conv_dim, config.d_conv - 1)
-        ssm = (batch, config.nheads, config.d_state, config.headdim)
-        return cls(
-            *([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for shape in (conv, ssm))
-        )
+        shapes = [(batch, *shape) for _, shape in config.states().values()]
+        return cls(*([torch.zeros(s, device=device, dtype=dtype) for _ in range(config.n_layer)] for s in shapes))
 
     def detach(self) -> Self:
         """The same values cut off from the graph: truncated back-propagation through time."""
