@@ -167,10 +167,10 @@ class Engine:
             ends = set(self.token_ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
         return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
 
-    def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray, release_memory: bool = False) -> None:
+    def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray) -> None:
         """Read ids i64[n,T] into the rows `span` of `pool`, of which `rows` keeps the books."""
         self._require_batch(len(ids))
-        pool.run(ids, span.start, rows.begin_run(span, ids), release_memory)
+        pool.run(ids, span.start, rows.begin_run(span, ids))
 
     def require_finite(self, state: State) -> None:
         """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""
@@ -210,13 +210,14 @@ class Engine:
         for start in range(0, total, most):
             stop = min(start + most, total)
             part = np.ascontiguousarray(ids[:, start:stop])
+            done = state.rows.begin_run(state.span, part)
             if out is None:
-                self.run(pool, state.rows, state.span, part, release_memory=stop == total > LONG)
-                self.check(pool, state.rows, state.span, state.logits)
+                logits = state.logits
+                pool.run(part, state.span.start, done, release_memory=stop == total > LONG)
             else:
-                done = state.rows.begin_run(state.span, part)
-                out[:, start:stop] = pool.run_all_logits(part, state.span.start, done)
-                self.check(pool, state.rows, state.span, out[:, start:stop])
+                logits = out[:, start:stop]
+                logits[:] = pool.run_all_logits(part, state.span.start, done)
+            self.check(pool, state.rows, state.span, logits)
 
     def _pool(self, state: State) -> Pool:
         """The pool that `state` is rows of."""

@@ -130,9 +130,12 @@ def check_files(folder: str | Path, hashes: bool = True) -> None:
 
 def file_entry(path: Path) -> dict[str, Any]:
     """The manifest's entry of one file: the sha256 of the whole, that of its chunks (`hashing`), its size."""
+    whole, chunks = hashlib.sha256(), hashlib.sha256()
     with path.open("rb") as file:
-        whole, chunks = hashing.sha256(file), hashing.chunks_sha256(file)
-        return {"sha256": whole, "chunks_sha256": chunks, "bytes": file.tell()}
+        while chunk := file.read(hashing.CHUNK):
+            whole.update(chunk)
+            chunks.update(hashlib.sha256(chunk).digest())
+        return {"sha256": whole.hexdigest(), "chunks_sha256": chunks.hexdigest(), "bytes": file.tell()}
 
 
 def _read(path: Path, content: bytes) -> Manifest:
