@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": (".bench", "bench"),
     "eval": (".eval", "evaluate"),
     "compare": (".compare", "compare"),
+    "verify": (".verify", "verify"),
     "inspect": (".inspect", "inspect"),
     "doctor": (".doctor", "doctor"),
     "init": (".student", "init"),

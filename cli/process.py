@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -31,7 +33,9 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     """In the `with` block, an error that is no bug ends the process as `run` says, with a line on stderr."""
     _open_standard_streams()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_warn, name)
+            yield
         sys.stdout.flush()
     except DfssmError as error:
         _exit(1, f"{name}: error: {error}")
@@ -50,6 +54,10 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         if error.errno not in _FULL or error.filename is not None:
             raise
         _exit(1, f"{name}: error: the output cannot be written ({error.strerror}): make room")
+
+
+def _warn(name: str, message: Warning | str, *_: object) -> None:
+    click.echo(f"{name}: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _open_standard_streams() -> None:

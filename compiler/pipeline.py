@@ -1,4 +1,4 @@
-"""The passes of dfcompile, in order: load, lower, export, write, build, verify, finish."""
+"""The passes of dfcompile, in order: load, lower, export, write, build, verify, golden, finish."""
 
 import platform
 import resource
@@ -18,7 +18,7 @@ from dfssm.opset.hashing import sha256
 from dfssm.opset.paths import MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target, trust
-from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.bundle import GOLDEN, MODEL, TOKENIZER, Manifest, file_entry
 from dfssm.targets.text import load_tokenizer
 
 PACKAGES = (OF_MODEL, OF_EXPORT)
@@ -135,7 +135,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     records = []
     with new_folder(output, replace=request.force) as stage:
         job = Job(request, model, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
-        for run in (load, lower, export, write, build, verify, finish):
+        for run in (load, lower, export, write, build, verify, golden, finish):
             start = time.perf_counter()
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
@@ -192,12 +192,26 @@ def verify(job: Job) -> None:
         return
     from dfssm.verify.bundle import verify_bundle
 
-    runner = next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
+    runner = _runner(job)
     found = verify_bundle(runner, job.stage, job.model, job.state_dtype, _step(job, "verify"))
     if runner is not job.target:
         why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {runner.NAME}"
         found = {"passed": None, "why_not": why_not, "graph": found}
     job.verification = found
+
+
+def golden(job: Job) -> None:
+    """Write what the verified graph computes over a few tokens, to be compared where the bundle runs."""
+    if not job.request.verify:
+        return
+    from dfssm.verify.golden import TOKENS, make_golden
+
+    # A call rounds the states that it stores: the calls are those that an engine can make.
+    most = job.engine["profiles"][-1]["max"][1] if job.target.IS_ENGINE else TOKENS
+    made = make_golden(_runner(job), job.stage, job.config.vocab_size, most, _step(job, "golden"))
+    with writing(job.stage):
+        (job.stage / GOLDEN).write_bytes(made.to_bytes())
+    job.files.append(GOLDEN)
 
 
 def finish(job: Job) -> None:
@@ -244,6 +258,11 @@ def _find_tokenizer(request: Request, model: Path) -> Path | None:
         beside = model.with_name(TOKENIZER)
         return beside if beside.is_file() else None
     return paths.file(request.tokenizer, "a tokenizer.json", TOKENIZER)
+
+
+def _runner(job: Job) -> Target:
+    """What runs the step graph here."""
+    return next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
 
 
 def _step(job: Job, name: str) -> Callable[[int, int], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.threads import default_threads
+from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.text import end_tokens, load_tokenizer
+from dfssm.targets.trust import VERIFIED, recorded, run_of
 
 from .backend import Backend, Pool, open_backend
 from .generation import Generation
@@ -64,7 +67,12 @@ class Engine:
         """
         threads = threads or default_threads()
         with open_bundle(path, hashes=verify_hashes) as bundle:
-            return cls(bundle.folder.absolute(), bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
+            engine = cls(bundle.folder.absolute(), bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
+        target = get_target(engine.manifest.target)
+        if target.IS_ENGINE and not recorded(run_of(engine.manifest, target.kernels()), VERIFIED):
+            why = f"{path} holds an engine that was never verified on this machine"
+            warnings.warn(f"{why}: run `dfssm verify {path}` once", RuntimeWarning, stacklevel=2)
+        return engine
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

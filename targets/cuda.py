@@ -32,6 +32,17 @@ def devices() -> tuple[list[Device], str]:
     return [_device(driver, index) for index in range(count.value)], ""
 
 
+def driver() -> str:
+    """The newest CUDA that the driver knows, as 13.0; "none" where there is no driver."""
+    try:
+        library = ctypes.CDLL(DRIVER)
+    except OSError:
+        return "none"
+    version = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 def _device(driver: ctypes.CDLL, index: int) -> Device:
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), index)

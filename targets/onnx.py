@@ -5,6 +5,7 @@ It runs wherever ONNX runs, through the function bodies: exact, and slow, since 
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ WEIGHTS = DATA
 LIBRARY = ""
 PORTABLE = True
 IN_PLACE = False  # a function body in stock ops reads what it has written
+EXACT = False  # sums are added up as ONNX Runtime likes on this CPU
 
 
 def probe(**options: Any) -> Probe:
@@ -48,6 +50,13 @@ def probe(**options: Any) -> Probe:
 def why_not_run() -> str:
     """As `probe` says."""
     return ""
+
+
+def kernels(own: Path | None = None) -> str:
+    """ONNX Runtime."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__} on {platform.machine()}"
 
 
 def lower(tensors: Tensors) -> Tensors:

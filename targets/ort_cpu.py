@@ -5,6 +5,7 @@ Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar ker
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -47,6 +48,7 @@ FILES = (MODEL, DATA)
 WEIGHTS = DATA
 PORTABLE = False
 IN_PLACE = True
+EXACT = True  # with any number of threads, too
 
 LIBRARY = "libdfssm_ort_cpu.so"
 LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
@@ -82,6 +84,15 @@ def probe(**options: Any) -> Probe:
 def why_not_run() -> str:
     """What is wrong with the op library."""
     return probe().why_not
+
+
+def kernels(own: Path | None = None) -> str:
+    """The op library, its instruction set, ONNX Runtime."""
+    import onnxruntime
+
+    library = find_library(own)
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    return f"{CpuLibrary(library).isa()} of {LIBRARY} {digest[:16]}, onnxruntime {onnxruntime.__version__}"
 
 
 def find_library(own: Path | None = None) -> Path:

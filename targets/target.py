@@ -77,6 +77,7 @@ class Target(Protocol):
     WEIGHTS: str  # the one of them whose hash tells one model from another
     PORTABLE: bool  # bundles run on machines of any architecture
     IN_PLACE: bool  # a state may be written where it is read
+    EXACT: bool  # runs give the same bits wherever `kernels` says the same
     LIBRARY: str  # the native library that runs bundles, which they hold a copy of; "" for none
 
     def probe(self, **options: Any) -> Probe:
@@ -84,6 +85,9 @@ class Target(Protocol):
 
     def why_not_run(self) -> str:
         """What this machine lacks to run bundles; "" if nothing."""
+
+    def kernels(self, own: Path | None = None) -> str:
+        """What runs bundles here, as far as their numbers depend on it; `own` as of `open_session`."""
 
     def lower(self, tensors: Tensors) -> Tensors:
         """The model's tensors as this target stores them, each made when it is read."""

@@ -49,6 +49,7 @@ FILES = (ENGINE,)
 WEIGHTS = ENGINE
 PORTABLE = False
 IN_PLACE = False  # as far as the target knows: the engine itself says which outputs lie on their inputs
+EXACT = False  # TensorRT-RTX chooses kernels as it runs
 
 LIBRARY = "libdfssm_trt.so"
 LIBRARY_VARIABLE = "DFSSM_TRT_LIBRARY"
@@ -184,6 +185,13 @@ def why_not_run() -> str:
     except DfssmError as error:
         return str(error)
     return ""
+
+
+def kernels(own: Path | None = None) -> str:
+    """The GPU, its driver, TensorRT. The build of the plugins is the engine's own."""
+    gpus, no_gpu = cuda.devices()
+    gpu = f"{gpus[0].name} (SM {gpus[0].sm}), driver {cuda.driver()}" if gpus else no_gpu
+    return ", ".join([gpu, *(f"{name} {version}" for name, version in installed().items())])
 
 
 def check(folder: Path, manifest: Manifest, own: Path | None = None) -> None:

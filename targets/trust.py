@@ -9,17 +9,22 @@ The sha256 of a manifest shows damage, not who made a bundle: it is no ground fo
 """
 
 import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
 
 from dfssm.opset import DfssmError
 
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
 
 VARIABLE = "DFSSM_TRUST"
 
 ENGINES = "engines"
 """The record of engines that this user's dfcompile has made."""
+
+VERIFIED = "verified"
+"""The record of bundles whose goldens came out right, each with what ran them: see `run_of`."""
 
 # A folder that may not be written, and a user without a home.
 _NO_PLACE = contextlib.suppress(OSError, RuntimeError)
@@ -47,6 +52,11 @@ def require_engine(engine: Path, sha256: str, asked: bool) -> None:
     )
 
 
+def run_of(manifest: Manifest, kernels: str) -> str:
+    """What is recorded as VERIFIED: a sha256 of the bundle's files and of the target's `kernels` here."""
+    return hashlib.sha256(json.dumps([manifest.files, kernels], sort_keys=True).encode()).hexdigest()
+
+
 def record(sha256: str, kind: str) -> None:
     """Remember a file of that sha256 as one that this user has made, or tried; not where there is no place for it."""
     with _NO_PLACE:
@@ -54,6 +64,13 @@ def record(sha256: str, kind: str) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{sha256}\n")
+
+
+def forget(sha256: str, kind: str) -> None:
+    """As if `record` had not been called."""
+    with _NO_PLACE:
+        lines = _records(kind).read_bytes().splitlines(keepends=True)
+        _records(kind).write_bytes(b"".join(line for line in lines if line.strip() != sha256.encode()))
 
 
 def recorded(sha256: str, kind: str) -> bool:

@@ -17,6 +17,12 @@ from dfssm.targets.bundle import MODEL
 TAPPED = f"tapped.{MODEL}"
 """The bundle's graph with the taps among its outputs: beside the bundle's files while they are verified."""
 
+DISTURBED = f"disturbed.{MODEL}"
+"""The bundle's graph with noise in it, likewise."""
+
+NOISE = 1e-6
+"""Of two correct backends on equal inputs, as a share of a value: seen are 1e-7 to 1e-6."""
+
 Feeds = dict[str, np.ndarray]
 Infer = Callable[[Feeds], Mapping[str, np.ndarray]]
 Values = dict[str, list[np.ndarray]]  # name of a graph's output -> its values, call by call
@@ -57,6 +63,30 @@ def write_tapped(source: Path, folder: Path) -> list[Tap]:
     graph.output.extend(value for value in graph.value_info if value.name in inside)
     onnx.save(model, folder / TAPPED)
     return taps
+
+
+def write_disturbed(source: Path, folder: Path) -> None:
+    """Write the graph `source` to `folder`/DISTURBED, with what float sums in another order do: the embedding and the
+    residual after each layer are multiplied by 1 +- NOISE, a sign for each channel.
+    """
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
+    rng = np.random.default_rng(0)
+    disturbed: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        node.input[:] = [disturbed.get(name, name) for name in node.input]
+        nodes.append(node)
+        if node.name == "/embed/mul" or node.name.endswith("/residual"):
+            (value,) = node.output
+            disturbed[value], noise = f"{value}.disturbed", f"{value}.noise"
+            factors = (1 + NOISE * rng.choice([-1, 1], shapes[value].dim[-1].dim_value)).astype(np.float32)
+            graph.initializer.append(onnx.numpy_helper.from_array(factors, noise))
+            nodes.append(onnx.helper.make_node("Mul", [value, noise], [disturbed[value]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, folder / DISTURBED)
 
 
 def inference(session: Any) -> Infer:

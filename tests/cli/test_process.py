@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from dfssm.cli.process import errors_in_one_line
 from dfssm.model.checkpoint import save_student
 
 DFSSM = [sys.executable, "-c", "from dfssm.cli.main import main; main()"]
@@ -30,6 +32,13 @@ def endless(cpu_target, tmp_path_factory):
     """A bundle without an end-of-text token, which a random model would draw sooner or later."""
     config = dataclasses.replace(tiny.CONFIG, eos_token_id=None)
     return tiny.write_bundle(tmp_path_factory.mktemp("endless") / "bundle", config, target=cpu_target)
+
+
+def test_a_warning_is_one_line_on_stderr(capsys):
+    before = warnings.showwarning
+    with errors_in_one_line("dfssm"):
+        warnings.warn("never\nverified", RuntimeWarning, stacklevel=1)
+    assert capsys.readouterr() == ("", "dfssm: warning: never verified\n") and warnings.showwarning is before
 
 
 def test_json_is_all_of_stdout(tiny_bundle):

@@ -25,7 +25,7 @@ from dfssm.targets import TARGETS, get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
 from dfssm.verify.bundle import SEED, TOKENS
 
-PASSES = ["load", "lower", "export", "write", "build", "verify", "finish"]
+PASSES = ["load", "lower", "export", "write", "build", "verify", "golden", "finish"]
 
 RUN_HERE = [name for name in TARGETS if name in get_target(name).VERIFIED_BY]
 """Targets whose bundles run on any machine; those of the others are in test_trt.py."""
@@ -88,7 +88,7 @@ def test_bundle(target, state_dtype, model, command, tmp_path):
     status, out, err, names = command(model, "--target", target, "--state-dtype", state_dtype, "--json")
     assert (status, names) == (0, [f"model-{target}"]) and tiny.CONFIG.vocab_size > vocab
     report = json.loads(out)
-    expected = {"model.onnx", "model.onnx.data", "tokenizer.json"}
+    expected = {"model.onnx", "model.onnx.data", "tokenizer.json", "golden.safetensors"}
     expected |= {"libdfssm_ort_cpu.so"} if target == "ort-cpu" else set()
     assert set(report["files"]) == expected
     assert [record["name"] for record in report["passes"]] == PASSES
@@ -137,7 +137,7 @@ def test_no_verify(model, command):
 
 def test_report_for_people(model, command):
     status, out, err, names = command(model, "--target", "ort-cpu", "-o", "b")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()[:7]] == PASSES
+    assert status == 0 and [line.split()[0] for line in out.splitlines()[: len(PASSES)]] == PASSES
     assert "verified against PyTorch, op by op, over 64 + 8 tokens" in out and "target ort-cpu, fp16 states" in out
     status, out, err, names = command(model, "--target", "ort-cpu", "-o", "c", "--no-verify")
     assert "not verified (--no-verify)" in out
@@ -389,7 +389,7 @@ def test_progress_reaches_its_end(model, tmp_path):
         seen[name] = done, total
 
     compile_model(Request(model, "ort-cpu", tmp_path / "b"), progress)
-    assert list(seen) == ["write", "verify"] and all(done == total for done, total in seen.values())
+    assert list(seen) == ["write", "verify", "golden"] and all(done == total for done, total in seen.values())
 
 
 def test_python_errors_are_dfssm_errors(tmp_path):

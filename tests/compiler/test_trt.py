@@ -52,8 +52,8 @@ def test_plugin_bundle(model, tmp_path, capsys):
     arguments = ("--target", "trt", "--builder", "tensorrt-rtx", "--sm", "86,89", "--max-tokens", 128, "-o", out)
     status, text, _ = run(capsys, model, *arguments, "--json")
     report = json.loads(text)
-    assert status == 0 and set(report["files"]) == {"model.engine", trt.LIBRARY}
-    assert sorted(path.name for path in out.iterdir()) == ["libdfssm_trt.so", "manifest.json", "model.engine"]
+    assert status == 0 and set(report["files"]) == {"golden.safetensors", "model.engine", trt.LIBRARY}
+    assert sorted(path.name for path in out.iterdir()) == sorted([*report["files"], "manifest.json"])
     manifest = read_manifest(out)
     check_files(out)
     engine = manifest.engine
@@ -90,7 +90,8 @@ def test_size_and_memory(tmp_path):
 def test_native_bundle(model, tmp_path, capsys):
     out = tmp_path / "b"
     status, text, _ = run(capsys, model, "--target", "trt", "--lowering", "native", "-o", out)
-    assert status == 0 and sorted(path.name for path in out.iterdir()) == ["manifest.json", "model.engine"]
+    assert status == 0
+    assert sorted(path.name for path in out.iterdir()) == ["golden.safetensors", "manifest.json", "model.engine"]
     assert "the engine was not run: the engine runs on a GPU" in text and "op by op, over 64 + " in text
     assert "built by tensorrt-rtx" in text and "it needs none) for SM 80, 86, 89, 120" in text
     assert read_manifest(out).engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 1]}]

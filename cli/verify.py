@@ -1,0 +1,51 @@
+"""`dfssm verify`: a bundle against the goldens that it carries, where it runs."""
+
+from __future__ import annotations
+
+import click
+
+from dfssm.opset import paths
+
+from .options import bundle_argument, json_option, print_result, progress_bar, table, threads_option, trust_option
+
+
+@click.command()
+@bundle_argument
+@threads_option
+@trust_option
+@json_option
+def verify(bundle: str, threads: int, as_json: bool) -> None:
+    """Verify BUNDLE on this machine.
+
+    The bundle runs a few tokens. Its logits and states are compared with those that dfcompile stored in it. The result
+    is recorded for this user: an engine that was never verified on its machine says so when it is opened. Exits with 1
+    if something is off.
+    """
+    path = paths.bundle(bundle)
+    from dfssm.verify.golden import verify_here
+
+    with progress_bar("verify") as progress:
+        result = verify_here(path, threads, progress)
+    print_result(result, as_json, _text)
+    if not result["passed"]:
+        raise click.exceptions.Exit(1)
+
+
+def _text(result: dict) -> str:
+    lines = [f"{result['target']}: {result['kernels']}", ""]
+    outputs, rows = result["outputs"], [["output", "rms error", "allowed"]]
+    for kind in dict.fromkeys(name.partition(".")[0] for name in outputs):
+        of_kind = (name for name in outputs if name.partition(".")[0] == kind)
+        worst = max(of_kind, key=lambda name: outputs[name]["rms_rel"] / (outputs[name]["tolerance"] or 1))
+        rows.append([worst, *(f"{outputs[worst][key]:.1e}" for key in ("rms_rel", "tolerance"))])
+    lines += [table(rows, right={1, 2}), ""]
+    tokens = f"{result['tokens']} tokens in {len(result['calls'])} calls"
+    if first := result["first"]:
+        lines.append(
+            f"FAILED after token {first['token']}: {first['output']} is off by {first['rms_rel']:.3g} of its size, "
+            f"allowed is {first['tolerance']:.3g} ({first['reason']})"
+        )
+    else:
+        same = "the same bits as" if result["identical"] else "within what float noise moves of"
+        lines.append(f"passed: over {tokens}, {same} the verified graph")
+    return "\n".join(lines)
