@@ -5,28 +5,39 @@ from __future__ import annotations
 import click
 
 from dfssm.opset import paths
+from dfssm.opset.extras import require
 
 from .options import bundle_argument, json_option, print_result, progress_bar, table, threads_option, trust_option
 
 
 @click.command()
 @bundle_argument
+@click.option("--bisect", is_flag=True, help="Find the first op that the kernels compute otherwise than it is defined.")
 @threads_option
 @trust_option
 @json_option
-def verify(bundle: str, threads: int, as_json: bool) -> None:
+def verify(bundle: str, bisect: bool, threads: int, as_json: bool) -> None:
     """Verify BUNDLE on this machine.
 
     The bundle runs a few tokens. Its logits and states are compared with those that dfcompile stored in it. The result
     is recorded for this user: an engine that was never verified on its machine says so when it is opened. Exits with 1
     if something is off.
+
+    With --bisect each op gets what the kernels computed before it, and is compared with its definition in standard ops.
     """
     path = paths.bundle(bundle)
-    from dfssm.verify.golden import verify_here
+    if bisect:
+        require({"compile": ["onnx"]})
+        from dfssm.verify.bisect import bisect as run
 
-    with progress_bar("verify") as progress:
-        result = verify_here(path, threads, progress)
-    print_result(result, as_json, _text)
+        text = _text_of_bisect
+    else:
+        from dfssm.verify.golden import verify_here as run
+
+        text = _text
+    with progress_bar("bisect" if bisect else "verify") as progress:
+        result = run(path, threads, progress)
+    print_result(result, as_json, text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)
 
@@ -48,4 +59,23 @@ def _text(result: dict) -> str:
     else:
         same = "the same bits as" if result["identical"] else "within what float noise moves of"
         lines.append(f"passed: over {tokens}, {same} the verified graph")
+    return "\n".join(lines)
+
+
+def _text_of_bisect(result: dict) -> str:
+    rows = [["output", "max error", "allowed"]]
+    rows += [[name, f"{d['max_rel']:.1e}", f"{d['tolerance']:.1e}"] for name, d in result["outputs"].items()]
+    lines = [
+        f"{result['tokens']} tokens; each op on equal inputs; the worst of all layers",
+        "",
+        table(rows, right={1, 2}),
+        "",
+    ]
+    if first := result["first"]:
+        lines.append(
+            f"FAILED at {first['node']}, after token {first['token']}: {first['output']} is off by "
+            f"{first['max_rel']:.3g} of its largest value, allowed is {first['tolerance']:.3g} ({first['reason']})"
+        )
+    else:
+        lines.append("passed: every op is computed as it is defined")
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.model.config import DFSSMConfig
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
 from dfssm.opset.files import writing
@@ -23,8 +22,8 @@ from dfssm.targets.bundle import MODEL, open_bundle
 from dfssm.targets.trust import own_library
 
 from . import growth
-from .difference import Difference
-from .graph import TAPPED, Feeds, Infer, Tap, inference, run, write_tapped, zero_states
+from .difference import Difference, tolerance_of_op
+from .graph import TAPPED, Feeds, Infer, Tap, inference, link_files, run, write_tapped, zero_states
 from .student import Compare, Follower
 
 TOKENS = 64
@@ -65,7 +64,9 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         of_state = output in tap.outputs[1:]
         name = tap.op if output == "logits" else f"{tap.op}.{'new_state' if of_state else output.rpartition('/')[2]}"
         if name not in found:
-            found[name] = Difference(_op_tolerance(tap.op, "new_state" if of_state else "y", config, state_dtype))
+            found[name] = Difference(
+                tolerance_of_op(tap.op, "new_state" if of_state else "y", config, state_dtype, TOKENS)
+            )
         difference = found[name]
         difference.add(bundle, ours)
         if not difference.passed:
@@ -136,8 +137,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
-        for name in manifest.files:
-            (folder / name).symlink_to(f"/proc/self/fd/{opened.open(name).fileno()}")  # what was checked
+        link_files(opened, folder)
 
         def open_graph(name: str) -> tuple[Infer, Feeds]:
             session = target.open_session(folder, model=name, own=own)
@@ -189,17 +189,6 @@ def _counter(progress: Progress, total: int) -> Callable[..., None]:
     """Tells `progress` of each call of it."""
     done = count(1)
     return lambda *_: progress(next(done), total)
-
-
-def _op_tolerance(op: str, output: str, c: DFSSMConfig, state_dtype: str) -> Tolerance:
-    """What an op on equal inputs allows, with the sizes of this model."""
-    if op == "Embedding":
-        return reduction(1)
-    if op == "logits":
-        return op_tolerance("Int8MatMul", {})
-    sizes: dict[str, Any] = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": TOKENS}
-    sizes |= {"state": STATE_DTYPES[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
-    return op_tolerance(op, sizes, output)
 
 
 def _layer_tolerances(name: str, student: DFSSMLM, state_dtype: str) -> tuple[Tolerance, Tolerance | None]:

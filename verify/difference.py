@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dfssm.opset.tolerances import Tolerance
+from dfssm.model.config import DFSSMConfig
+from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.tolerances import Tolerance, op_tolerance, reduction
 
 MANY = 16
 """Tokens of a run whose median over the tokens means something."""
@@ -43,3 +46,23 @@ class Difference:
     def figures(self) -> dict[str, Any]:
         """`max_abs`, `max_rel` and `tolerance`."""
         return {"max_abs": self.max_abs, "max_rel": self.max_rel, "tolerance": self.tolerance.relative}
+
+
+def widened(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The value `name` as f32, an int8 state with its scales."""
+    value = values[name].astype(np.float32)
+    if values[name].dtype == np.int8:
+        value *= values[name.replace("ssm_state", "ssm_scale")][..., None]
+    return value
+
+
+def tolerance_of_op(op: str, output: str, config: DFSSMConfig, state_dtype: str, tokens: int) -> Tolerance:
+    """What an op of this model allows on equal inputs of so many tokens; `op` as `Tap` has it, or "logits"."""
+    c = config
+    if op in ("Embedding", "Residual"):
+        return reduction(1)
+    if op == "logits":
+        return op_tolerance("Int8MatMul", {})
+    sizes: dict[str, Any] = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": tokens}
+    sizes |= {"state": STATE_DTYPES[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
+    return op_tolerance(op, sizes, output)

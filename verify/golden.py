@@ -31,6 +31,8 @@ from dfssm.runtime.engine import Engine
 from dfssm.targets import Target, get_target, trust
 from dfssm.targets.bundle import GOLDEN, MODEL, Bundle, Manifest, open_bundle
 
+from .difference import widened
+
 FORMAT = "dfssm-golden"
 VERSION = 1
 
@@ -213,14 +215,9 @@ def _observed(names: Sequence[str], values: Mapping[str, np.ndarray]) -> Observe
     """Of the `values` after a call of one row; an int8 state is taken with its scales."""
     digests, hashes = [], []
     for name in names:
-        value, numbers = values[name], values[name].astype(np.float64)
-        found = hashlib.sha256(np.ascontiguousarray(value).tobytes())
-        if value.dtype == np.int8:
-            scale = values[name.replace("ssm_state", "ssm_scale")]
-            found.update(np.ascontiguousarray(scale).tobytes())
-            numbers *= scale[..., None]
+        numbers = widened(values, name)
         digests.append(_digest(numbers))
-        hashes.append(np.frombuffer(found.digest()[:8], np.uint8))
+        hashes.append(np.frombuffer(hashlib.sha256(numbers.tobytes()).digest()[:8], np.uint8))
     return np.stack(digests), np.stack(hashes)
 
 

@@ -12,13 +12,16 @@ import onnx
 
 from dfssm.opset import DOMAIN
 from dfssm.runtime.ort import DTYPES
-from dfssm.targets.bundle import MODEL
+from dfssm.targets.bundle import MODEL, Bundle
 
 TAPPED = f"tapped.{MODEL}"
 """The bundle's graph with the taps among its outputs: beside the bundle's files while they are verified."""
 
 DISTURBED = f"disturbed.{MODEL}"
 """The bundle's graph with noise in it, likewise."""
+
+HELD = f"held.{MODEL}"
+"""The bundle's graph cut after each op, likewise."""
 
 NOISE = 1e-6
 """Of two correct backends on equal inputs, as a share of a value: seen are 1e-7 to 1e-6."""
@@ -65,6 +68,30 @@ def write_tapped(source: Path, folder: Path) -> list[Tap]:
     return taps
 
 
+def write_held(source: Path, folder: Path, taps: list[Tap]) -> None:
+    """Write the graph `source` to `folder`/HELD: each op reads what an input `held(NAME)` gives in the place of the
+    value NAME that the op of a tap makes, which is an output.
+    """
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    made = {name for tap in taps for name in tap.outputs}
+    read = {name for node in graph.node for name in node.input if name in made}
+    for node in graph.node:
+        node.input[:] = [held(name) if name in made else name for name in node.input]
+    inside = [value for value in graph.value_info if value.name in made]
+    graph.output.extend(inside)
+    for value in inside:
+        if value.name in read:
+            graph.input.append(value)
+            graph.input[-1].name = held(value.name)
+    onnx.save(model, folder / HELD)
+
+
+def held(name: str) -> str:
+    """The input of the graph HELD that stands for a value."""
+    return f"{name}.held"
+
+
 def write_disturbed(source: Path, folder: Path) -> None:
     """Write the graph `source` to `folder`/DISTURBED, with what float sums in another order do: the embedding and the
     residual after each layer are multiplied by 1 +- NOISE, a sign for each channel.
@@ -87,6 +114,12 @@ def write_disturbed(source: Path, folder: Path) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.save(model, folder / DISTURBED)
+
+
+def link_files(bundle: Bundle, folder: Path) -> None:
+    """Links in `folder` to the files that `bundle` has open: what was checked is what is used."""
+    for name in bundle.manifest.files:
+        (folder / name).symlink_to(f"/proc/self/fd/{bundle.open(name).fileno()}")
 
 
 def inference(session: Any) -> Infer:
