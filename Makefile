@@ -1,7 +1,7 @@
 # make demo    compile the shipped small model, verify it, print text
 # make test    lint, then every test
 # make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
-# make test-gpu   the TensorRT engines on the GPU here; skipped, with the reason, where there is none
+# make test-gpu   the plugins, and where TensorRT is its engines, on the GPU here; without one, says how to do it elsewhere
 # make test-sanitizers   kernels and op library built with AddressSanitizer and UndefinedBehaviorSanitizer: their tests
 # make test-file-events   commands killed, and their disk filled, at every change to a file
 # make fuzz SECONDS=60   every fuzz entry for so long
@@ -44,6 +44,7 @@ test-cuda-archs: build
 	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py
 
 test-gpu: build
+	scripts/gpu_check.sh
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 # gcc's: its runtimes are shared libraries, which go before all others into a python that knows nothing of them.

@@ -20,6 +20,7 @@ from plugins_trt import emulated
 OPS = sorted(emulated.PLUGINS.glob("*/plugin.cpp"))
 ADAPTER = sorted(emulated.EMULATION.glob("ort/*.cpp"))
 REGISTERED = [emulated.PLUGINS / "register.cpp", emulated.PLUGINS / "common/tensorrt.cpp"]
+HOST = emulated.ROOT / "tests/gpu_harness/plugin_host.h"
 GENERATED = emulated.BUILD / "generated"
 TRT_HEADER, ORT_HEADER = "NvInferRuntime.h", "onnxruntime_c_api.h"
 
@@ -71,9 +72,10 @@ def _library(name: str, sources: list[Path], *link: str, version: str = "0" * 16
         _run(sys.executable, emulated.ROOT / "opset/header.py", GENERATED / "dfssm_opset.h")
         flags = [*"-std=c++17 -O1 -fPIC -Wall -Wextra -fvisibility=hidden -DDFSSM_EMULATION".split()]
         flags += [f'-DDFSSM_TRT_VERSION="{version}"', '-DDFSSM_TRT_ARCHS="86,89"']
-        flags += [f"-I{emulated.PLUGINS}", f"-I{GENERATED}", f"-isystem{emulated.EMULATION}"]
+        flags += [f"-I{folder}" for folder in (emulated.PLUGINS, GENERATED, HOST.parent)]
+        flags += [f"-isystem{emulated.EMULATION}"]
         flags += [f"-isystem{folder}" for folder in headers().values()]
-        read = {*OPS, *ADAPTER, *REGISTERED, *emulated.PLUGINS.glob("*/*.h")}
+        read = {*OPS, *ADAPTER, *REGISTERED, HOST, *emulated.PLUGINS.glob("*/*.h")}
         contents = b"".join(path.read_bytes() for path in sorted({*read, *GENERATED.iterdir()}))
         key = hashlib.sha256(repr(flags).encode() + contents).hexdigest()[:16]
         library = emulated.BUILD / f"lib{name}-{key}-{kernels.stem[-16:]}.so"

@@ -1,11 +1,9 @@
 // The plugins as custom ops of ONNX Runtime, for the tests: the graph that TensorRT's parser reads runs on
 // the host.
 //
-// Each node goes the way it goes in TensorRT: the creator makes a plugin from the node's attributes; its
-// types, shapes, formats and bounds are negotiated; a second plugin is made from the fields that the first
-// one serializes, cloned for a context, told the shapes and launched, with a workspace of just the size that
-// was asked for. The kernels are those of the emulation, and every tensor is announced to it: an access
-// outside of one fails the node.
+// Each node goes the way it goes in TensorRT (plugin_host.h), with a workspace of just the size that was asked
+// for. The kernels are those of the emulation, and every tensor is announced to it: an access outside of one
+// fails the node.
 //
 // Activations are float32, or float16: each op is there twice.
 #include <onnxruntime_c_api.h>
@@ -20,6 +18,7 @@
 #include "common/creators.h"
 #include "common/plugin.h"
 #include "emulation.h"
+#include "plugin_host.h"
 
 namespace dfssm::trt {
 
@@ -47,11 +46,15 @@ void check(OrtStatus* status) {
   throw error;
 }
 
-// For what a plugin returns: 0, or an error that it has logged.
-void check(int32_t result, const char* what) {
-  if (result == 0) return;
-  const std::string message = std::exchange(last_message, "");
-  fail(message.empty() ? what : message);
+// f(), whose plugins may refuse: what they logged is the error.
+template <class F>
+auto logged(F&& f) {
+  try {
+    return f();
+  } catch (const host::Refused& refused) {
+    const std::string message = std::exchange(last_message, "");
+    fail(message.empty() ? refused.what() : message);
+  }
 }
 
 template <class F>
@@ -77,58 +80,7 @@ DataType trt_type(ONNXTensorElementDataType type) {
   return found->second;
 }
 
-// ---- TensorRT's expressions, over dimensions that are all known ----
-
-class Constant : public nvinfer1::IDimensionExpr, public nvinfer1::apiv::VDimensionExpr {
- public:
-  explicit Constant(int64_t value) : value_(value) { mImpl = this; }
-  bool isConstant() const override { return true; }
-  int64_t getConstantValue() const override { return value_; }
-  bool isSizeTensor() const override { return false; }
-
- private:
-  const int64_t value_;
-};
-
-class Builder : public nvinfer1::IExprBuilder, public nvinfer1::apiv::VExprBuilder {
- public:
-  Builder() { mImpl = this; }
-  const nvinfer1::IDimensionExpr* constant(int64_t value) override { return &made_.emplace_back(value); }
-  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation op,
-                                            const nvinfer1::IDimensionExpr& a,
-                                            const nvinfer1::IDimensionExpr& b) override {
-    if (op != nvinfer1::DimensionOperation::kPROD)
-      fail("the adapter has no dimension operation but the product");
-    return constant(static_cast<const Constant&>(a).getConstantValue() *
-                    static_cast<const Constant&>(b).getConstantValue());
-  }
-  const nvinfer1::IDimensionExpr* declareSizeTensor(int32_t, const nvinfer1::IDimensionExpr&,
-                                                    const nvinfer1::IDimensionExpr&) override {
-    return nullptr;
-  }
-
- private:
-  std::deque<Constant> made_;
-};
-
 // ---- A node ----
-
-struct Deleter {
-  void operator()(nvinfer1::IPluginV3* plugin) const { delete plugin; }
-};
-using PluginPointer = std::unique_ptr<nvinfer1::IPluginV3, Deleter>;
-
-template <class Capability>
-Capability& capability(nvinfer1::IPluginV3& plugin, nvinfer1::PluginCapabilityType type) {
-  return *static_cast<Capability*>(plugin.getCapabilityInterface(type));
-}
-
-PluginPointer create(IPluginCreatorV3One& creator, const char* node,
-                     const nvinfer1::PluginFieldCollection& fields, nvinfer1::TensorRTPhase phase) {
-  PluginPointer plugin(creator.createPlugin(node, &fields, phase));
-  check(plugin ? 0 : -1, "no plugin");
-  return plugin;
-}
 
 class Node {
  public:
@@ -136,7 +88,7 @@ class Node {
   void compute(OrtKernelContext* context) const;
 
  private:
-  PluginPointer built_, runs_;
+  std::unique_ptr<host::HostedPlugin> plugin_;
 };
 
 // One attribute of a node in memory that a PluginField may point to, as TensorRT's parser reads it.
@@ -183,29 +135,18 @@ Node::Node(IPluginCreatorV3One& creator, const OrtKernelInfo* info) {
     const Attribute& attribute = attributes.emplace_back(wanted.fields[i], info);
     if (attribute.present) fields.push_back(attribute.field());
   }
-  built_ = create(creator, name.c_str(), {static_cast<int32_t>(fields.size()), fields.data()},
-                  nvinfer1::TensorRTPhase::kBUILD);
-
-  auto& runtime =
-      capability<nvinfer1::IPluginV3OneRuntime>(*built_, nvinfer1::PluginCapabilityType::kRUNTIME);
-  const PluginPointer loaded =
-      create(creator, name.c_str(), *runtime.getFieldsToSerialize(), nvinfer1::TensorRTPhase::kRUNTIME);
-  runs_.reset(capability<nvinfer1::IPluginV3OneRuntime>(*loaded, nvinfer1::PluginCapabilityType::kRUNTIME)
-                  .attachToContext(nullptr));
-  check(runs_ ? 0 : -1, "no clone");
+  plugin_ = logged([&] {
+    return std::make_unique<host::HostedPlugin>(
+        creator, name.c_str(),
+        nvinfer1::PluginFieldCollection{static_cast<int32_t>(fields.size()), fields.data()});
+  });
 }
 
-// The inputs of a call as TensorRT describes them.
+// The tensors of a call as TensorRT describes them.
 struct Described {
-  std::vector<nvinfer1::PluginTensorDesc> descs;
+  host::Tensors descs;
   std::vector<const void*> data;
-  std::vector<const char*> names;
 
-  void add(const char* name, DataType type, const nvinfer1::Dims& dims, const void* at) {
-    descs.push_back({dims, type, nvinfer1::TensorFormat::kLINEAR, 1});
-    data.push_back(at);
-    names.push_back(name);
-  }
   size_t bytes(size_t i) const {
     size_t count = descs[i].type == DataType::kINT32 ? 4 : element_size(descs[i].type);
     for (int32_t axis = 0; axis < descs[i].dims.nbDims; ++axis)
@@ -214,7 +155,7 @@ struct Described {
   }
 };
 
-Described inputs_of(OrtKernelContext* context, const opset::Op& op) {
+Described inputs_of(OrtKernelContext* context) {
   Described inputs;
   size_t count = 0;
   check(api->KernelContext_GetInputCount(context, &count));
@@ -234,50 +175,10 @@ Described inputs_of(OrtKernelContext* context, const opset::Op& op) {
     check(api->GetDimensions(raw, dims.d, rank));
     check(api->GetTensorElementType(raw, &type));
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    inputs.add(op.inputs[i].name, trt_type(type), dims, data);
+    inputs.descs.push_back(host::described(trt_type(type), dims));
+    inputs.data.push_back(data);
   }
   return inputs;
-}
-
-std::vector<nvinfer1::DynamicPluginTensorDesc> exactly(const std::vector<nvinfer1::PluginTensorDesc>& descs) {
-  std::vector<nvinfer1::DynamicPluginTensorDesc> bounds;
-  for (const auto& desc : descs) bounds.push_back({desc, desc.dims, desc.dims, desc.dims});
-  return bounds;
-}
-
-// The outputs' types and shapes, as the builder asks for them.
-Described negotiate(nvinfer1::IPluginV3OneBuild& build, const Described& inputs, const opset::Op& op) {
-  const auto in = static_cast<int32_t>(inputs.descs.size()), out = build.getNbOutputs();
-  std::vector<DataType> input_types, output_types(static_cast<size_t>(out));
-  for (const auto& desc : inputs.descs) input_types.push_back(desc.type);
-  check(build.getOutputDataTypes(output_types.data(), out, input_types.data(), in), "getOutputDataTypes");
-
-  Builder builder;
-  std::vector<nvinfer1::DimsExprs> known(inputs.descs.size()), shapes(static_cast<size_t>(out));
-  for (size_t i = 0; i < known.size(); ++i) {
-    known[i].nbDims = inputs.descs[i].dims.nbDims;
-    for (int32_t axis = 0; axis < known[i].nbDims; ++axis) {
-      known[i].d[axis] = builder.constant(inputs.descs[i].dims.d[axis]);
-    }
-  }
-  check(build.getOutputShapes(known.data(), in, nullptr, 0, shapes.data(), out, builder), "getOutputShapes");
-
-  Described outputs;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    nvinfer1::Dims dims{shapes[i].nbDims, {}};
-    for (int32_t axis = 0; axis < dims.nbDims; ++axis) dims.d[axis] = shapes[i].d[axis]->getConstantValue();
-    outputs.add(op.outputs[i].name, output_types[i], dims, nullptr);
-  }
-
-  std::vector<nvinfer1::PluginTensorDesc> all = inputs.descs;
-  all.insert(all.end(), outputs.descs.begin(), outputs.descs.end());
-  auto formats = exactly(all);
-  for (int32_t i = 0; i < in + out; ++i) {
-    if (!build.supportsFormatCombination(i, formats.data(), in, out))
-      fail("tensor " + std::to_string(i) + ": no format is supported");
-  }
-  check(build.configurePlugin(formats.data(), in, formats.data() + in, out), "configurePlugin");
-  return outputs;
 }
 
 struct Free {
@@ -294,24 +195,20 @@ struct Announced {
 
 void Node::compute(OrtKernelContext* context) const {
   using emulation::Contents;
-  const opset::Op& op = static_cast<const Plugin&>(*built_).op();
-  auto& build = capability<nvinfer1::IPluginV3OneBuild>(*built_, nvinfer1::PluginCapabilityType::kBUILD);
-  auto& runtime = capability<nvinfer1::IPluginV3OneRuntime>(*runs_, nvinfer1::PluginCapabilityType::kRUNTIME);
-
-  const Described inputs = inputs_of(context, op);
-  Described outputs = negotiate(build, inputs, op);
+  const opset::Op& op = static_cast<const Plugin&>(plugin_->plugin()).op();
+  const Described inputs = inputs_of(context);
+  Described outputs;
+  outputs.descs = logged([&] { return plugin_->outputs(inputs.descs); });
   std::vector<void*> addresses;
   for (size_t i = 0; i < outputs.descs.size(); ++i) {
     OrtValue* value = nullptr;
     const nvinfer1::Dims& dims = outputs.descs[i].dims;
     check(api->KernelContext_GetOutput(context, i, dims.d, static_cast<size_t>(dims.nbDims), &value));
-    if (!value) fail("output " + quoted(outputs.names[i]) + " is not connected");
+    if (!value) fail("output " + quoted(op.outputs[i].name) + " is not connected");
     check(api->GetTensorMutableData(value, &addresses.emplace_back()));
   }
 
-  const auto in = static_cast<int32_t>(inputs.descs.size()), out = static_cast<int32_t>(addresses.size());
-  const auto most_in = exactly(inputs.descs), most_out = exactly(outputs.descs);
-  const size_t bytes = build.getWorkspaceSize(most_in.data(), in, most_out.data(), out);
+  const size_t bytes = plugin_->workspace(inputs.descs, outputs.descs);
   const std::unique_ptr<void, Free> workspace(std::aligned_alloc(256, (bytes + 256) / 256 * 256));
   if (!workspace) throw std::bad_alloc();
 
@@ -320,18 +217,18 @@ void Node::compute(OrtKernelContext* context) const {
   for (size_t i = 0; i < addresses.size(); ++i) {
     const int over = op.outputs[i].over;
     const bool in_place = over >= 0 && inputs.data[static_cast<size_t>(over)] == addresses[i];
-    memory.add(outputs.names[i], addresses[i], outputs.bytes(i),
+    memory.add(op.outputs[i].name, addresses[i], outputs.bytes(i),
                in_place ? Contents::written : Contents::uninitialised);
   }
   for (size_t i = 0; i < inputs.data.size(); ++i) {
     bool is_output = false;
     for (const void* address : addresses) is_output |= address == inputs.data[i];
-    if (!is_output) memory.add(inputs.names[i], inputs.data[i], inputs.bytes(i), Contents::constant);
+    if (!is_output) memory.add(op.inputs[i].name, inputs.data[i], inputs.bytes(i), Contents::constant);
   }
-  check(runtime.onShapeChange(inputs.descs.data(), in, outputs.descs.data(), out), "onShapeChange");
-  check(runtime.enqueue(inputs.descs.data(), outputs.descs.data(), inputs.data.data(), addresses.data(),
-                        workspace.get(), nullptr),
-        "enqueue");
+  logged([&] {
+    plugin_->enqueue(inputs.descs, outputs.descs, inputs.data.data(), addresses.data(), workspace.get(),
+                     nullptr);
+  });
 }
 
 // ---- The op as ONNX Runtime sees it ----
@@ -355,7 +252,7 @@ struct Op : OrtCustomOp {
   }
 
   IPluginCreatorV3One& creator;
-  PluginPointer sample;
+  host::PluginPointer sample;
   const Plugin& plugin;
   const ONNXTensorElementDataType activation;
 };
@@ -363,7 +260,7 @@ struct Op : OrtCustomOp {
 Op::Op(nvinfer1::IPluginCreatorInterface* interface, ONNXTensorElementDataType activations)
     : OrtCustomOp{},
       creator(*static_cast<IPluginCreatorV3One*>(interface)),
-      sample(create(creator, "", {}, nvinfer1::TensorRTPhase::kBUILD)),
+      sample(host::create(creator, "", {}, nvinfer1::TensorRTPhase::kBUILD)),
       plugin(static_cast<Plugin&>(*sample)),
       activation(activations) {
   version = kApiVersion;
