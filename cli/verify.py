@@ -13,10 +13,13 @@ from .options import bundle_argument, json_option, print_result, progress_bar, t
 @click.command()
 @bundle_argument
 @click.option("--bisect", is_flag=True, help="Find the first op that the kernels compute otherwise than it is defined.")
+@click.option(
+    "--polygraphy", type=click.Path(), metavar="DIR", help="Write the goldens for `polygraphy run` to DIR; run nothing."
+)
 @threads_option
 @trust_option
 @json_option
-def verify(bundle: str, bisect: bool, threads: int, as_json: bool) -> None:
+def verify(bundle: str, bisect: bool, polygraphy: str | None, threads: int, as_json: bool) -> None:
     """Verify BUNDLE on this machine.
 
     The bundle runs a few tokens. Its logits and states are compared with those that dfcompile stored in it. The result
@@ -26,6 +29,15 @@ def verify(bundle: str, bisect: bool, threads: int, as_json: bool) -> None:
     With --bisect each op gets what the kernels computed before it, and is compared with its definition in standard ops.
     """
     path = paths.bundle(bundle)
+    if bisect and polygraphy is not None:
+        raise click.UsageError("--bisect and --polygraphy are two commands: give one of them")
+    if polygraphy is not None:
+        folder = paths.output_folder(polygraphy, path)
+        require({"compile": ["polygraphy"]})
+        from dfssm.verify.polygraphy import write_golden
+
+        print_result(write_golden(path, folder), as_json, _text_of_files)
+        return
     if bisect:
         require({"compile": ["onnx"]})
         from dfssm.verify.bisect import bisect as run
@@ -40,6 +52,10 @@ def verify(bundle: str, bisect: bool, threads: int, as_json: bool) -> None:
     print_result(result, as_json, text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)
+
+
+def _text_of_files(result: dict) -> str:
+    return f"for polygraphy run: --load-inputs {result['inputs']} --load-outputs {result['outputs']}"
 
 
 def _text(result: dict) -> str:

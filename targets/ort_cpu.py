@@ -147,6 +147,19 @@ def open_session(
     return session
 
 
+def open_model(model: str | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Any model in a file, or serialized, with the op library registered, on the CPU. DfssmError as `open_session`."""
+    import onnxruntime
+
+    options = session_options(threads)
+    _register(options, find_library())
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        name = model if isinstance(model, str) else "the model"
+        raise DfssmError(f"ONNX Runtime {onnxruntime.__version__} cannot open {name}: {one_line(error)}") from error
+
+
 def _check_kernels(session: onnxruntime.InferenceSession, library: Path) -> None:
     """Raises DfssmError when an op has no kernel in `library`: ONNX Runtime would run its body, 100 times slower."""
     if not hasattr(session, "get_provider_graph_assignment_info"):

@@ -37,7 +37,7 @@ FORMAT = "dfssm-golden"
 VERSION = 1
 
 TOKENS = 32
-"""Of the prompt; the steps after it are as many as a target is verified with."""
+"""Before the steps, which are as many as a target is verified with: a first one alone, the others as a prompt."""
 
 SEED = 1
 SUMS = 16  # of a digest
@@ -114,9 +114,8 @@ def make_golden(target: Target, folder: Path, vocab: int, max_tokens: int, progr
     """
     from .graph import DISTURBED, calls_of, inference, write_disturbed, zero_states
 
-    most = min(TOKENS, max_tokens)
-    pieces = [most] * (TOKENS // most) + [TOKENS % most] * (TOKENS % most > 0)
-    calls = pieces + [1] * target.VERIFY_STEPS
+    prompt = [min(max_tokens, TOKENS - start) for start in range(1, TOKENS, max_tokens)]
+    calls = [1, *prompt, *[1] * target.VERIFY_STEPS]
     ids = np.random.default_rng(SEED).integers(0, vocab, (1, sum(calls)))
     runs: list[list[Observed]] = []
     logits: list[np.ndarray] = []
