@@ -95,7 +95,7 @@ Kernel::Kernel(const opset::Op& op, const OrtKernelInfo* info)
 // An attribute with a wrong type must not pass for an absent one.
 template <class T, class Get>
 void Kernel::Reader::read(const char* name, const char* type, Get get, T* value) const {
-  OrtStatus* status = get(value);
+  OrtStatus* status = get(kernel_.info_, name, value);
   if (!status) return;
   api->ReleaseStatus(status);
   if (kernel_.has_attribute(name)) {
@@ -105,22 +105,20 @@ void Kernel::Reader::read(const char* name, const char* type, Get get, T* value)
 }
 
 void Kernel::Reader::operator()(const char* name, int64_t& value) const {
-  const auto get = [&](int64_t* to) { return api->KernelInfoGetAttribute_int64(kernel_.info_, name, to); };
-  read(name, "an integer", get, &value);
+  read(name, "an integer", api->KernelInfoGetAttribute_int64, &value);
 }
 
 void Kernel::Reader::operator()(const char* name, float& value) const {
-  const auto get = [&](float* to) { return api->KernelInfoGetAttribute_float(kernel_.info_, name, to); };
-  read(name, "a float", get, &value);
+  read(name, "a float", api->KernelInfoGetAttribute_float, &value);
 }
 
 void Kernel::Reader::operator()(const char* name, std::string& value) const {
-  const auto get = [&](std::string* to) -> OrtStatus* {
+  const auto get = [](const OrtKernelInfo* info, const char* of, std::string* to) -> OrtStatus* {
     size_t bytes = 0;  // with the closing NUL
-    OrtStatus* status = api->KernelInfoGetAttribute_string(kernel_.info_, name, nullptr, &bytes);
+    OrtStatus* status = api->KernelInfoGetAttribute_string(info, of, nullptr, &bytes);
     if (status) return status;
     to->resize(bytes);
-    status = api->KernelInfoGetAttribute_string(kernel_.info_, name, to->data(), &bytes);
+    status = api->KernelInfoGetAttribute_string(info, of, to->data(), &bytes);
     if (!status) to->resize(bytes - 1);
     return status;
   };

@@ -5,13 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "prefetch.h"
-#include "tables.h"
+#include "matmul-inl.h"
 
 namespace dfssm::avx2 {
 namespace {
-
-using Dword = int32_t __attribute__((may_alias, aligned(1)));
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -23,8 +20,6 @@ inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
   __m256i products;
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(u8), "x"(s8));
 }
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int32_t sum(__m256i a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -41,10 +36,6 @@ inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set
 inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(min(a.M - row, 8))), lane);
-}
-
-inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t block) {
-  return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
 }
 
 // (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
@@ -187,37 +178,23 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
   }
 }
 
-// Layout 0, for graphs nobody lowered: 32 bits of a row become a byte mask of 32 activations, which are added up.
+// 32 bits of a row become a byte mask of 32 activations, which are added up.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   const __m256i byte_of_column =
       _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit_of_column = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
   const __m256i ones = _mm256_set1_epi8(1);
-  for (int64_t m = m0; m < m1; ++m) {
-    for (int64_t t = 0; t < a.n; ++t) {
-      const int8_t* q = a.q + t * a.K;
-      float y = 0.0f;
-      for (int64_t plane = 0; plane < a.planes; ++plane) {
-        const uint8_t* bits = a.bits + (plane * a.M + m) * (a.K / 8);
-        __m256i acc = _mm256_setzero_si256();
-        for (int64_t k = 0; k < a.K; k += 32) {
-          int32_t word;
-          std::memcpy(&word, bits + k / 8, sizeof word);
-          const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of_column);
-          const __m256i mask = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of_column), bit_of_column);
-          acc = _mm256_add_epi32(acc, widen(_mm256_maddubs_epi16(ones, _mm256_and_si256(mask, load(q + k)))));
-        }
-        y += (a.scale[plane * a.M + m] * a.s[t]) * static_cast<float>(2 * sum(acc) - a.sum[t]);
-      }
-      if (a.R > 0) {
-        float correction = 0.0f;
-        for (int64_t r = 0; r < a.R; ++r)
-          correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
-        y += a.up_scale[m] * correction;
-      }
-      a.y[t * a.ldy + m] = y;
+  dfssm::canonical(a, m0, m1, [=](const uint8_t* bits, const int8_t* q) {
+    __m256i acc = _mm256_setzero_si256();
+    for (int64_t k = 0; k < a.K; k += 32) {
+      int32_t word;
+      std::memcpy(&word, bits + k / 8, sizeof word);
+      const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of_column);
+      const __m256i mask = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of_column), bit_of_column);
+      acc = _mm256_add_epi32(acc, widen(_mm256_maddubs_epi16(ones, _mm256_and_si256(mask, load(q + k)))));
     }
-  }
+    return sum(acc);
+  });
 }
 
 // ---- int8 ----

@@ -5,13 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "prefetch.h"
-#include "tables.h"
+#include "matmul-inl.h"
 
 namespace dfssm::avx512vnni {
 namespace {
-
-using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbouring int8 activations
 
 #ifdef __AVX512VNNI__
 // Inline assembly because gcc 12 copies the accumulator of the intrinsic through spare registers and spills.
@@ -28,18 +25,12 @@ inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
 }
 #endif
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // ---- scaffold ----
 
 // Lanes of the 16-row block `block` that exist.
 inline __mmask16 rows_of(const ScaffoldArgs& a, int64_t block) {
   const int64_t rows = min(a.M - block * kTileRows, kTileRows);
   return static_cast<__mmask16>((1u << rows) - 1);
-}
-
-inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t block) {
-  return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
 }
 
 // up_scale * (up . h) of one block and token.
@@ -171,34 +162,19 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
   }
 }
 
-// Layout 0, for graphs nobody lowered: a row's bits are a byte mask of the activations. One row and token at a time.
+// A row's bits are a byte mask of the activations.
 void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t m = m0; m < m1; ++m) {
-    for (int64_t t = 0; t < a.n; ++t) {
-      const int8_t* q = a.q + t * a.K;
-      float y = 0.0f;
-      for (int64_t plane = 0; plane < a.planes; ++plane) {
-        const uint8_t* bits = a.bits + (plane * a.M + m) * (a.K / 8);
-        __m512i acc = _mm512_setzero_si512();
-        for (int64_t k = 0; k < a.K; k += 64) {
-          const int64_t bytes = min(8, (a.K - k) / 8);  // the last step may be half: K % 64 may be 32
-          uint64_t mask = 0;
-          std::memcpy(&mask, bits + k / 8, bytes);
-          dot(acc, ones, _mm512_maskz_loadu_epi8(mask, q + k));
-        }
-        const int32_t positive = _mm512_reduce_add_epi32(acc);
-        y += (a.scale[plane * a.M + m] * a.s[t]) * static_cast<float>(2 * positive - a.sum[t]);
-      }
-      if (a.R > 0) {
-        float correction = 0.0f;
-        for (int64_t r = 0; r < a.R; ++r)
-          correction += static_cast<float>(a.up[m * a.R + r]) * a.h[t * a.R + r];
-        y += a.up_scale[m] * correction;
-      }
-      a.y[t * a.ldy + m] = y;
+  dfssm::canonical(a, m0, m1, [=](const uint8_t* bits, const int8_t* q) {
+    __m512i acc = _mm512_setzero_si512();
+    for (int64_t k = 0; k < a.K; k += 64) {
+      const int64_t bytes = min(8, (a.K - k) / 8);  // the last step may be half: K % 64 may be 32
+      uint64_t mask = 0;
+      std::memcpy(&mask, bits + k / 8, bytes);
+      dot(acc, ones, _mm512_maskz_loadu_epi8(mask, q + k));
     }
-  }
+    return _mm512_reduce_add_epi32(acc);
+  });
 }
 
 // ---- int8 ----

@@ -78,38 +78,31 @@ inline void store(float* p, F32 v, Mask m) { _mm256_maskstore_ps(p, m.lanes, v);
 inline F32 load(const uint16_t* p, Full) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline F32 load(const uint16_t* p, Mask m) {
-  uint16_t buffer[kLanes] = {};
-  std::memcpy(buffer, p, m.count * sizeof *p);
-  return load(buffer, Full{});
-}
 inline void store(uint16_t* p, F32 v, Full) {
   v = min(broadcast(kHalfMax), max(broadcast(-kHalfMax), v));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(uint16_t* p, F32 v, Mask m) {
-  uint16_t buffer[kLanes];
-  store(buffer, v, Full{});
-  std::memcpy(p, buffer, m.count * sizeof *p);
-}
 
 inline F32 load(const int8_t* p, Full) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-inline F32 load(const int8_t* p, Mask m) {
-  int8_t buffer[kLanes] = {};
-  std::memcpy(buffer, p, m.count);
-  return load(buffer, Full{});
 }
 // Every lane of v fits int8.
 inline void store(int8_t* p, I32 v, Full) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
-inline void store(int8_t* p, I32 v, Mask m) {
-  int8_t buffer[kLanes];
+
+template <class Narrow>
+inline F32 load(const Narrow* p, Mask m) {
+  Narrow buffer[kLanes] = {};
+  std::memcpy(buffer, p, m.count * sizeof *p);
+  return load(buffer, Full{});
+}
+template <class Narrow, class Vector>
+inline void store(Narrow* p, Vector v, Mask m) {
+  Narrow buffer[kLanes];
   store(buffer, v, Full{});
-  std::memcpy(p, buffer, m.count);
+  std::memcpy(p, buffer, m.count * sizeof *p);
 }
 
 // Four vectors in a row.

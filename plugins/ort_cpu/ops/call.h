@@ -7,7 +7,9 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
+#include <memory>
 
 #include "dfssm_opset.h"
 #include "kernels.h"
@@ -99,6 +101,23 @@ class Prologue {
 // Memory of the calling thread that grows to the largest request and stays: no allocation in the steady
 // state. One user at a time per thread: an op that hands it to workers lets the workers take theirs, on their
 // threads. nullptr if there is no memory, so that workers, which must not throw, can use it.
-void* thread_scratch(size_t bytes) noexcept;
+inline void* thread_scratch(size_t bytes) noexcept {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    memory.reset();  // before the new one: the old contents are never needed
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, rounded));
+    capacity = memory ? rounded : 0;
+  }
+  return memory.get();
+}
+
+// What kernels, which include no header of the opset, have from it.
+static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
+static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
 
 }  // namespace dfssm
