@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -49,8 +48,7 @@ class TorchScorer:
 
     def select(self, state: Mamba2State, rows: Sequence[int]) -> Mamba2State:
         index = torch.tensor(rows, device=self.device)
-        parts = (getattr(state, field.name) for field in dataclasses.fields(state))
-        return type(state)(*(part and [tensor[index] for tensor in part] for part in parts))
+        return state.map(lambda tensor: tensor[index])
 
     def read(self, ids: np.ndarray, state: Mamba2State) -> tuple[np.ndarray, Mamba2State]:
         for start in range(0, ids.shape[1], _PIECE):

@@ -13,10 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from dfssm.opset import reference
+from dfssm.opset.schema import HALF_MAX, TINY
 
-# Of Python: NumPy's own would break the graph of torch.compile.
-TINY, HALF_MAX = float(reference.TINY), float(reference.HALF_MAX)
 LARGEST = 127  # of |q| in an int8 tensor; -128 is not used, so that the codes are symmetric
 _EXACT = 2**24  # fp32 holds every integer up to here
 # The +-1 of all 256 bytes, LSB first: one look-up unpacks eight bits.

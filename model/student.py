@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
 import torch
@@ -32,7 +33,7 @@ from .quant import (
     unpack_bits,
 )
 from .teacher import FixedHead, Mamba2LM, Mamba2State, TokenTable
-from .tensors import FLOAT, weights
+from .tensors import FLOAT, PARTS, SCAFFOLD, weights
 
 
 class BinaryLinear(nn.Module):
@@ -69,29 +70,17 @@ class BinaryLinear(nn.Module):
 
 
 class PackedBinaryLinear(nn.Module):
-    """A projection as model.pt holds it; unpacked for the length of a call."""
-
-    bits: Tensor
-    scale: Tensor
-    down: Tensor
-    down_scale: Tensor
-    up: Tensor
-    up_scale: Tensor
+    """A projection as model.pt holds it, in tensors of these names (PARTS); unpacked for the length of a call."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
         super().__init__()
-        lead = (planes,) if planes > 1 else ()
-        self.register_buffer("bits", torch.empty(*lead, out_features, in_features // 8, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(*lead, out_features))
-        self.register_buffer("down", torch.empty(rank, in_features, dtype=torch.int8))
-        self.register_buffer("down_scale", torch.empty(rank))
-        self.register_buffer("up", torch.empty(out_features, rank, dtype=torch.int8))
-        self.register_buffer("up_scale", torch.empty(out_features))
+        for name, part in PARTS[SCAFFOLD].items():
+            shape = part.shape(SimpleNamespace(rank=rank, planes=planes), out_features, in_features)
+            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, part.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return binary_scaffold_matmul(
-            x, unpack_bits(self.bits), self.scale, self.down, self.down_scale, self.up, self.up_scale
-        )
+        bits, *others = self.buffers()
+        return binary_scaffold_matmul(x, unpack_bits(bits), *others)
 
 
 class Int8Embedding(TokenTable):
@@ -142,10 +131,6 @@ class DFSSMState(Mamba2State):
     """Mamba2State with ssm stored as fp32, fp16 or int8, the last with ssm_scale: n_layer x f32[B,H,N]."""
 
     ssm_scale: list[Tensor] | None = None
-
-    def detach(self) -> Self:
-        scale = None if self.ssm_scale is None else [t.detach() for t in self.ssm_scale]
-        return type(self)([t.detach() for t in self.conv], [t.detach() for t in self.ssm], scale)
 
     @classmethod
     def narrow(cls, state: Mamba2State, state_dtype: str) -> Self:

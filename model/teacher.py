@@ -43,9 +43,14 @@ class Mamba2State:
         shapes = [(batch, *shape) for _, shape in config.states().values()]
         return cls(*([torch.zeros(s, device=device, dtype=dtype) for _ in range(config.n_layer)] for s in shapes))
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The state of `function` of each tensor."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self)(*(part and list(map(function, part)) for part in parts))
+
     def detach(self) -> Self:
         """The same values cut off from the graph: truncated back-propagation through time."""
-        return type(self)([t.detach() for t in self.conv], [t.detach() for t in self.ssm])
+        return self.map(Tensor.detach)
 
     def widen(self) -> Mamba2State:
         """With the SSM state in the dtype of the arithmetic, as it is here."""
