@@ -19,7 +19,7 @@ from dfssm.targets import get_target
 
 from .bandwidth import Bandwidth
 from .child import follow_script, run_child
-from .device import CopyBandwidth, bench_batches, first_gpu
+from .device import CopyBandwidth, bench_batches, first_gpu, tokens_a_second
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
 # matter; the scalar kernels take seconds a token at 1.3B.
@@ -70,24 +70,18 @@ def bench(
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
     floor_seconds = weights / (series["read_gb_s"] * 1e9) + 2 * state / (series["read_write_gb_s"] * 1e9)
-    tok_s = float(np.median(series["tok_s"]))
+    rates = tokens_a_second(series["tok_s"])
     return {
-        "tok_s": tok_s,
-        "tok_s_quartiles": _quartiles(series["tok_s"]),
-        "gb_s": tok_s * (weights + 2 * state) / 1e9,
+        **rates,
+        "gb_s": rates["tok_s"] * (weights + 2 * state) / 1e9,
         "floor_tok_s": float(np.median(1 / floor_seconds)),
         "floor_share": float(np.median(series["tok_s"] * floor_seconds)),
         "read_gb_s": float(np.median(series["read_gb_s"])),
         "read_write_gb_s": float(np.median(series["read_write_gb_s"])),
         "step_bytes": {"weights": weights, "state_read": state, "state_written": state},
-        "prefill_tok_s": float(np.median(series["prefill_tok_s"])),
-        "prefill_tok_s_quartiles": _quartiles(series["prefill_tok_s"]),
+        **{f"prefill_{name}": value for name, value in tokens_a_second(series["prefill_tok_s"]).items()},
         "peers": {
-            name: {
-                "tok_s": float(np.median(series[name])),
-                "tok_s_quartiles": _quartiles(series[name]),
-                "ratio": float(np.median(series["tok_s"] / series[name])),
-            }
+            name: tokens_a_second(series[name]) | {"ratio": float(np.median(series["tok_s"] / series[name]))}
             for name in runners
         },
         "gpu": _gpu(engine) if isinstance(backend, TensorRTBackend) else None,
@@ -100,11 +94,7 @@ def bench(
         "tokens": tokens,
         "rounds": rounds,
         "check": check,
-        "load_seconds": process["load_seconds"],
-        "rss_bytes": process["rss_bytes"],
-        "peak_rss_bytes": process["peak_rss_bytes"],
-        "file_bytes": process["file_bytes"],
-        "anonymous_bytes": process["anonymous_bytes"],
+        **process,
         "machine": machine() | {"isas": instruction_sets(), "packages": packages()},
     }
 
@@ -137,7 +127,10 @@ def check_outputs(bundle: str | Path, engine: Engine) -> dict:
 
 def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress) -> dict[str, np.ndarray]:
     """Name -> f64[rounds]: GB/s of the probes, tokens a second of everything else."""
-    bandwidth = _probe(engine)
+    size, backend = weight_bytes_of_step(engine.config, engine.manifest.layout), engine.backend
+    # Of the memory that the bundle runs from.
+    on_gpu = isinstance(backend, TensorRTBackend)
+    bandwidth = CopyBandwidth(backend.cuda, size) if on_gpu else Bandwidth(size, engine.threads)
     ids = np.random.default_rng(1).integers(0, engine.vocab_size, prompt)
     state = engine.new_state()
     series: dict[str, list[float]] = {}
@@ -163,14 +156,6 @@ def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress
         progress(index + 1, rounds)
     bandwidth.close()
     return {name: np.array(values) for name, values in series.items()}
-
-
-def _probe(engine: Engine) -> Bandwidth | CopyBandwidth:
-    """Of the memory that the bundle runs from."""
-    size = weight_bytes_of_step(engine.config, engine.manifest.layout)
-    if isinstance(engine.backend, TensorRTBackend):
-        return CopyBandwidth(engine.backend.cuda, size)
-    return Bandwidth(size, engine.threads)
 
 
 def _isa(engine: Engine) -> str | None:
@@ -202,7 +187,3 @@ def _open_peer(name: str, engine: Engine, folder: Path) -> dict[str, Callable[[i
         "stock-ort, no head": open_peer(engine.config, folder / "body", engine.threads),
         "stock-ort, 8-bit head": open_peer(engine.config, folder / "head8", engine.threads, head_bits=8),
     }
-
-
-def _quartiles(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.percentile(values, [25, 75])]

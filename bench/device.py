@@ -68,6 +68,12 @@ def first_gpu() -> str:
     return gpus[0].name if gpus else "unknown GPU"
 
 
+def tokens_a_second(rates: np.ndarray) -> dict:
+    """Median and quartiles of f64[rounds], by the keys of docs/json.md."""
+    low, median, high = np.percentile(rates, [25, 50, 75]).tolist()
+    return {"tok_s": median, "tok_s_quartiles": [low, high]}
+
+
 def bench_batches(
     engine: Engine, backend: TensorRTBackend, tokens: int, rounds: int, progress: Callable[[int, int], None]
 ) -> list[dict]:
@@ -97,8 +103,7 @@ def _bench(engine: Engine, probe: CopyBandwidth, batch: int, tokens: int, rounds
         rates[index] = batch * tokens / (time.perf_counter() - start)
     return {
         "batch": batch,
-        "tok_s": float(np.median(rates)),
-        "tok_s_quartiles": [float(value) for value in np.percentile(rates, [25, 75])],
+        **tokens_a_second(rates),
         "floor_tok_s": float(np.median(floors)),
         "floor_share": float(np.median(rates / floors)),
         "predicted_tok_s": predicted(first_gpu(), engine.config, engine.manifest.state_dtype, batch),

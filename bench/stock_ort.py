@@ -12,16 +12,18 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+
+from dfssm.model.config import DFSSMConfig
 
 BLOCK = 128
 MS = "com.microsoft"
-DATA = "peer.onnx.data"
+PAGE = 4096  # alignment of the weights, each of which then is mapped where it lies
 
 
 def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) -> Path:
@@ -33,9 +35,9 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "peer.onnx"
-    with open(folder / DATA, "wb") as data:
-        model = _Graph(config, data, np.random.default_rng(seed)).model(head_bits)
-    path.write_bytes(model.SerializeToString())
+    model = ir.from_proto(_Graph(DFSSMConfig.from_dict(config), np.random.default_rng(seed)).model(head_bits))
+    data = f"{path.name}.data"
+    ir.save(model, path, external_data=data, size_threshold_bytes=PAGE, alignment=PAGE, align_threshold=0)
     return path
 
 
@@ -78,13 +80,8 @@ def open_peer(config: dict, folder: Path, threads: int, head_bits: int = 0) -> C
 
 
 class _Graph:
-    def __init__(self, config: dict, data, rng):
-        c = SimpleNamespace(**config)
-        self.c, self.data, self.rng = c, data, rng
-        self.d_inner = c.expand * c.d_model
-        self.heads = self.d_inner // c.headdim
-        self.bc = c.ngroups * c.d_state
-        self.channels = self.d_inner + 2 * self.bc
+    def __init__(self, config: DFSSMConfig, rng: np.random.Generator):
+        self.c, self.rng = config, rng
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -113,13 +110,12 @@ class _Graph:
     def layer(self, i: int, h: str) -> str:
         c, name = self.c, f"layers.{i}"
         u = self.norm(f"{name}.norm", h, c.d_model)
-        width = self.d_inner + self.channels + self.heads
-        zxbcdt = self.linear(f"{name}.in_proj", u, width, c.d_model, 2)
-        z, xbc, dt = self.split(name, zxbcdt, [self.d_inner, self.channels, self.heads])
+        zxbcdt = self.linear(f"{name}.in_proj", u, c.d_in_proj, c.d_model, 2)
+        z, xbc, dt = self.split(name, zxbcdt, [c.d_inner, c.conv_dim, c.nheads])
 
-        state = self.state(f"conv_state.{i}", ["B", c.d_conv - 1, self.channels])
-        conv_weight = self.weight(f"{name}.conv", self.normal((self.channels, 1, c.d_conv), c.d_conv))
-        conv_bias = self.weight(f"{name}.conv_bias", np.zeros(self.channels, np.float32))
+        state = self.state(f"conv_state.{i}", ["B", c.d_conv - 1, c.conv_dim])
+        conv_weight = self.weight(f"{name}.conv", self.normal((c.conv_dim, 1, c.d_conv), c.d_conv))
+        conv_bias = self.weight(f"{name}.conv_bias", np.zeros(c.conv_dim, np.float32))
         xbc = self.op(
             "CausalConvWithState",
             [xbc, conv_weight, conv_bias, state],
@@ -129,17 +125,17 @@ class _Graph:
             channels_last=1,
             ndim=1,
         )
-        x, b, cc = self.split(f"{name}.xbc", xbc, [self.d_inner, self.bc, self.bc])
+        x, b, cc = self.split(f"{name}.xbc", xbc, [c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state])
 
-        dt_bias = self.weight(f"{name}.dt_bias", np.full(self.heads, math.log(math.expm1(0.01)), np.float32))
-        minus_a = self.weight(f"{name}.A", -self.rng.uniform(1, 16, self.heads).astype(np.float32))
+        dt_bias = self.weight(f"{name}.dt_bias", np.full(c.nheads, math.log(math.expm1(0.01)), np.float32))
+        minus_a = self.weight(f"{name}.A", -self.rng.uniform(1, 16, c.nheads).astype(np.float32))
         dt = self.op("Softplus", [self.op("Add", [dt, dt_bias])])
-        by_head = self.weight(f"{name}.by_head", np.array([0, 0, self.heads, c.headdim], np.int64))
-        flat = self.weight(f"{name}.flat", np.array([0, 0, self.d_inner], np.int64))
+        by_head = self.weight(f"{name}.by_head", np.array([0, 0, c.nheads, c.headdim], np.int64))
+        flat = self.weight(f"{name}.flat", np.array([0, 0, c.d_inner], np.int64))
         last = self.weight(f"{name}.last", np.array([-1], np.int64))
         xh = self.op("Reshape", [x, by_head])
         value = self.op("Reshape", [self.op("Mul", [xh, self.op("Unsqueeze", [dt, last])]), flat])
-        state = self.state(f"ssm_state.{i}", ["B", self.heads, c.d_state, c.headdim])
+        state = self.state(f"ssm_state.{i}", ["B", c.nheads, c.d_state, c.headdim])
         y = self.op(
             "LinearAttention",
             [cc, b, value, state, self.op("Mul", [dt, minus_a])],
@@ -148,13 +144,13 @@ class _Graph:
             update_rule="gated",
             scale=1.0,
             q_num_heads=c.ngroups,
-            kv_num_heads=self.heads,
+            kv_num_heads=c.nheads,
         )
-        skip = self.weight(f"{name}.D", np.ones((self.heads, 1), np.float32))
+        skip = self.weight(f"{name}.D", np.ones((c.nheads, 1), np.float32))
         y = self.op("Add", [y, self.op("Reshape", [self.op("Mul", [xh, skip]), flat])])
         gate = self.op("Mul", [z, self.op("Sigmoid", [z])])
-        y = self.norm(f"{name}.gated_norm", self.op("Mul", [y, gate]), self.d_inner)
-        return self.linear(f"{name}.out_proj", y, c.d_model, self.d_inner, 2)
+        y = self.norm(f"{name}.gated_norm", self.op("Mul", [y, gate]), c.d_inner)
+        return self.linear(f"{name}.out_proj", y, c.d_model, c.d_inner, 2)
 
     def linear(self, name: str, x: str, rows: int, columns: int, bits: int) -> str:
         blocks = math.ceil(columns / BLOCK)
@@ -198,16 +194,5 @@ class _Graph:
         return (self.rng.standard_normal(shape) / math.sqrt(fan_in)).astype(np.float32)
 
     def weight(self, name: str, array) -> str:
-        array = np.asarray(array)
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        if array.nbytes < 4096:
-            tensor.raw_data = array.tobytes()
-        else:
-            self.data.write(b"\0" * (-self.data.tell() % 4096))
-            tensor.data_location = TensorProto.EXTERNAL
-            fields = {"location": DATA, "offset": self.data.tell(), "length": array.nbytes}
-            for key, value in fields.items():
-                tensor.external_data.add(key=key, value=str(value))
-            self.data.write(array.tobytes())
-        self.weights.append(tensor)
+        self.weights.append(numpy_helper.from_array(np.asarray(array), name))
         return name

@@ -43,7 +43,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
     """
     folder = paths.bundle(bundle)
     if settings["peers"]:
-        require({"compile": ["onnx"]})
+        require({"compile": ["onnx", "onnx-ir"]})
     from dfssm.bench.decode import bench as run
 
     with progress_bar("bench") as progress:
