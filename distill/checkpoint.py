@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import shutil
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import sync
 
 from .distributed import Ranks
 
@@ -58,10 +58,11 @@ class Checkpoints:
                     _state(model, optimizer) | {f"rank-{self.ranks.rank}": own}, checkpoint_id=temporary
                 )
             if self.ranks.first:
-                _sync(temporary)
+                for written in (*temporary.iterdir(), temporary):
+                    sync(written)
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
-                _sync(self.folder)
+                sync(self.folder)
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self._folder(old))
         except (OSError, CheckpointException) as error:
@@ -118,15 +119,3 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 def _quiet() -> warnings.catch_warnings:
     """Without torch's remark that one process alone is no process group."""
     return warnings.catch_warnings(action="ignore")
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder and its files to the disk."""
-    for path in [*folder.iterdir(), folder]:
-        if path.is_dir() and path != folder:
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -62,7 +62,6 @@ class TeacherLogits:
         self.project, self.hidden = head.fixed().project, hidden
 
     def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits."""
         log_q = F.log_softmax(self.project(self.hidden[piece]).float(), dim=-1)
         q = log_q.exp()
         return (q * log_q.sub_(log_p)).sum(dtype=torch.float64), log_p.exp().sub_(q)

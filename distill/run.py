@@ -24,6 +24,8 @@ from dfssm.opset import paths
 from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
+from dfssm.opset.paths import STUDENT
+from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import end_tokens, load_tokenizer
 
 from . import PREFIX
@@ -39,9 +41,6 @@ from .stream import StreamedWindows
 from .student import begin, data_free, finished, move_to, other_forms, shipped, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
-
-TOKENIZER = "tokenizer.json"
-MODEL = "model.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,28 +68,28 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A job that fits together: the teacher in fp32, its tokenizer and the token that ends a document, and the data."""
-
+class _Run:
     job: Job
     ranks: Ranks
     resume: bool
-    teacher: Mamba2LM
     tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened(_Run):
+    """A job that fits together: the teacher in fp32, its tokenizer and the token that ends a document, and the data."""
+
+    teacher: Mamba2LM
     end: int
     stream: StreamedWindows | None  # files otherwise
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(_Run):
     """What is trained on what: the windows of this rank, the student, and what it learns from. `measured` has the
     held-out text and what teacher and data-free conversion are worth on it; `identity` is what makes two runs the same.
     """
 
-    job: Job
-    ranks: Ranks
-    resume: bool
-    tokenizer: Tokenizer
     source: Source
     student: DFSSMLM
     teacher: Mamba2LM | TopK
@@ -143,7 +142,7 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
         stream = StreamedWindows(streams[0], tokenizer, end, vocab, job.schedule.tokens, *place, job.held_out_documents)
     else:
         text_files(job.data)
-    return Opened(job, ranks, resume, teacher, tokenizer, end, stream)
+    return Opened(job, ranks, resume, tokenizer, teacher, end, stream)
 
 
 def prepare(opened: Opened) -> Prepared:
@@ -228,7 +227,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
     trainer.train()
 
-    student, file = finished(model, recipe, ranks), job.output / MODEL
+    student, file = finished(model, recipe, ranks), job.output / STUDENT
     if ranks.first:
         save_student(file, student.config, shipped(student, recipe))
     ranks.barrier()
@@ -243,7 +242,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         "seconds": trainer.seconds,
         "perplexity": measured.perplexity,
         "kl": measured.kl,
-        "model": MODEL,
+        "model": STUDENT,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     if ranks.first:

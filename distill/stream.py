@@ -148,12 +148,8 @@ class _Documents:
         # By this number the library orders the shards; at 0 it would leave them as they are.
         self._dataset.set_epoch(int(np.random.default_rng((self._seed, self._epoch)).integers(1, 1 << 31)))
         self._dataset.load_state_dict(self._state)
-        self._batches = batches(self._epoch_texts())
-
-    def _epoch_texts(self) -> Iterator[str]:
-        for text in _texts(self._dataset, self._source):
-            if text and text not in self._held_out:
-                yield text
+        texts = _texts(self._dataset, self._source)
+        self._batches = batches(text for text in texts if text and text not in self._held_out)
 
 
 def _open(source: str) -> IterableDataset:

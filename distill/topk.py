@@ -7,8 +7,8 @@ fp16 [T,k+1], the log-probabilities of those tokens and, last, of all others tog
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +139,9 @@ def write_topk(
             part["key"] = [_key(window) for window in ids]
             part["ids"], part["log_q"] = _likeliest(teacher, ids[:, :-1], k, bf16)
             progress(part["ids"].size // k)
-        write_file(file, functools.partial(_save, shard=shard))
+        content = io.BytesIO()
+        np.save(content, shard)
+        write_file(file, content.getvalue())
 
 
 def precompute(
@@ -185,11 +187,6 @@ def _keys(file: Path) -> list[int]:
         return np.load(file, mmap_mode="r")["key"].tolist()
     except (OSError, ValueError):
         return []
-
-
-def _save(path: Path, shard: np.ndarray) -> None:
-    with path.open("wb") as file:  # by name, numpy would append .npy to it
-        np.save(file, shard)
 
 
 def _digest(teacher: Mamba2LM) -> str:

@@ -57,9 +57,9 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
         with _made(target.parent) if parents else contextlib.nullcontext(), _draft_file(target) as draft:
             _fill(draft, content)
             draft.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
-            _sync(draft)
+            sync(draft)
             draft.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
 
 
 @contextmanager
@@ -84,9 +84,9 @@ def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -
         yield draft
         with writing(target):
             for inner in (*sorted(draft.rglob("*"), reverse=True), draft):
-                _sync(inner)
+                sync(inner)
             _put(draft, target, replace)
-            _sync(target.parent)
+            sync(target.parent)
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def _replace_files(draft: Path, target: Path) -> None:
     for path in target.iterdir():
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    _sync(target)
+    sync(target)
 
 
 def _mode(path: Path) -> int | None:
@@ -282,7 +282,8 @@ def _umask() -> int:
     return 0o022
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
