@@ -51,12 +51,12 @@ class _StepGraph:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
-        self.last_axis = self.g.constant("axes.last", np.array([-1]))
+        self.last_axis = self.g.initializer(ir.tensor([-1], name="axes.last"))
 
     def build(self) -> ir.Model:
-        ids = self.g.input("input_ids", I64, ("B", "T"))
+        ids = ir.val("input_ids", I64, ("B", "T"))
         # An input with an initialiser: a caller that does not feed it gets the logits of all tokens.
-        keep = self.g.constant("logits_to_keep", np.array(0))
+        keep = self.g.initializer(ir.tensor(0, name="logits_to_keep"))
         self.inputs += [ids, keep]
 
         h = self.embed(ids)
@@ -64,9 +64,15 @@ class _StepGraph:
             h = self.block(i, h)
         self.outputs.insert(0, self.head(h, keep))
 
-        graph = self.g.finish(self.inputs, self.outputs, "dfssm_step", {"": ONNX_OPSET, DOMAIN: VERSION})
         return ir.Model(
-            graph,
+            ir.Graph(
+                self.inputs,
+                self.outputs,
+                nodes=self.g.nodes,
+                initializers=self.g.initializers,
+                opset_imports={"": ONNX_OPSET, DOMAIN: VERSION},
+                name="dfssm_step",
+            ),
             ir_version=IR_VERSION,
             producer_name="dfssm",
             producer_version=version("dfssm"),
@@ -117,8 +123,8 @@ class _StepGraph:
     def head(self, h: ir.Value, keep: ir.Value) -> ir.Value:
         """Logits of the last `keep` tokens; a slice from -0 = 0 keeps all of them."""
         g, c = self.g, self.config
-        end = g.constant("slice.end", np.array([np.iinfo(np.int64).max]))
-        tokens = g.constant("axes.tokens", np.array([1]))
+        end = g.initializer(ir.tensor([np.iinfo(np.int64).max], name="slice.end"))
+        tokens = g.initializer(ir.tensor([1], name="axes.tokens"))
         start = g.standard("Neg", [keep], I64, (), "/keep/neg")
         start = g.standard("Reshape", [start, self.last_axis], I64, (1,), "/keep/reshape")
         h = g.standard("Slice", [h, start, end, tokens], F32, ("B", "keep", c.d_model), "/keep/slice")
@@ -154,7 +160,7 @@ class _StepGraph:
     def conv(self, i: int, zxBCdt: ir.Value, name: str) -> ir.Value:
         """xBC [B,T,conv_dim], convolved."""
         c, stored = self.config, self.states["conv_state"]
-        state = self.g.input(f"conv_state.{i}", *stored)
+        state = ir.val(f"conv_state.{i}", *stored)
         y, new_state = self.g.dfssm(
             "CausalConv1dStep",
             [zxBCdt, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
@@ -172,7 +178,7 @@ class _StepGraph:
         """The recurrence's y [B,T,d_inner]."""
         c = self.config
         stored = {kind: state for kind, state in self.states.items() if kind != "conv_state"}
-        states = [self.g.input(f"{kind}.{i}", *what) for kind, what in stored.items()]
+        states = [ir.val(f"{kind}.{i}", *what) for kind, what in stored.items()]
         parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
         y, *new_states = self.g.dfssm(
             "SelectiveScanStep",
