@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 
 from dfssm.model.config import DFSSMConfig
 
 BLOCK = 128
 MS = "com.microsoft"
+F32 = ir.DataType.FLOAT
 PAGE = 4096  # alignment of the weights, each of which then is mapped where it lies
 
 
@@ -35,7 +34,7 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "peer.onnx"
-    model = ir.from_proto(_Graph(DFSSMConfig.from_dict(config), np.random.default_rng(seed)).model(head_bits))
+    model = _Graph(DFSSMConfig.from_dict(config), np.random.default_rng(seed)).model(head_bits)
     data = f"{path.name}.data"
     ir.save(model, path, external_data=data, size_threshold_bytes=PAGE, alignment=PAGE, align_threshold=0)
     return path
@@ -79,72 +78,71 @@ def open_peer(config: dict, folder: Path, threads: int, head_bits: int = 0) -> C
     return decode
 
 
-class _Graph:
+class _Graph(ir.tape.Tape):
     def __init__(self, config: DFSSMConfig, rng: np.random.Generator):
+        super().__init__()
         self.c, self.rng = config, rng
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self.inputs: list[onnx.ValueInfoProto] = []
-        self.outputs: list[onnx.ValueInfoProto] = []
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
 
-    def model(self, head_bits: int) -> onnx.ModelProto:
+    def model(self, head_bits: int) -> ir.Model:
         c = self.c
-        self.inputs.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"]))
+        ids = ir.val("input_ids", ir.DataType.INT64, ("B", "T"))
         # int8 rows, one scale a row, as in the student: the table that the lookup reads is no larger than
         # ours
         table = self.weight("embedding", self.rng.integers(-127, 128, (c.vocab_size, c.d_model), np.int8))
-        rows = self.op("Cast", [self.op("Gather", [table, "input_ids"])], to=TensorProto.FLOAT)
+        rows = self.op("Cast", [self.op("Gather", [table, ids])], {"to": F32})
         h = self.op("Mul", [rows, self.weight("embedding_scale", np.float32(1 / 127))])
         for i in range(c.n_layer):
             h = self.op("Add", [h, self.layer(i, h)])
         # as in the step graph, only the last token goes on to the norm and the head
-        last = self.weight("last", np.array([-1], np.int64))
-        h = self.norm("norm_f", self.op("Gather", [h, last], axis=1), c.d_model)
+        last = self.weight("last", np.array([-1]))
+        h = self.norm("norm_f", self.op("Gather", [h, last], {"axis": 1}), c.d_model)
         out = self.linear("lm_head", h, c.vocab_size, c.d_model, head_bits) if head_bits else h
-        self.nodes.append(helper.make_node("Identity", [out], ["logits"]))
-        self.outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, None))
-        graph = helper.make_graph(self.nodes, "stock_mamba2", self.inputs, self.outputs, self.weights)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        logits = self.op("Identity", [out], output=ir.val("logits", F32))
+        graph = ir.Graph(
+            [ids, *self.inputs],
+            [logits, *self.outputs],
+            nodes=self.nodes,
+            initializers=self.initializers,
+            opset_imports={"": 21, MS: 1},
+            name="stock_mamba2",
+        )
+        return ir.Model(graph, ir_version=10)
 
-    def layer(self, i: int, h: str) -> str:
+    def layer(self, i: int, h: ir.Value) -> ir.Value:
         c, name = self.c, f"layers.{i}"
         u = self.norm(f"{name}.norm", h, c.d_model)
         zxbcdt = self.linear(f"{name}.in_proj", u, c.d_in_proj, c.d_model, 2)
         z, xbc, dt = self.split(name, zxbcdt, [c.d_inner, c.conv_dim, c.nheads])
 
-        state = self.state(f"conv_state.{i}", ["B", c.d_conv - 1, c.conv_dim])
         conv_weight = self.weight(f"{name}.conv", self.normal((c.conv_dim, 1, c.d_conv), c.d_conv))
         conv_bias = self.weight(f"{name}.conv_bias", np.zeros(c.conv_dim, np.float32))
-        xbc = self.op(
+        xbc = self.stateful(
             "CausalConvWithState",
-            [xbc, conv_weight, conv_bias, state],
-            MS,
-            extra=[f"conv_state_out.{i}"],
-            activation="silu",
-            channels_last=1,
-            ndim=1,
+            [xbc, conv_weight, conv_bias],
+            [],
+            f"conv_state.{i}",
+            ("B", c.d_conv - 1, c.conv_dim),
+            {"activation": "silu", "channels_last": 1, "ndim": 1},
         )
         x, b, cc = self.split(f"{name}.xbc", xbc, [c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state])
 
         dt_bias = self.weight(f"{name}.dt_bias", np.full(c.nheads, math.log(math.expm1(0.01)), np.float32))
         minus_a = self.weight(f"{name}.A", -self.rng.uniform(1, 16, c.nheads).astype(np.float32))
         dt = self.op("Softplus", [self.op("Add", [dt, dt_bias])])
-        by_head = self.weight(f"{name}.by_head", np.array([0, 0, c.nheads, c.headdim], np.int64))
-        flat = self.weight(f"{name}.flat", np.array([0, 0, c.d_inner], np.int64))
-        last = self.weight(f"{name}.last", np.array([-1], np.int64))
+        by_head = self.weight(f"{name}.by_head", np.array([0, 0, c.nheads, c.headdim]))
+        flat = self.weight(f"{name}.flat", np.array([0, 0, c.d_inner]))
+        last = self.weight(f"{name}.last", np.array([-1]))
         xh = self.op("Reshape", [x, by_head])
         value = self.op("Reshape", [self.op("Mul", [xh, self.op("Unsqueeze", [dt, last])]), flat])
-        state = self.state(f"ssm_state.{i}", ["B", c.nheads, c.d_state, c.headdim])
-        y = self.op(
+        y = self.stateful(
             "LinearAttention",
-            [cc, b, value, state, self.op("Mul", [dt, minus_a])],
-            MS,
-            extra=[f"ssm_state_out.{i}"],
-            update_rule="gated",
-            scale=1.0,
-            q_num_heads=c.ngroups,
-            kv_num_heads=c.nheads,
+            [cc, b, value],
+            [self.op("Mul", [dt, minus_a])],
+            f"ssm_state.{i}",
+            ("B", c.nheads, c.d_state, c.headdim),
+            {"update_rule": "gated", "scale": 1.0, "q_num_heads": c.ngroups, "kv_num_heads": c.nheads},
         )
         skip = self.weight(f"{name}.D", np.ones((c.nheads, 1), np.float32))
         y = self.op("Add", [y, self.op("Reshape", [self.op("Mul", [xh, skip]), flat])])
@@ -152,47 +150,36 @@ class _Graph:
         y = self.norm(f"{name}.gated_norm", self.op("Mul", [y, gate]), c.d_inner)
         return self.linear(f"{name}.out_proj", y, c.d_model, c.d_inner, 2)
 
-    def linear(self, name: str, x: str, rows: int, columns: int, bits: int) -> str:
+    def linear(self, name: str, x: ir.Value, rows: int, columns: int, bits: int) -> ir.Value:
         blocks = math.ceil(columns / BLOCK)
         packed = self.rng.integers(0, 256, (rows, blocks, BLOCK * bits // 8), np.uint8)
         # weights are uniform over 2**bits levels: this scale keeps the output's variance near the input's
         scale = np.full((rows, blocks), 2 / (2**bits * math.sqrt(columns)), np.float32)
-        return self.op(
-            "MatMulNBits",
-            [x, self.weight(name, packed), self.weight(f"{name}.scales", scale)],
-            MS,
-            K=columns,
-            N=rows,
-            bits=bits,
-            block_size=BLOCK,
-            accuracy_level=4,
-        )
+        sizes = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [x, self.weight(name, packed), self.weight(f"{name}.scales", scale)]
+        return self.op("MatMulNBits", inputs, sizes, domain=MS)
 
-    def norm(self, name: str, x: str, width: int) -> str:
+    def norm(self, name: str, x: ir.Value, width: int) -> ir.Value:
         weight = self.weight(name, np.ones(width, np.float32))
-        return self.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.norm_eps, stash_type=1)
+        attributes = {"axis": -1, "epsilon": self.c.norm_eps, "stash_type": 1}
+        return self.op("SimplifiedLayerNormalization", [x, weight], attributes)
 
-    def split(self, name: str, x: str, sizes: list[int]) -> list[str]:
-        outputs = [f"{name}.part{k}" for k in range(len(sizes))]
-        self.nodes.append(
-            helper.make_node("Split", [x, self.weight(f"{name}.sizes", np.array(sizes, np.int64))], outputs, axis=-1)
+    def split(self, name: str, x: ir.Value, sizes: list[int]) -> Sequence[ir.Value]:
+        parts = [ir.val(f"{name}.part{k}") for k in range(len(sizes))]
+        return self.op_multi_out(
+            "Split", [x, self.weight(f"{name}.sizes", np.array(sizes))], {"axis": -1}, outputs=parts
         )
-        return outputs
 
-    def state(self, name: str, shape: list) -> str:
-        kind, index = name.split(".")
-        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        self.outputs.append(helper.make_tensor_value_info(f"{kind}_out.{index}", TensorProto.FLOAT, shape))
-        return name
-
-    def op(self, kind: str, inputs: list[str], domain: str = "", extra: list[str] | None = None, **attributes) -> str:
-        output = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output, *(extra or [])], domain=domain, **attributes))
-        return output
+    def stateful(self, kind: str, before: list, behind: list, state: str, shape: tuple, attributes: dict) -> ir.Value:
+        """The output of an op that has a state among its inputs, and the new one as its second output."""
+        old, new = ir.val(state, F32, shape), ir.val(state.replace(".", "_out."), F32, shape)
+        self.inputs.append(old)
+        self.outputs.append(new)
+        outputs = [ir.val(f"{state}.y"), new]
+        return self.op_multi_out(kind, [*before, old, *behind], attributes, domain=MS, outputs=outputs)[0]
 
     def normal(self, shape: tuple, fan_in: int) -> np.ndarray:
         return (self.rng.standard_normal(shape) / math.sqrt(fan_in)).astype(np.float32)
 
-    def weight(self, name: str, array) -> str:
-        self.weights.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
+    def weight(self, name: str, array) -> ir.Value:
+        return self.initializer(ir.tensor(np.asarray(array), name=name))
