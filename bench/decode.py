@@ -64,8 +64,9 @@ def bench(
         series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
     backend = engine.backend
 
-    batches = []
+    gpu, batches = None, []
     if isinstance(backend, TensorRTBackend):
+        gpu = {"name": first_gpu()} | {key: engine.manifest.engine[key] for key in ("builder", "version", "lowering")}
         batches = bench_batches(engine, backend, tokens, rounds, progress)
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
@@ -84,7 +85,7 @@ def bench(
             name: tokens_a_second(series[name]) | {"ratio": float(np.median(series["tok_s"] / series[name]))}
             for name in runners
         },
-        "gpu": _gpu(engine) if isinstance(backend, TensorRTBackend) else None,
+        "gpu": gpu,
         "batches": batches,
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
@@ -161,10 +162,6 @@ def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress
 def _isa(engine: Engine) -> str | None:
     """The instruction set of our kernels that run the bundle; None where it runs in others."""
     return get_target(engine.manifest.target).probe().uses.get("isa")
-
-
-def _gpu(engine: Engine) -> dict:
-    return {"name": first_gpu()} | {key: engine.manifest.engine[key] for key in ("builder", "version", "lowering")}
 
 
 def _decode(engine: Engine, state, tokens: int) -> float:

@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,13 @@ def write(job: Job) -> None:
     from dfssm.export.writer import write_model
 
     with writing(job.stage / MODEL):
-        write_model(job.graph, job.stage / MODEL, _step(job, "write"))
+        write_model(job.graph, job.stage / MODEL, partial(job.progress, "write"))
 
 
 def build(job: Job) -> None:
     """Let the target make of the graph what it runs."""
     with writing(job.stage):
-        job.files, job.engine = job.target.build(job.stage, _step(job, "build"), **job.request.options)
+        job.files, job.engine = job.target.build(job.stage, partial(job.progress, "build"), **job.request.options)
 
 
 def verify(job: Job) -> None:
@@ -193,7 +194,7 @@ def verify(job: Job) -> None:
     from dfssm.verify.bundle import verify_bundle
 
     runner = _runner(job)
-    found = verify_bundle(runner, job.stage, job.model, job.state_dtype, _step(job, "verify"))
+    found = verify_bundle(runner, job.stage, job.model, job.state_dtype, partial(job.progress, "verify"))
     if runner is not job.target:
         why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {runner.NAME}"
         found = {"passed": None, "why_not": why_not, "graph": found}
@@ -208,7 +209,7 @@ def golden(job: Job) -> None:
 
     # A call rounds the states that it stores: the calls are those that an engine can make.
     most = job.engine["profiles"][-1]["max"][1] if job.target.IS_ENGINE else TOKENS
-    made = make_golden(_runner(job), job.stage, job.config.vocab_size, most, _step(job, "golden"))
+    made = make_golden(_runner(job), job.stage, job.config.vocab_size, most, partial(job.progress, "golden"))
     with writing(job.stage):
         (job.stage / GOLDEN).write_bytes(made.to_bytes())
     job.files.append(GOLDEN)
@@ -263,10 +264,6 @@ def _find_tokenizer(request: Request, model: Path) -> Path | None:
 def _runner(job: Job) -> Target:
     """What runs the step graph here."""
     return next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
-
-
-def _step(job: Job, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: job.progress(name, done, total)
 
 
 def _peak_rss() -> int:

@@ -98,7 +98,7 @@ class _Generation(Extension):
 def _template(text: str) -> Template:
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(text)
 
@@ -111,10 +111,6 @@ def _render(template: Template, messages: list[Message], add_generation_prompt: 
         return text
     at = text.rindex(_TAG.strip())
     return text[:at] if text[at:].startswith(_TAG) else text[:at].rstrip()  # a template that trims
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False} | options)
 
 
 def _raise(message: str) -> None:

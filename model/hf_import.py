@@ -41,9 +41,10 @@ def load_teacher(path: str | Path) -> Mamba2LM:
     path = paths.teacher(path)
     config, conv_bias = read_config(path / CONFIG_FILE)
     config = with_tokens(config, path)
-    source = _weights_path(path)
-    tensors = _read_weights(source)
-    tensors = _plain_names(source, tensors)
+    source = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if source is None:
+        raise DfssmError(f"{path}: holds no weights; put {' or '.join(WEIGHTS)} there")
+    tensors = _plain_names(source, _read_weights(source))
     if EMBEDDING.alias in tensors and EMBEDDING.source not in tensors:
         tensors[EMBEDDING.source] = tensors.pop(EMBEDDING.alias)
     if config.tie_embeddings:
@@ -124,13 +125,6 @@ def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:
     head, embedding = tensors.pop(HEAD.source, None), tensors.get(EMBEDDING.source)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise DfssmError(f"{source}: {HEAD.source} is not the embedding, yet {CONFIG_FILE} ties them; untie them there")
-
-
-def _weights_path(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise DfssmError(f"{folder}: holds no weights; put {' or '.join(WEIGHTS)} there")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -13,18 +13,12 @@ from typing import Any
 from .arithmetic import Array
 from .schema import Attribute, Dim, Op, Rule, Tensor, Value, Within, tensor
 
-
-def _add_ref(A: Array, B: Array) -> Array:
-    total: Array = A + B
-    return total
-
-
 ADD = Op(
     "Add",
     inputs=(tensor("A", "float32", "B T M"), tensor("B", "float32", "B T M")),
     outputs=(tensor("C", "float32", "B T M"),),
     domain="",
-    reference=_add_ref,
+    reference=lambda A, B: A + B,
 )
 """ONNX's, of two tensors of one shape."""
 

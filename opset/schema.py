@@ -261,10 +261,6 @@ class Op:
                 )
         return resolved
 
-    def shape_of(self, spec: Tensor, attributes: Mapping[str, Value]) -> tuple[Dim, ...]:
-        """The dimensions that `spec` has with these attributes."""
-        return spec.shape[1:] if attributes.get(spec.shape[0].symbol) == 1 else spec.shape
-
     def check(
         self, tensors: Mapping[str, Array | None], attributes: Mapping[str, Value] | None = None
     ) -> dict[str, int]:
@@ -277,7 +273,9 @@ class Op:
         sizes: Sizes = {k: v for k, v in attributes.items() if isinstance(v, int)}
         present: list[tuple[Tensor, tuple[Dim, ...], tuple[int, ...]]] = []
         for spec in self.inputs:
-            value, shape = tensors.get(spec.name), self.shape_of(spec, attributes)
+            value, shape = tensors.get(spec.name), spec.shape
+            if attributes.get(shape[0].symbol) == 1:
+                shape = shape[1:]
             if value is None and not spec.optional:
                 raise DfssmError(f"{self.name}: input '{spec.name}' is missing")
             if spec.scale_of:

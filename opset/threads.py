@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def default_threads() -> int:
     else:
         allowed = set(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in allowed}
-    return max(1, min([len(cores), *map(_rounded_up, _quotas())]))
+    return max(1, min([len(cores), *map(math.ceil, _quotas())]))
 
 
 def _siblings(cpu: int) -> str:
@@ -68,7 +69,3 @@ def _quota(group: Path) -> float:
         return max(0.0, int(quota) / int(period))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
         return 0.0
-
-
-def _rounded_up(cpus: float) -> int:
-    return -int(-cpus // 1)
