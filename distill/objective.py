@@ -95,7 +95,7 @@ class Distillation(nn.Module):
     In place of the teacher may be what it gave before; there is no `hidden` then.
 
     `hidden`: weight of the mean over layers of |student - teacher|^2 / |teacher|^2 of the layers' outputs.
-    `recompute`: activation checkpointing, a layer at a time.
+    `recompute`: activation checkpointing, a layer at a time. `compiled`: layers by torch.compile, each on its own.
     """
 
     def __init__(
@@ -106,10 +106,14 @@ class Distillation(nn.Module):
         cross_entropy: float = 0.0,
         recompute: bool = False,
         chunk: int = CHUNK,
+        compiled: bool = False,
     ):
         super().__init__()
         if isinstance(teacher, Mamba2LM):
             teacher.requires_grad_(False).eval()
+        if compiled:
+            for layer in [*(teacher.layers if isinstance(teacher, Mamba2LM) else ()), *student.layers]:
+                layer.compile()
         self.student, self.teacher = student, teacher
         self.hidden, self.cross_entropy, self.recompute, self.chunk = hidden, cross_entropy, recompute, chunk
 
@@ -147,11 +151,6 @@ class Distillation(nn.Module):
             result["hidden"] = torch.stack(apart).mean()
             result["loss"] = loss + self.hidden * result["hidden"]
         return result
-
-    def compile_layers(self) -> None:
-        """By torch.compile, each on its own."""
-        for layer in [*(self.teacher.layers if isinstance(self.teacher, Mamba2LM) else ()), *self.student.layers]:
-            layer.compile()
 
     def logits(self, ids: Tensor) -> tuple[Tensor, object]:
         """The student's own call, which a sharded student answers through this module only."""

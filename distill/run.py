@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dfssm.model.checkpoint import save_student
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
@@ -38,7 +37,7 @@ from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .stream import StreamedWindows
-from .student import begin, data_free, finished, move_to, other_forms, shipped, trainable
+from .student import begin, data_free, finish, move_to, other_forms, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
 
@@ -200,9 +199,8 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     """
     job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
     recipe, windows = job.recipe, measured.windows
-    model = Distillation(prepared.student, prepared.teacher, recipe.hidden, recipe.cross_entropy, job.recompute)
-    if job.compiled:
-        model.compile_layers()
+    pair, weights = (prepared.student, prepared.teacher), (recipe.hidden, recipe.cross_entropy)
+    model = Distillation(*pair, *weights, recompute=job.recompute, compiled=job.compiled)
     shard(model, ranks)
     trainer = Trainer(
         model,
@@ -227,10 +225,8 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
     trainer.train()
 
-    student, file = finished(model, recipe, ranks), job.output / STUDENT
-    if ranks.first:
-        save_student(file, student.config, shipped(student, recipe))
-    ranks.barrier()
+    file = job.output / STUDENT
+    student = finish(model, recipe, ranks, file)
     measured.add("student", load_student(file).to(ranks.device))
     for name, form in other_forms(student):
         measured.add(name, form)

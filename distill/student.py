@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfssm.model.checkpoint import save_student
 from dfssm.model.convert import convert, student_from_teacher
 from dfssm.model.quant import dequantized
 from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding, from_tensors
@@ -100,14 +102,17 @@ def move_to(progress: float, student: DFSSMLM, recipe: Recipe) -> dict[str, floa
     return {"blend": blend}
 
 
-def finished(model: Distillation, recipe: Recipe, ranks: Ranks) -> DFSSMLM:
-    """The trained student as the run ends with it, whole on every rank."""
+def finish(model: Distillation, recipe: Recipe, ranks: Ranks, file: Path) -> DFSSMLM:
+    """The trained student as the run ends with it, whole on every rank; what ships of it is written to `file`."""
     student = model.student
     if ranks.world > 1:
         student = DFSSMLM(student.config).to(ranks.device)
         train_as(student, recipe)
         student.load_state_dict(gathered(model))
     move_to(1.0, student, recipe)
+    if ranks.first:
+        save_student(file, student.config, shipped(student, recipe))
+    ranks.barrier()
     return student.eval()
 
 
