@@ -7,6 +7,7 @@ from collections.abc import Callable
 import click
 
 from dfssm.compiler.pipeline import Request, compile_model
+from dfssm.compiler.triton import BUNDLE, FORMS
 from dfssm.targets import TARGETS, get_target
 
 from .options import json_option, megabytes, print_result, progress_bars, table, whole
@@ -45,6 +46,13 @@ def _options_of_targets(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--verify/--no-verify", default=True, help="Compare the bundle with the PyTorch model.  [default: verify]"
+)
+@click.option(
+    "--emit",
+    type=click.Choice(list(FORMS)),
+    default=BUNDLE,
+    show_default=True,
+    help="A bundle, or a model repository for Triton Inference Server with the bundle in it.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @_options_of_targets

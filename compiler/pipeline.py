@@ -1,4 +1,4 @@
-"""The passes of dfcompile, in order: load, lower, export, write, build, verify, golden, finish."""
+"""The passes of dfcompile, in order: load, lower, export, write, build, verify, golden, emit, finish."""
 
 import platform
 import resource
@@ -22,6 +22,8 @@ from dfssm.targets import Target, get_target, trust
 from dfssm.targets.bundle import GOLDEN, MODEL, TOKENIZER, Manifest, file_entry
 from dfssm.targets.text import load_tokenizer
 
+from . import triton
+
 PACKAGES = (OF_MODEL, OF_EXPORT)
 """What compiling takes, besides what its target needs; see `dfssm.opset.extras`."""
 
@@ -32,7 +34,8 @@ TOOLS = ("dfssm", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 class Request:
     """What to compile. `output`, `state_dtype` and `tokenizer` left None take their defaults; see docs/format.md.
 
-    `options` are those of the target alone, by name; left out, they take the target's defaults.
+    `options` are those of the target alone, by name; left out, they take the target's defaults. `emit`: one of
+    `triton.FORMS`.
     """
 
     model: str | Path
@@ -42,6 +45,7 @@ class Request:
     tokenizer: str | Path | None = None
     verify: bool = True
     force: bool = False
+    emit: str = triton.BUNDLE
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -127,16 +131,21 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     # Resolved, so that an output that is a link is replaced where it points.
     with writing(Path(output)):
         output = paths.output_folder(output).resolve()
-    _check_output(output, request.force)
+    place = triton.FORMS[request.emit]
+    _check_output(output, request.force, place)
     probe = target.probe(**request.options)
     require(*PACKAGES, probe.needs)
     if not probe.usable:
         raise DfssmError(f"target {request.target} cannot be used here: {probe.why_not}")
+    if request.emit == triton.REPOSITORY:
+        target.triton_backend(**request.options)
 
     records = []
-    with new_folder(output, replace=request.force) as stage:
+    with new_folder(output, replace=request.force) as draft:
+        stage = draft / place
+        stage.mkdir(parents=True, exist_ok=True)
         job = Job(request, model, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
-        for run in (load, lower, export, write, build, verify, golden, finish):
+        for run in (load, lower, export, write, build, verify, golden, emit, finish):
             start = time.perf_counter()
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
@@ -215,6 +224,14 @@ def golden(job: Job) -> None:
     job.files.append(GOLDEN)
 
 
+def emit(job: Job) -> None:
+    """Write what a server needs besides the bundle."""
+    if job.request.emit == triton.REPOSITORY:
+        backend = job.target.triton_backend(**job.request.options)
+        with writing(job.stage):
+            job.files += triton.write(job.stage, backend, job.target, job.config, job.state_dtype, job.engine)
+
+
 def finish(job: Job) -> None:
     """Add the tokenizer and the manifest; drop what served to build."""
     with writing(job.stage / MANIFEST):
@@ -239,18 +256,19 @@ def finish(job: Job) -> None:
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
 
 
-def _check_output(folder: Path, force: bool) -> None:
+def _check_output(folder: Path, force: bool, place: str) -> None:
     """Refuse an output that could not be put in place, before any slow work.
 
-    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything that is not itself a
-    bundle, for replacing deletes.
+    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything that has no bundle at
+    `place`, for replacing deletes.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not force:
         raise DfssmError(f"{folder} exists: choose another output with -o, or replace it with --force")
-    if not (folder / MANIFEST).is_file():
-        raise DfssmError(f"{folder} exists and is not a bundle, so --force does not replace it: choose another -o")
+    if not (folder / place / MANIFEST).is_file():
+        what = f"a bundle at {place}" if place else "a bundle"
+        raise DfssmError(f"{folder} exists and is not {what}, so --force does not replace it: choose another -o")
 
 
 def _find_tokenizer(request: Request, model: Path) -> Path | None:

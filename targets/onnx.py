@@ -59,6 +59,11 @@ def kernels(own: Path | None = None) -> str:
     return f"onnxruntime {onnxruntime.__version__} on {platform.machine()}"
 
 
+def triton_backend(**options: Any) -> str:
+    """That of ONNX Runtime."""
+    return "onnxruntime"
+
+
 def lower(tensors: Tensors) -> Tensors:
     """The tensors as they are: model.pt holds the canonical layout."""
     return tensors

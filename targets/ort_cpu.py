@@ -113,6 +113,11 @@ def installed_library() -> CpuLibrary | None:
         return None
 
 
+def triton_backend(**options: Any) -> str:
+    """That of ONNX Runtime."""
+    return "onnxruntime"
+
+
 def lower(tensors: Tensors) -> Tensors:
     """`tensors` (name -> array, canonical) with each `bits` and `up` in LAYOUT, re-laid when it is read."""
     relays = {"bits": to_layout, "up": up_to_layout}

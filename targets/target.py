@@ -89,6 +89,9 @@ class Target(Protocol):
     def kernels(self, own: Path | None = None) -> str:
         """What runs bundles here, as far as their numbers depend on it; `own` as of `open_session`."""
 
+    def triton_backend(self, **options: Any) -> str:
+        """Name of Triton's backend that runs what is built with these options. DfssmError where none does."""
+
     def lower(self, tensors: Tensors) -> Tensors:
         """The model's tensors as this target stores them, each made when it is read."""
 

@@ -89,6 +89,17 @@ def find_library(own: Path | None = None) -> Path:
     )
 
 
+def triton_backend(**options: Any) -> str:
+    """That of TensorRT, which opens no engines of TensorRT-RTX."""
+    builder = resolve(Options(**options)).builder
+    if builder != "tensorrt":
+        raise DfssmError(
+            f"Triton runs engines of builder tensorrt, this one would be of {builder}: compile with --builder tensorrt "
+            "on a machine that has it, or for --target ort-cpu"
+        )
+    return "tensorrt"
+
+
 def lower(tensors: Tensors) -> Tensors:
     """The tensors as they are: the plugins read the canonical layout."""
     return tensors
