@@ -7,9 +7,10 @@
 # make fuzz SECONDS=60   every fuzz entry for so long
 # make bench   speed of this machine on the shipped model, beside its roofline
 # make wheels  the wheels, into dist/, with auditwheel's verdict
+# make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench build wheels lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench build wheels jetson lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -85,6 +86,9 @@ bench: $(READY)
 
 wheels: build
 	scripts/build_wheels.sh dist $(BIN)/python
+
+jetson: build
+	scripts/build_jetson.sh dist $(BIN)/python
 
 lock: build
 	$(BIN)/python scripts/lock.py

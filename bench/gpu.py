@@ -1,6 +1,6 @@
 """What a decode step should take on GPUs that were not at hand: predicted from bytes and instructions, not measured.
 
-    python -m dfssm.bench.gpu            the tables of docs/gpu.md
+    python -m dfssm.bench.gpu            the tables of docs/gpu.md and docs/jetson.md
 
 A kernel's time is a fixed part and the longest of what it asks of the memory, the tensor cores and the issue slots.
 Bytes follow from the shapes; instructions were counted in the machine code (docs/gpu.md says how); nothing was fitted.
@@ -22,13 +22,16 @@ NODE = 2e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet figures: bytes/s, SMs, Hz, int8 multiply-adds a clock and SM (mma.sync, dense)."""
+    """Data-sheet figures: bytes/s, SMs, Hz, int8 multiply-adds a clock and SM (mma.sync, dense); of a module, the power
+    budget in watts.
+    """
 
     name: str
     bandwidth: float
     sms: int
     clock: float
     int8_macs: float
+    watts: float = math.nan
 
 
 GPUS = (
@@ -38,6 +41,14 @@ GPUS = (
     Gpu("RTX 4090", 1008e9, 128, 2.52e9, 1024),
     Gpu("RTX 5090", 1792e9, 170, 2.41e9, 1024),
     Gpu("Orin AGX", 205e9, 16, 1.3e9, 2048),
+)
+
+# Their largest budgets; of Orin NX and Nano those of the mode "Super".
+JETSONS = (
+    Gpu("Thor T5000", 273e9, 20, 1.57e9, 2048, 130),
+    Gpu("AGX Orin 64GB", 205e9, 16, 1.3e9, 2048, 60),
+    Gpu("Orin NX 16GB", 102e9, 8, 1.17e9, 2048, 40),
+    Gpu("Orin Nano 8GB", 102e9, 8, 1.02e9, 2048, 25),
 )
 
 
@@ -149,6 +160,14 @@ def main() -> None:
             ["batch", *names],
             [[str(b), *(f"{b / step(g, b, state):,.0f}" for g in GPUS)] for b in BATCHES],
         )
+    _table(
+        "Jetson, 1.3B, batch 1: tokens/s (mJ a token, at most)",
+        ["states", *(gpu.name for gpu in JETSONS)],
+        [
+            [state, *(f"{1 / step(g, 1, state):.0f} ({1e3 * g.watts * step(g, 1, state):.0f})" for g in JETSONS)]
+            for state in SCAN
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -316,3 +316,37 @@ def test_a_clean_environment_keeps_what_a_machine_needs_alone():
     left = json.loads(done.stdout)
     assert left.items() >= (kept | {"DFSSM_ISA": "avx2"}).items()
     assert not left.keys() & (dropped.keys() - {"DFSSM_ISA", "odd.name"})
+
+
+@pytest.mark.parametrize(
+    ("command", "there", "words"),
+    [
+        ("gpu_check.sh pack", {}, "gpu_check: no environment in {root}/.venv: make build"),
+        (
+            "gpu_check.sh run {root}/packed",
+            {},
+            "gpu_check: {root}/packed is not packed: scripts/gpu_check.sh pack",
+        ),
+        ("gpu_check.sh fly", {}, "gpu_check: usage: "),
+        ("build_jetson.sh dist", {}, "build_jetson: no nvcc on PATH: install the CUDA toolkit"),
+        ("build_jetson.sh dist", {"nvcc": ""}, "build_jetson: no aarch64-linux-gnu-g++: apt-get install g++-aarch64-"),
+        (
+            "build_jetson.sh dist",
+            {"nvcc": "echo release 12.6", "aarch64-linux-gnu-g++": ""},
+            "build_jetson: nvcc is not of CUDA 13.0, as the runtime library for Arm is",
+        ),
+    ],
+)
+def test_what_a_script_misses_is_one_line(command, there, words, tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("sh", "dirname", "grep", "echo"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    for name, script in there.items():
+        fake(tmp_path / "bin", name, script)
+    script, *arguments = command.format(root=tmp_path).split()
+    done = subprocess.run(
+        [tmp_path / "scripts" / script, *arguments], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith(words.format(root=tmp_path)), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ def test_scan_moves_the_state_both_ways_and_little_else(state, size):
     assert 1 < gpu.scan_bytes(state) / (2 * 64 * 64 * 128 * size) < 1.1
 
 
-@pytest.mark.parametrize("device", gpu.GPUS, ids=lambda device: device.name)
+@pytest.mark.parametrize("device", gpu.GPUS + gpu.JETSONS, ids=lambda device: device.name)
 def test_no_step_is_faster_than_its_bytes(device):
     for state in gpu.SCAN:
         seconds = [gpu.step(device, batch, state) for batch in gpu.BATCHES]
