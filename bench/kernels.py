@@ -11,6 +11,7 @@ middle half.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +21,10 @@ import click
 import numpy as np
 
 import dfssm._native as _native
+from dfssm.opset import OPS
 from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUTS
 from dfssm.opset.packing import from_layout, up_from_layout
-from dfssm.opset.reference import (
-    binary_scaffold_matmul_ref,
-    causal_conv1d_step_ref,
-    gated_rms_norm_ref,
-    int8_matmul_ref,
-    quantize_state_ref,
-    rms_norm_ref,
-    selective_scan_step_ref,
-)
+from dfssm.opset.reference import binary_scaffold_matmul_ref, int8_matmul_ref
 from dfssm.opset.tolerances import op_tolerance
 from dfssm.targets.cpu_library import CpuLibrary
 from dfssm.targets.ort_cpu import find_library
@@ -55,10 +49,6 @@ class Kernel:
 
 def _random_bytes(rng, *shape) -> np.ndarray:
     return np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
-
-
-def _tensors(rng, **shapes) -> dict[str, np.ndarray]:
-    return {name: rng.standard_normal(shape).astype(F32) for name, shape in shapes.items()}
 
 
 def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
@@ -111,79 +101,39 @@ def head(rng, isa, threads, name, tokens) -> Kernel:
     return Kernel(name, moved, 2 * tokens * w.size, run, check)
 
 
-def scan(rng, isa, threads, name, dtype, tokens, layers) -> Kernel:
-    """The states of `layers` layers as a batch, updated in place."""
-    inputs = _tensors(
-        rng,
-        x=(layers, tokens, D_INNER),
-        dt=(layers, tokens, HEADS),
-        B=(layers, tokens, D_STATE),
-        C=(layers, tokens, D_STATE),
-        D=(HEADS,),
-    )
-    inputs["A_log"] = np.log(rng.uniform(1, 16, HEADS)).astype(F32)
-    inputs["dt_bias"] = rng.uniform(-7, -2, HEADS).astype(F32)
-    state = rng.standard_normal((layers, HEADS, D_STATE, HEADDIM)).astype(F32)
-    if dtype == "int8":
-        inputs["state"], inputs["state_scale"] = quantize_state_ref(state)
-    else:
-        inputs["state"] = state.astype(dtype)
-    out = np.empty_like(inputs["x"])
+def whole(rng, isa, threads, name, op, operations, **sizes) -> Kernel:
+    """An op on inputs drawn as for its tests, states updated in place."""
+    spec, function = OPS[op], getattr(_native, op)
+    inputs = spec.draw(rng, {}, "normal", **sizes)
+    out = np.empty_like(inputs[spec.inputs[0].name])
 
     def run():
-        return _native.SelectiveScanStep(isa, **inputs, threads=threads, in_place=True, out=out)
+        function(isa, **inputs, threads=threads, in_place=True, out=out)
 
     def check():
-        batched = ("x", "dt", "B", "C", "state", "state_scale")
-        first = {k: v[:1].copy() if k in batched else v for k, v in inputs.items()}
-        actual = _native.SelectiveScanStep(isa, **first, threads=threads)
-        sizes = dict(N=D_STATE, T=tokens, state=dtype)
-        for output, a, e in zip(
-            ("y", "new_state", "new_scale"), actual, selective_scan_step_ref(**first), strict=False
-        ):
-            op_tolerance("SelectiveScanStep", sizes, output).check(a, e, f"{name} {output}")
+        found = (function(isa, **inputs, threads=threads), spec.reference(**inputs))
+        actual, expected = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in found)
+        for output, a, e in zip(spec.outputs, actual, expected, strict=False):
+            op_tolerance(op, sizes, output.name).check(a, e, f"{name} {output.name}")
 
-    moved = 2 * (inputs["state"].nbytes + (layers * HEADS * D_STATE * 4 if dtype == "int8" else 0)) + 2 * out.nbytes
-    return Kernel(name, moved, 6 * tokens * state.size, run, check)
+    written = [out, *(inputs[output.over] for output in spec.outputs[1:] if output.over in inputs)]
+    moved = sum(array.nbytes for array in (*inputs.values(), *written))
+    return Kernel(name, moved, operations, run, check)
 
 
-def conv(rng, isa, threads, name, tokens) -> Kernel:
-    inputs = _tensors(
-        rng, x=(LAYERS, tokens, CHANNELS), state=(LAYERS, CHANNELS, 3), weight=(CHANNELS, 4), bias=(CHANNELS,)
-    )
-    out = np.empty_like(inputs["x"])
-
-    def run():
-        _native.CausalConv1dStep(isa, **inputs, threads=threads, in_place=True, out=out)
-
-    def check():
-        actual = _native.CausalConv1dStep(isa, **inputs)
-        for a, e in zip(actual, causal_conv1d_step_ref(**inputs), strict=True):
-            op_tolerance("CausalConv1dStep", dict(W=4)).check(a, e, name)
-
-    moved = 2 * (out.nbytes + inputs["state"].nbytes) + inputs["weight"].nbytes
-    return Kernel(name, moved, 8 * out.size, run, check)
+def scan(dtype: str, tokens: int, layers: int) -> Callable[..., Kernel]:
+    """The states of `layers` layers as a batch."""
+    sizes = {"B": layers, "T": tokens, "H": HEADS, "P": HEADDIM, "N": D_STATE}
+    return partial(whole, op="SelectiveScanStep", operations=6 * math.prod(sizes.values()), state=dtype, **sizes)
 
 
-def norm(rng, isa, threads, name, gated) -> Kernel:
-    channels = D_INNER if gated else D_MODEL
-    inputs = _tensors(rng, y=(LAYERS, channels), z=(LAYERS, channels), weight=(channels,))
-    if not gated:
-        inputs["x"] = inputs.pop("y")
-        del inputs["z"]
-    function = _native.GatedRMSNorm if gated else _native.RMSNorm
-    out = np.empty((LAYERS, channels), F32)
+def conv(tokens: int) -> Callable[..., Kernel]:
+    sizes = {"B": LAYERS, "T": tokens, "C": CHANNELS}
+    return partial(whole, op="CausalConv1dStep", operations=8 * math.prod(sizes.values()), W=4, **sizes)
 
-    def run():
-        function(isa, **inputs, threads=threads, out=out)
 
-    def check():
-        run()
-        batch = {k: v if k == "weight" else v[None] for k, v in inputs.items()}
-        expected = (gated_rms_norm_ref if gated else rms_norm_ref)(**batch)[0]
-        op_tolerance("RMSNorm", dict(C=channels)).check(out, expected, name)
-
-    return Kernel(name, (3 if gated else 2) * out.nbytes, 4 * out.size, run, check)
+def norm(op: str, channels: int) -> Callable[..., Kernel]:
+    return partial(whole, op=op, operations=4 * LAYERS * channels, B=LAYERS, T=1, C=channels)
 
 
 def quantize(rng, isa, threads, name) -> Kernel:
@@ -200,12 +150,12 @@ DECODE: dict[str, Callable[..., Kernel]] = {
     "in_proj": partial(scaffold, rows=D_IN_PROJ, columns=D_MODEL, tokens=1, layers=LAYERS),
     "out_proj": partial(scaffold, rows=D_MODEL, columns=D_INNER, tokens=1, layers=LAYERS),
     "lm_head": partial(head, tokens=1),
-    "scan fp32": partial(scan, dtype="float32", tokens=1, layers=LAYERS),
-    "scan fp16": partial(scan, dtype="float16", tokens=1, layers=LAYERS),
-    "scan int8": partial(scan, dtype="int8", tokens=1, layers=LAYERS),
-    "conv": partial(conv, tokens=1),
-    "gated_rms_norm": partial(norm, gated=True),
-    "rms_norm": partial(norm, gated=False),
+    "scan fp32": scan(dtype="float32", tokens=1, layers=LAYERS),
+    "scan fp16": scan(dtype="float16", tokens=1, layers=LAYERS),
+    "scan int8": scan(dtype="int8", tokens=1, layers=LAYERS),
+    "conv": conv(tokens=1),
+    "gated_rms_norm": norm("GatedRMSNorm", D_INNER),
+    "rms_norm": norm("RMSNorm", D_MODEL),
     "quantize": quantize,
 }
 PREFILL: dict[str, Callable[..., Kernel]] = {
@@ -215,9 +165,9 @@ PREFILL: dict[str, Callable[..., Kernel]] = {
     "out_proj, 516 tokens": partial(scaffold, rows=D_MODEL, columns=D_INNER, tokens=516, layers=1),
     "lm_head, 8 tokens": partial(head, tokens=8),
     "lm_head, 64 tokens": partial(head, tokens=64),
-    "scan fp32, 512 tokens": partial(scan, dtype="float32", tokens=512, layers=1),
-    "scan int8, 512 tokens": partial(scan, dtype="int8", tokens=512, layers=1),
-    "conv, 64 tokens": partial(conv, tokens=64),
+    "scan fp32, 512 tokens": scan(dtype="float32", tokens=512, layers=1),
+    "scan int8, 512 tokens": scan(dtype="int8", tokens=512, layers=1),
+    "conv, 64 tokens": conv(tokens=64),
 }
 
 
