@@ -25,7 +25,7 @@ F32 = ir.DataType.FLOAT
 PAGE = 4096  # alignment of the weights, each of which then is mapped where it lies
 
 
-def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) -> Path:
+def build_peer(config: dict, folder: Path, head_bits: int = 0) -> Path:
     """Write the peer graph of `config` (keys of `Mamba2Config`) and its weights; return the .onnx path.
 
     `head_bits`: 0 = no LM head (the output is the last hidden row), else 8 or 4 = a MatMulNBits head.
@@ -34,7 +34,7 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0, seed: int = 0) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "peer.onnx"
-    model = _Graph(DFSSMConfig.from_dict(config), np.random.default_rng(seed)).model(head_bits)
+    model = _Graph(DFSSMConfig.from_dict(config), np.random.default_rng(0)).model(head_bits)
     data = f"{path.name}.data"
     ir.save(model, path, external_data=data, size_threshold_bytes=PAGE, alignment=PAGE, align_threshold=0)
     return path

@@ -63,9 +63,9 @@ def cut_windows(ids: np.ndarray, tokens: int, most: int | None = None) -> np.nda
     return windows[np.arange(kept) * count // kept].astype(np.int64)
 
 
-def held_out_loss(model: Callable, windows: np.ndarray, ranks: Ranks, batch: int = 8) -> float:
+def held_out_loss(model: Callable, windows: np.ndarray, ranks: Ranks) -> float:
     """Mean loss, nats a token, over windows i64[n,tokens+1]."""
-    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part)[None], windows, ranks, batch)[0]
+    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part)[None], windows, ranks)[0]
 
 
 def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from dfssm.model.quant import gradient_dtype, product
 from dfssm.model.student import DFSSMLM
 from dfssm.model.teacher import Mamba2LM, TokenTable
+
+if TYPE_CHECKING:
+    from .topk import TopK
 
 CHUNK = 512  # tokens whose logits exist at a time: 100 MB of fp32 at 50 k entries
 
@@ -83,12 +86,6 @@ def chunked_loss(
     return _ChunkedLoss.apply(hidden, head.weight, head, target, labels, cross_entropy, chunk)
 
 
-class Stored(Protocol):
-    """A teacher's distributions computed before; see topk.TopK."""
-
-    def target(self, windows: Tensor) -> Target: ...
-
-
 class Distillation(nn.Module):
     """Student and teacher side by side; called with ids it gives the loss. The unit that is sharded.
 
@@ -101,7 +98,7 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: DFSSMLM,
-        teacher: Mamba2LM | Stored,
+        teacher: Mamba2LM | TopK,
         hidden: float = 0.0,
         cross_entropy: float = 0.0,
         recompute: bool = False,

@@ -21,11 +21,7 @@ def default_threads() -> int:
     A second hyperthread of a core adds nothing to a step that is bound by memory, and makes every barrier
     wait longer.
     """
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-    else:
-        allowed = set(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu) for cpu in allowed}
+    cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
     return max(1, min([len(cores), *map(math.ceil, _quotas())]))
 
 
