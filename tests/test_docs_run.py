@@ -1,0 +1,88 @@
+"""docs/trt.md and docs/triton.md are run as they are printed, each in a folder with a model.pt: what needs no GPU, no
+server and no checkout. The rest is listed with its reason.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from commands import run_commands
+from documents import ROOT, commands
+
+from dfssm.model.checkpoint import save_student
+from dfssm.targets import get_target
+
+GPU = "needs a GPU"
+SDK = "needs NVIDIA's TensorRT"
+SERVER = "needs Triton Inference Server"
+CHECKOUT = "is of a checkout, not of a user's folder"
+
+NOT_RUN = {
+    "docs/trt.md": {
+        "dfcompile model.pt --target trt --builder tensorrt": SDK,
+        "make test-gpu": CHECKOUT,
+        "scripts/gpu_check.sh": CHECKOUT,
+        "scripts/gpu_check.sh pack": CHECKOUT,
+        "cd build/gpu_check": GPU,
+        "dfssm verify batches": GPU,
+        "dfssm bench batches": GPU,
+        "trtexec": SDK,
+        "polygraphy run bundle/model.engine": GPU,
+        "polygraphy run portable/model.onnx --dfssm-ort --load-inputs golden/inputs.json --load-outputs trt.json": GPU,
+        "python with_plugins.py": GPU,
+        "g++": SDK,
+        "./decode": GPU,
+    },
+    "docs/triton.md": {
+        "cd repository && tritonserver": SERVER,
+        "dfcompile model.pt --target trt --builder tensorrt": SDK,
+    },
+}
+"""Document -> how a command begins -> why it is not run here. Every other one is."""
+
+
+def listed(document: str) -> list[tuple[str, str]]:
+    """Every command, and the longest entry of NOT_RUN that it begins with, "" for none."""
+    known = sorted(NOT_RUN[document], key=len)
+    found = commands((ROOT / document).read_text())
+    return [(one, next((start for start in reversed(known) if one.startswith(start)), "")) for one in found]
+
+
+@pytest.mark.parametrize("document", NOT_RUN)
+def test_its_commands_run_as_printed(document, tmp_path):
+    for target in ("trt", "ort-cpu"):
+        if not (probe := get_target(target).probe()).usable or probe.needs.get("trt"):
+            pytest.skip(probe.why_not or "tensorrt_rtx is not installed")
+    tensors = {name: torch.from_numpy(array) for name, array in tiny.tensors().items()}
+    save_student(tmp_path / "model.pt", tiny.CONFIG, tensors)
+    ours: list[list[str]] = []
+
+    def run_ours() -> None:
+        """In one process: most of the time of one is its imports."""
+        for words, done in zip(ours, run_commands(ours, tmp_path), strict=True):
+            assert done.status == 0 and done.out, f"{shlex.join(words)}\n{done.err}"
+        ours.clear()
+
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command, reason in listed(document):
+        if reason:
+            continue
+        if command.startswith(("dfcompile ", "dfssm ")):
+            ours.append(shlex.split(command))
+            continue
+        run_ours()
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    run_ours()
+
+
+@pytest.mark.parametrize("document", NOT_RUN)
+def test_what_is_not_run_is_in_it(document):
+    assert {reason for _, reason in listed(document)} - {""} == set(NOT_RUN[document])
