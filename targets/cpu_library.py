@@ -1,4 +1,4 @@
-"""What libdfssm_ort_cpu.so says of this CPU, asked through its C functions (plugins/ort_cpu/machine.h)."""
+"""What libdfssm_ort_cpu.so says of this CPU, asked through its C functions (plugins/ort_cpu/machine.cpp)."""
 
 import ctypes
 from collections.abc import Callable

@@ -1,19 +1,24 @@
-#include "machine.h"
-
+// What libdfssm_ort_cpu.so tells besides its ops, as C functions: a program asks with dlsym
+// (targets/cpu_library.py), no build for its Python is needed.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <exception>
 #include <thread>
 #include <vector>
 
 #include "kernels.h"
 
-const char* dfssm_cpu_isas() { return dfssm::usable_names(); }
+#define DFSSM_EXPORT extern "C" __attribute__((visibility("default")))
 
-const char* dfssm_cpu_isa() { return dfssm::kernels_error() ? nullptr : dfssm::kernels().name; }
+// Names of the kernel tables that this CPU can run, the plainest first, separated by spaces.
+DFSSM_EXPORT const char* dfssm_cpu_isas() { return dfssm::usable_names(); }
 
-const char* dfssm_cpu_error() { return dfssm::kernels_error(); }
+// Name of the table in use: $DFSSM_ISA where it is set, else the best. If that names no usable table:
+// nullptr, and dfssm_cpu_error() is one line that says so (otherwise nullptr).
+DFSSM_EXPORT const char* dfssm_cpu_isa() { return dfssm::kernels_error() ? nullptr : dfssm::kernels().name; }
+DFSSM_EXPORT const char* dfssm_cpu_error() { return dfssm::kernels_error(); }
 
 namespace {
 
@@ -49,7 +54,9 @@ double read_bandwidth(int64_t bytes, int threads) {
 
 }  // namespace
 
-double dfssm_read_bandwidth(int64_t bytes, int threads) {
+// GB/s of one pass over `bytes` of memory by `threads` threads, each over a range of its own: the fastest
+// plain read we know. 0 if the memory or the threads are not to be had, or bytes < 1 MiB.
+DFSSM_EXPORT double dfssm_read_bandwidth(int64_t bytes, int threads) {
   if (bytes < 1 << 20 || threads < 1) return 0;
   try {
     return read_bandwidth(bytes, threads);
