@@ -9,53 +9,42 @@
 namespace dfssm {
 namespace {
 
-struct Usable {
-  std::vector<const KernelTable*> tables = {&scalar::kTable};
-  std::string names;
+struct Tables {
+  std::vector<const KernelTable*> usable = {&scalar::kTable};
+  std::string names, error;
+  const KernelTable* chosen = nullptr;
 
-  Usable() {
+  Tables() {
     // libgcc's CPUID probe; it also asks whether the operating system saves the wide registers.
 #define DFSSM_ISA(isa, cpu_runs_it) \
-  if (cpu_runs_it) tables.push_back(&isa::kTable);
+  if (cpu_runs_it) usable.push_back(&isa::kTable);
 #include "isas.h"
 #undef DFSSM_ISA
-    for (const KernelTable* table : tables) names += (names.empty() ? "" : " ") + std::string(table->name);
-  }
-};
-
-const Usable& usable() {
-  static const Usable found;
-  return found;
-}
-
-struct Choice {
-  const KernelTable* table = usable().tables.back();
-  std::string error;
-
-  Choice() {
     const char* forced = std::getenv("DFSSM_ISA");
-    if (forced == nullptr || *forced == '\0') return;
-    if (const KernelTable* named = kernels_for(forced)) {
-      table = named;
-    } else {
-      error = "DFSSM_ISA is '" + std::string(forced) + "'; this CPU can use: " + usable_names();
+    const std::string wanted = forced && *forced ? forced : usable.back()->name;
+    for (const KernelTable* table : usable) {
+      names += (names.empty() ? "" : " ") + std::string(table->name);
+      if (table->name == wanted) chosen = table;
     }
+    if (chosen) return;
+    chosen = usable.back();
+    error = "DFSSM_ISA is '" + wanted + "'; this CPU can use: " + names;
   }
 };
 
-const Choice& choice() {
-  static const Choice chosen;
-  return chosen;
+const Tables& tables() {
+  static const Tables found;
+  return found;
 }
 
 }  // namespace
 
-KernelTables usable_kernels() { return {usable().tables.data(), usable().tables.size()}; }
+KernelTables usable_kernels() { return {tables().usable.data(), tables().usable.size()}; }
 
-const char* usable_names() { return usable().names.c_str(); }
+const char* usable_names() { return tables().names.c_str(); }
 
-const KernelTable& kernels() { return *choice().table; }
+const KernelTable& kernels() { return *tables().chosen; }
 
-const char* kernels_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
+const char* kernels_error() { return tables().error.empty() ? nullptr : tables().error.c_str(); }
 
 }  // namespace dfssm
