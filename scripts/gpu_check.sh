@@ -51,7 +51,12 @@ run() {
 
 case $what in
   all)
-    pack
+    if command -v nvcc >/dev/null; then
+      pack
+    elif [ ! -d "$folder/gpu_harness" ]; then
+      echo "gpu_check: not run: no nvcc on PATH to build the plugins with"
+      exit 0
+    fi
     find_python && run
     echo "gpu_check: not run: no python here has a torch that sees a GPU. On a machine with one, in a copy of $folder:"
     echo "  python3 -m gpu_harness"

@@ -20,7 +20,7 @@ PROMPTS = ((1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (1, 2048), (8, 512)
 PRODUCTS = ((8512, 2048), (2048, 4096), (50288, 2048))
 """(M, K) of the 1.3B's three products: in_proj, out_proj and the head."""
 
-COPIED = 1 << 32
+COPIED = 1 << 30
 """Bytes of the copy: many times any cache."""
 
 ROOM = 2 << 30
