@@ -46,6 +46,18 @@ def reduction(terms: int) -> Tolerance:
     return Tolerance(SLACK * EPS32 * max(terms, 1) ** 0.5, f"fp32 sum of {terms} terms in another order")
 
 
+def fp16_pairs(terms: int, depth: int = 1) -> Tolerance:
+    """fp32 sum of `terms` products on fp16 tensor cores, each factor hi + lo of two fp16.
+
+    A pair has 22 bits, so a factor is off by 2^-22 of itself, and the product lo lo that is left out is as small: 3
+    2^-22 a product, times `depth` where a factor is such a sum itself. A number far below the largest of its matrix
+    loses more of itself, but no more than 2^-39 of that one. Tensor cores cut sums where fp32 rounds them, at 2^-23 of
+    the largest term: `SLACK` has room for it.
+    """
+    product = 3 * 2.0**-22
+    return Tolerance(depth * product + reduction(terms).relative, f"fp32 sum of {terms} products of fp16 pairs")
+
+
 def op_tolerance(op: str, sizes: Mapping[str, Any], output: str = "y") -> Tolerance:
     """Tolerance of one op on equal inputs. `sizes` are the symbols of the schema (T, K, R, N, C, ... as bound)."""
     from .ops import OPS  # which are made with the classes of this module

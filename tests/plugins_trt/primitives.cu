@@ -56,6 +56,40 @@ __global__ void mma(const int8_t* a, const int8_t* b, int* d) {
   for (int i = 0; i < 4; ++i) d[8 * (i < 2 ? group : group + 8) + member * 2 + (i & 1)] = sums[i];
 }
 
+// d [16][8] += a [16][16] b [8][16] (columns of B), loaded as the table of the PTX ISA says.
+__global__ void mma_half(const __half* a, const __half* b, float* d) {
+  const int group = threadIdx.x >> 2, member = threadIdx.x & 3;
+  uint32_t left[4] = {}, right[2] = {};
+  for (int i = 0; i < 8; ++i) {
+    const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
+    const int column = member * 2 + (i & 1) + (i < 4 ? 0 : 8);
+    left[i / 2] |= static_cast<uint32_t>(__half_as_ushort(a[16 * row + column])) << 16 * (i % 2);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int row = member * 2 + (i & 1) + (i < 2 ? 0 : 8);
+    right[i / 2] |= static_cast<uint32_t>(__half_as_ushort(b[16 * group + row])) << 16 * (i % 2);
+  }
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = d[8 * (i < 2 ? group : group + 8) + member * 2 + (i & 1)];
+  mma_f16_16x8x16(sums, left, right);
+  for (int i = 0; i < 4; ++i) d[8 * (i < 2 ? group : group + 8) + member * 2 + (i & 1)] = sums[i];
+}
+
+// out [2][4][32][2] of matrices [4][8][8]: what each lane has of each, as they lie and transposed. `offset`: bytes by
+// which rows miss a multiple of 16.
+__global__ void matrices(const uint16_t* in, uint16_t* out, int offset) {
+  DFSSM_SHARED(uint16_t, rows, 4 * 8 * 8 + 8);
+  const int lane = threadIdx.x;
+  for (int i = 0; i < 8; ++i) rows[8 * lane + i] = in[8 * lane + i];
+  __syncthreads();
+  uint32_t got[2][4];
+  load_matrices<false>(got[0], rows + 8 * lane + offset / 2);
+  load_matrices<true>(got[1], rows + 8 * lane + offset / 2);
+  for (int i = 0; i < 16; ++i) {
+    out[(i / 2 * 32 + lane) * 2 + i % 2] = static_cast<uint16_t>(got[i / 8][i / 2 % 4] >> i % 2 * 16);
+  }
+}
+
 // out [n][10]
 __global__ void words(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -105,6 +139,12 @@ int run_votes_of_block(const int* in, int* out) {
   return launch(votes_of_block, 1, dim3(4, 5, 3), 0, nullptr, in, out);
 }
 int run_positions(int* out) { return launch(positions, dim3(2, 3, 2), dim3(3, 2, 2), 0, nullptr, out); }
+int run_mma_half(const __half* a, const __half* b, float* d) {
+  return launch(mma_half, 1, 32, 0, nullptr, a, b, d);
+}
+int run_matrices(const uint16_t* in, uint16_t* out, int offset) {
+  return launch(matrices, 1, 32, 0, nullptr, in, out, offset);
+}
 int run_mma(const int8_t* a, const int8_t* b, int* d) { return launch(mma, 1, 32, 0, nullptr, a, b, d); }
 int run_words(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out, int n) {
   return launch(words, blocks(n), kThreads, 0, nullptr, a, b, c, out, n);

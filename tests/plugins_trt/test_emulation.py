@@ -180,6 +180,49 @@ def test_mma(emulation):
     np.testing.assert_array_equal(d, before + a.astype(np.int32) @ b.astype(np.int32).T)
 
 
+def test_mma_of_fp16(emulation):
+    """Whole numbers are exact; else a sum is cut, to no more than it may be on a device: 24 bits of the largest term,
+    eight products at a time."""
+    rng = np.random.default_rng(0)
+    for a, b, before in (
+        (rng.integers(-64, 65, (16, 16)), rng.integers(-64, 65, (8, 16)), rng.integers(-(2**20), 2**20, (16, 8))),
+        (rng.standard_normal((16, 16)), rng.standard_normal((8, 16)), rng.standard_normal((16, 8)) * 100),
+    ):
+        a, b, before = a.astype(np.float16), b.astype(np.float16), before.astype(np.float32)
+        d = emulation.put("d", before, WRITTEN)
+        emulation.call("run_mma_half", emulation.put("a", a), emulation.put("b", b), d)
+        products = a.astype(np.float64)[:, None] * b.astype(np.float64)
+        exact = before + products.sum(-1)
+        if (exact % 1 == 0).all():
+            np.testing.assert_array_equal(d, exact)
+            continue
+        largest = np.maximum(np.abs(products).max(-1), np.maximum(np.abs(before), np.abs(exact)))
+        error = np.abs(d - exact)
+        assert (error <= 20 * 2.0**-23 * largest).all() and (error > 2.0**-24 * np.abs(exact)).any()
+
+
+def test_mma_of_fp16_that_are_not_finite(emulation):
+    a, b = np.zeros((16, 16), np.float16), np.ones((8, 16), np.float16)
+    a[1, 2], a[3, 9], a[5, 0], a[5, 15] = np.inf, np.nan, np.inf, -np.inf
+    d = emulation.put("d", np.zeros((16, 8), np.float32), WRITTEN)
+    emulation.call("run_mma_half", emulation.put("a", a), emulation.put("b", b), d)
+    expected = np.zeros((16, 8))
+    expected[1], expected[3], expected[5] = np.inf, np.nan, np.nan
+    np.testing.assert_array_equal(d, expected)
+
+
+def test_matrices_of_16_bit_numbers(emulation):
+    """ldmatrix: lane 4 g + t has (g, 2 t) and (g, 2 t + 1) of each; transposed (2 t, g) and (2 t + 1, g)."""
+    matrices = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    out = emulation.new("out", (2, 4, 32, 2), np.uint16)
+    emulation.call("run_matrices", emulation.put("in", matrices), out, 0)
+    np.testing.assert_array_equal(out[0], matrices.reshape(4, 32, 2))
+    np.testing.assert_array_equal(out[1], matrices.transpose(0, 2, 1).reshape(4, 32, 2))
+    out = emulation.new("out", (2, 4, 32, 2), np.uint16)
+    with pytest.raises(EmulationError, match="no multiple of 16"):
+        emulation.call("run_matrices", emulation.put("in", matrices), out, 2)
+
+
 def test_words(emulation):
     n = 300
     a, b, c = np.random.default_rng(0).integers(0, 2**32, (3, n), dtype=np.uint32)

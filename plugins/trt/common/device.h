@@ -133,6 +133,43 @@ __device__ __forceinline__ void mma_s8_16x8x32(int (&d)[4], const uint32_t (&a)[
 #endif
 }
 
+// The same on the fp16 tensor cores with fp32 sums, from sm_80 on: a 16 x 16, b 16 x 8 (m16n8k16).
+__device__ __forceinline__ void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2]) {
+#ifdef DFSSM_EMULATION
+  emulation::mma_f16_16x8x16(d, a, b);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory to fragments of mma: lanes 8 i .. 8 i + 7 name the
+// rows of matrix i, 16 bytes each; lane 4 g + t gets two neighbours of each, (g, 2 t) and (g, 2 t + 1), or
+// transposed (2 t, g) and (2 t + 1, g).
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+#ifdef DFSSM_EMULATION
+  emulation::load_matrices(out, row, transposed);
+#else
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  }
+#endif
+}
+
 // 16 bytes from global to shared memory without a register in between, both addresses multiples of 16. The
 // data are there for this thread after copy_async_wait<groups>, which leaves at most that many committed
 // groups under way, and for the others after a barrier. Before sm_80 they are plain copies.

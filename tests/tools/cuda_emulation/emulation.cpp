@@ -196,7 +196,8 @@ void leave(Machine& m, Collective& collective) {
       [&](const Collective& c) { return &c == &collective; });
 }
 
-constexpr char kShuffle[] = "a shuffle", kVote[] = "a vote", kMma[] = "mma", kSyncWarp[] = "__syncwarp";
+constexpr char kShuffle[] = "a shuffle", kVote[] = "a vote", kMma[] = "mma", kMmaHalf[] = "mma of fp16",
+               kMatrices[] = "a load of matrices", kSyncWarp[] = "__syncwarp";
 
 }  // namespace
 
@@ -319,6 +320,66 @@ void mma_s8_16x8x32(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
       sum += static_cast<unsigned>(byte(left, k) * byte(right, k));
     }
     d[i] = static_cast<int>(sum);
+  }
+  leave(m, collective);
+}
+
+// Sums as tensor cores make them, at their worst: terms are aligned to the largest and cut to 24 bits there,
+// and so is their sum. Eight products at a time.
+namespace {
+float add_products(float sum, const double (&products)[8]) {
+  double largest = std::fabs(sum), plain = sum;
+  for (double product : products) largest = std::max(largest, std::fabs(product)), plain += product;
+  if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(largest) - 23, -149));
+  double total = std::trunc(sum / unit);
+  for (double product : products) total += std::trunc(product / unit);
+  const float rounded = static_cast<float>(total * unit);
+  return std::fabs(rounded) > std::fabs(total * unit) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+}  // namespace
+
+// PTX ISA, mma.m16n8k16 with .f16: as above with two fp16 a register, k = 2 (lane % 4) and that + 8.
+void mma_f16_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  Machine& m = *active;
+  const unsigned words[] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  Collective& collective = meet(m, kMmaHalf, 0xffffffff, words, 6);
+  const int lane = m.current->index % kWarp;
+  const auto half = [](unsigned word, int k) {
+    return static_cast<double>(__half2float(__ushort_as_half(static_cast<uint16_t>(word >> k % 2 * 16))));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + i % 2;
+    for (int first = 0; first < 16; first += 8) {
+      double products[8];
+      for (int k = first; k < first + 8; ++k) {
+        const unsigned left = collective.words[row % 8 * 4 + k % 8 / 2][(row < 8 ? 0 : 1) + (k < 8 ? 0 : 2)];
+        const unsigned right = collective.words[column * 4 + k % 8 / 2][k < 8 ? 4 : 5];
+        products[k - first] = half(left, k) * half(right, k);
+      }
+      d[i] = add_products(d[i], products);
+    }
+  }
+  leave(m, collective);
+}
+
+// PTX ISA, ldmatrix.x4 of .b16.
+void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
+  Machine& m = *active;
+  const auto own = reinterpret_cast<uintptr_t>(row);
+  if (own % 16) fail(m, "loads a row of a matrix from an address that is no multiple of 16");
+  const unsigned words[] = {static_cast<unsigned>(own), static_cast<unsigned>(own >> 16 >> 16)};
+  Collective& collective = meet(m, kMatrices, 0xffffffff, words, 2);
+  const int lane = m.current->index % kWarp, g = lane / 4, t = lane % 4;
+  const auto load16 = [&](int from, int column) {
+    const uint64_t at = static_cast<uint64_t>(collective.words[from][1]) << 32 | collective.words[from][0];
+    const auto* const value = reinterpret_cast<const uint16_t*>(at) + column;
+    access(reinterpret_cast<uintptr_t>(value), 2, load, true, __builtin_return_address(0));
+    return static_cast<unsigned>(*value);
+  };
+  for (int i = 0; i < 4; ++i) {
+    out[i] = transposed ? load16(8 * i + 2 * t, g) | load16(8 * i + 2 * t + 1, g) << 16
+                        : load16(8 * i + g, 2 * t) | load16(8 * i + g, 2 * t + 1) << 16;
   }
   leave(m, collective);
 }

@@ -85,6 +85,8 @@ void sync_warp(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, Shuffle kind, int operand, int width);
 unsigned ballot(unsigned mask, bool predicate);
 void mma_s8_16x8x32(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+void mma_f16_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+void load_matrices(unsigned (&out)[4], const void* row, bool transposed);
 void copy_async(void* shared, const void* global, size_t bytes);
 void copy_async_commit();
 void copy_async_wait(int groups);
