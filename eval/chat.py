@@ -15,6 +15,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dfssm.model.hf_tokens import json_object
 from dfssm.opset.child import Child, ChildError
 from dfssm.opset.errors import DfssmError
 
@@ -32,14 +33,7 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path):
-        try:
-            config = (
-                json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")) if (folder / CONFIG).is_file() else {}
-            )
-        except (OSError, ValueError, RecursionError):
-            config = {}
-        config = config if isinstance(config, dict) else {}
-        file = folder / FILE
+        config, file = json_object(folder / CONFIG), folder / FILE
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
         except (OSError, ValueError) as error:

@@ -18,9 +18,9 @@ def with_tokens(config: Mamba2Config, folder: Path) -> Mamba2Config:
     tokenizer_config.json and the tokenizer's <|endoftext|>, in this order; and with the bos_token that
     tokenizer_config.json may have. Files that are missing or no JSON say nothing.
     """
-    names, find = _json(folder / "tokenizer_config.json"), _ids(folder)
+    names, find = json_object(folder / "tokenizer_config.json"), _ids(folder)
     ends = list(end_ids(config.eos_token_id))
-    generation = _json(folder / "generation_config.json").get("eos_token_id")
+    generation = json_object(folder / "generation_config.json").get("eos_token_id")
     found = generation if isinstance(generation, list) else [generation]
     found = [*found, find(names.get("eos_token")), find(END_OF_TEXT)]
     ends += [token for token in found if type(token) is int and 0 <= token < config.vocab_size]
@@ -32,8 +32,8 @@ def with_tokens(config: Mamba2Config, folder: Path) -> Mamba2Config:
 
 def _ids(folder: Path) -> Any:
     """A function from a token, as a name or as transformers writes it, to its id or None."""
-    known = dict(_named(_json(folder / "tokenizer.json")))
-    for token, entry in _object(_json(folder / "tokenizer_config.json").get("added_tokens_decoder")).items():
+    known = dict(_named(json_object(folder / "tokenizer.json")))
+    for token, entry in _object(json_object(folder / "tokenizer_config.json").get("added_tokens_decoder")).items():
         if token.isascii() and token.isdigit() and len(token) < 10:
             known.setdefault(str(_object(entry).get("content")), int(token))
 
@@ -60,7 +60,8 @@ def _object(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; an empty one where it is missing or none."""
     try:
         return _object(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}  # a pipe would wait
     except (OSError, ValueError, RecursionError):

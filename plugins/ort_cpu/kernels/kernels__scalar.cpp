@@ -9,17 +9,7 @@
 namespace dfssm::scalar {
 namespace {
 
-// inv and s of a row whose largest magnitude is m, as documented at quantize_activations.
-struct RowScale {
-  float inv, s;
-};
-
-RowScale row_scale(float m) {
-  if (m < kTiny) return {0.0f, 0.0f};
-  return {127.0f / m, m / 127.0f};
-}
-
-// One row x [count] to q, strides of 1. Returns its scale: NaN, with q = 0, if any x is not finite.
+// One row x [count] to q as documented at quantize_activations. Returns s: NaN, with q = 0, if any x is not finite.
 float quantize_row(const float* x, int64_t count, int8_t* q) {
   float m = 0.0f;
   bool finite = true;
@@ -27,10 +17,10 @@ float quantize_row(const float* x, int64_t count, int8_t* q) {
     m = std::fmax(m, std::fabs(x[k]));
     finite = finite && std::isfinite(x[k]);
   }
-  const RowScale scale = row_scale(m);
-  for (int64_t k = 0; k < count; ++k)
-    q[k] = finite ? static_cast<int8_t>(std::nearbyint(x[k] * scale.inv)) : 0;
-  return finite ? scale.s : std::numeric_limits<float>::quiet_NaN();
+  const float inv = m < kTiny ? 0.0f : 127.0f / m;
+  for (int64_t k = 0; k < count; ++k) q[k] = finite ? static_cast<int8_t>(std::nearbyint(x[k] * inv)) : 0;
+  if (!finite) return std::numeric_limits<float>::quiet_NaN();
+  return m < kTiny ? 0.0f : m / 127.0f;
 }
 
 void quantize_activations(const float* x, int64_t n, int64_t K, int8_t* q, float* s, int32_t* sum) {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "matmul-inl.h"
+#include "simd__avx2.h"
 
 namespace dfssm::avx2 {
 namespace {
@@ -21,12 +22,6 @@ inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(u8), "x"(s8));
 }
 
-inline int32_t sum(__m256i a) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-
 // int16 pairs added into int32 lanes
 inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 
@@ -34,8 +29,7 @@ inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set
 
 // Lanes of the eight rows from `row` on that exist, as a mask for masked moves.
 inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(min(a.M - row, 8))), lane);
+  return first_lanes(dfssm::min(a.M - row, 8)).lanes;
 }
 
 // (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
@@ -79,7 +73,7 @@ void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t blo
       __m256i acc[2][4];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
-      for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end;
+      for (int64_t end = dfssm::min(c + kTilesPerFold, columns), i = c; i < end;
            ++i, tile += 64, q += kTileColumns) {
         ahead.next();
 #pragma GCC unroll 2
@@ -130,7 +124,7 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
     __m256i acc[NT][2];
 #pragma GCC unroll 8
     for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
-    for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
+    for (int64_t end = dfssm::min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
       __m256i bits[2] = {load(tile), load(tile + 32)};
 #pragma GCC unroll 1
       for (int j = 0; j < 8; ++j, q += 4) {
