@@ -22,12 +22,12 @@ import numpy as np
 
 import dfssm._native as _native
 from dfssm.opset import OPS
-from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUTS
+from dfssm.opset.layouts import LAYOUTS
 from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.reference import binary_scaffold_matmul_ref, int8_matmul_ref
 from dfssm.opset.tolerances import op_tolerance
+from dfssm.targets import ort_cpu
 from dfssm.targets.cpu_library import CpuLibrary
-from dfssm.targets.ort_cpu import find_library
 
 F32 = np.float32
 LAYERS, D_MODEL, D_INNER, HEADS, HEADDIM, D_STATE, VOCABULARY, RANK = 48, 2048, 4096, 64, 64, 128, 50288, 16
@@ -52,8 +52,10 @@ def _random_bytes(rng, *shape) -> np.ndarray:
 
 
 def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
-    """`layers` projections of [rows, columns] under each other, in layout 1."""
+    """`layers` projections of [rows, columns] under each other, as they are laid out for `isa`."""
     rows *= layers
+    layout = ort_cpu.layout(isa=isa)
+    block = LAYOUTS[layout].rows
     weights = dict(
         bits=_random_bytes(rng, rows, columns // 8),
         scale=rng.uniform(0.01, 0.1, rows).astype(F32),
@@ -66,15 +68,15 @@ def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
     out = np.empty((1, tokens, rows), F32)
 
     def run():
-        _native.BinaryScaffoldMatMul(isa, x, **weights, layout=1, threads=threads, out=out)
+        _native.BinaryScaffoldMatMul(isa, x, **weights, layout=layout, threads=threads, out=out)
 
     def check():
         run()
-        for block in rng.integers(rows // 16, size=8):
-            part = slice(16 * block, 16 * block + 16)
+        for at in rng.integers(rows // block, size=8):
+            part = slice(block * at, block * at + block)
             sample = weights | {k: weights[k][part] for k in ("scale", "up_scale")}
-            sample["bits"] = from_layout(weights["bits"][part], 16, LAYOUTS[LAYOUT_ROW16])
-            sample["up"] = up_from_layout(weights["up"][part], 16, LAYOUTS[LAYOUT_ROW16])
+            sample["bits"] = from_layout(weights["bits"][part], block, LAYOUTS[layout])
+            sample["up"] = up_from_layout(weights["up"][part], block, LAYOUTS[layout])
             expected = binary_scaffold_matmul_ref(x, **sample)
             op_tolerance("BinaryScaffoldMatMul", dict(R=RANK)).check(out[..., part], expected, name)
 
@@ -189,7 +191,7 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
     for kernel in kernels:
         kernel.check()
         kernel.run()
-    read_bandwidth = CpuLibrary(find_library()).read_bandwidth
+    read_bandwidth = CpuLibrary(ort_cpu.find_library()).read_bandwidth
     reads: list[float] = []
     seconds: dict[str, list[float]] = {k.name: [] for k in kernels}
     shares: dict[str, list[float]] = {k.name: [] for k in kernels}

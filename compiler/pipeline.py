@@ -70,6 +70,7 @@ class Job:
     model: Path
     target: Target
     state_dtype: str
+    layout: int
     tokenizer: Path | None
     stage: Path
     progress: Progress
@@ -140,11 +141,14 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     if request.emit == triton.REPOSITORY:
         target.triton_backend(**request.options)
 
+    layout = target.layout(**request.options)
+    progress = progress or (lambda name, done, total: None)
+
     records = []
     with new_folder(output, replace=request.force) as draft:
         stage = draft / place
         stage.mkdir(parents=True, exist_ok=True)
-        job = Job(request, model, target, state_dtype, tokenizer, stage, progress or (lambda name, done, total: None))
+        job = Job(request, model, target, state_dtype, layout, tokenizer, stage, progress)
         for run in (load, lower, export, write, build, verify, golden, emit, finish):
             start = time.perf_counter()
             run(job)
@@ -169,14 +173,14 @@ def load(job: Job) -> None:
 
 def lower(job: Job) -> None:
     """Put the tensors into the layout of the target, each when it is written."""
-    job.lowered = job.target.lower(job.tensors)
+    job.lowered = job.target.lower(job.tensors, job.layout)
 
 
 def export(job: Job) -> None:
     """Build the step graph."""
     from dfssm.export.graph import build_step_graph
 
-    job.graph = build_step_graph(job.config, job.lowered, state_dtype=job.state_dtype, layout=job.target.LAYOUT)
+    job.graph = build_step_graph(job.config, job.lowered, state_dtype=job.state_dtype, layout=job.layout)
 
 
 def write(job: Job) -> None:
@@ -245,7 +249,7 @@ def finish(job: Job) -> None:
             target=job.request.target,
             config=job.config.to_dict(),
             state_dtype=job.state_dtype,
-            layout=job.target.LAYOUT,
+            layout=job.layout,
             files={name: file_entry(job.stage / name) for name in job.files},
             tools={tool: version(tool) for tool in TOOLS} | {"python": platform.python_version()},
             verification=job.verification,

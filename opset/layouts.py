@@ -9,7 +9,7 @@ rows). packing.py, the ONNX body and the generated C++ header follow these numbe
 
 from dataclasses import dataclass
 
-LAYOUT_CANONICAL, LAYOUT_ROW16 = 0, 1
+LAYOUT_CANONICAL, LAYOUT_ROW16, LAYOUT_ROW64 = 0, 1, 2
 """Values of the attribute `layout` of BinaryScaffoldMatMul."""
 
 
@@ -31,11 +31,16 @@ class Layout:
 LAYOUTS = {
     # The one in model.pt: bit k of a row is byte k/8, position k%8.
     LAYOUT_CANONICAL: Layout("canonical", rows=1, columns=8, split=(8,), order=(0, 2, 1, 3)),
-    # The one the CPU kernels stream. In the tile (blk, c), 64 bytes, byte 4*lane + b, bit j is row 16*blk + lane,
+    # For AVX-512 VNNI. In the tile (blk, c), 64 bytes, byte 4*lane + b, bit j is row 16*blk + lane,
     # column 32*c + 4*j + b. So `tile & (1 << j)` holds, in the dword of each lane, four neighbouring columns of that
     # lane's row, which is what VPDPBUSD multiplies with a broadcast dword of four neighbouring activations: no
     # expansion and no shuffle. Tiles of one block of 16 rows are consecutive, so a block is one sequential stream; one
     # row of 16 lanes of `up` takes one multiply-add a rank. Byte counts equal the canonical ones, padded.
     #        split into (blk, lane, c, j, b), stored as (blk, c, lane, b, j)
     LAYOUT_ROW16: Layout("row16", rows=16, columns=32, split=(8, 4), order=(0, 2, 1, 4, 3)),
+    # For AVX2. In the tile (blk, c), byte `lane` is row 64*blk + lane, its bit j column 8*c + j. So a nibble is four
+    # columns of one row, which VPSHUFB looks up for 32 rows at once in a table of the 16 sums that four activations
+    # have: twice the weights a cycle of a product. Tiles of one block of 64 rows are consecutive.
+    #        split into (blk, lane, c, j), stored as (blk, c, lane, j)
+    LAYOUT_ROW64: Layout("row64", rows=64, columns=8, split=(8,), order=(0, 2, 1, 3)),
 }

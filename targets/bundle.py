@@ -177,8 +177,9 @@ def _read(path: Path, content: bytes) -> Manifest:
         if not (of_bundle and whole):
             raise DfssmError(f"{path}: the entry of file {name!r} is not valid: compile the model again")
     target = get_target(manifest.target)
-    if manifest.layout != target.LAYOUT:
-        found = f"layout is {manifest.layout!r}, target {manifest.target} has {target.LAYOUT}"
+    if manifest.layout not in target.LAYOUTS or isinstance(manifest.layout, bool):
+        has = " or ".join(map(str, target.LAYOUTS))
+        found = f"layout is {manifest.layout!r}, target {manifest.target} has {has}"
         raise DfssmError(f"{path}: {found}: compile the model again")
     if bool(manifest.engine) != target.IS_ENGINE:
         engines = ", ".join(name for name in TARGETS if get_target(name).IS_ENGINE)

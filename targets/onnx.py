@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "onnx"
 SUMMARY = "portable, slow"
-LAYOUT = LAYOUT_CANONICAL
+LAYOUTS = (LAYOUT_CANONICAL,)
 
 # What every ONNX backend has; nobody picks this target for its speed.
 DEFAULT_STATE_DTYPE = "fp32"
@@ -64,8 +64,13 @@ def triton_backend(**options: Any) -> str:
     return "onnxruntime"
 
 
-def lower(tensors: Tensors) -> Tensors:
-    """The tensors as they are: model.pt holds the canonical layout."""
+def layout(**options: Any) -> int:
+    """The canonical one, which model.pt holds."""
+    return LAYOUT_CANONICAL
+
+
+def lower(tensors: Tensors, layout: int) -> Tensors:
+    """The tensors as they are."""
     return tensors
 
 

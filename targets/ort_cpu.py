@@ -1,4 +1,4 @@
-"""Target `ort-cpu`: ONNX Runtime with our op library, bits in the 16-row interleave of its kernels.
+"""Target `ort-cpu`: ONNX Runtime with our op library, bits as the kernels of one instruction set stream them.
 
 Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar kernels: right, and slow.
 """
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset import DOMAIN, VERSION, DfssmError
-from dfssm.opset.layouts import LAYOUTS, Layout
+from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUT_ROW64, Layout
+from dfssm.opset.layouts import LAYOUTS as ALL_LAYOUTS
 from dfssm.opset.ops import MODULES
 from dfssm.opset.packing import to_layout, up_to_layout
-from dfssm.opset.schema import LAYOUT_ROW16
 
 from .bundle import DATA, MODEL
 from .cpu_library import CpuLibrary
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 NAME = "ort-cpu"
 SUMMARY = "ONNX Runtime with our CPU kernels"
-LAYOUT = LAYOUT_ROW16
+
+_LAYOUT_OF = {"avx512vnni": LAYOUT_ROW16, "avx2": LAYOUT_ROW64, "scalar": LAYOUT_ROW16}
+LAYOUTS = (LAYOUT_ROW16, LAYOUT_ROW64)
 
 # Decode is bound by bytes moved, and the state is read and written at every token: fp16 halves the largest item of the
 # ledger after the scaffold (1.3B: 200 -> 100 MB a token). int8 halves it again and costs more accuracy: ask for it.
@@ -41,7 +43,15 @@ DEFAULT_STATE_DTYPE = "fp16"
 
 VERIFY_STEPS = 8
 VERIFIED_BY = (NAME,)
-OPTIONS: tuple[Option, ...] = ()
+OPTIONS = (
+    Option(
+        "isa",
+        "",
+        "Instruction set that the bits are laid out for. The bundle runs on every CPU, but fastest on one with it.",
+        metavar="|".join(_LAYOUT_OF),
+        default_text="this machine's",
+    ),
+)
 
 IS_ENGINE = False
 FILES = (MODEL, DATA)
@@ -57,14 +67,14 @@ LIBRARY_VARIABLE = "DFSSM_ORT_LIBRARY"
 class _Relaid:
     """A matrix [..., M, width] in another layout, made anew when it is read: holding all would double the model."""
 
-    def __init__(self, source: np.ndarray, relay: Callable[[np.ndarray, Layout], np.ndarray]):
+    def __init__(self, source: np.ndarray, relay: Callable[[np.ndarray, Layout], np.ndarray], layout: Layout):
         *lead, rows, width = source.shape
-        self._source, self._relay = source, relay
-        self.shape = (*lead, LAYOUTS[LAYOUT].padded(rows), width)
+        self._source, self._relay, self._layout = source, relay, layout
+        self.shape = (*lead, layout.padded(rows), width)
         self.dtype = source.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._relay(np.asarray(self._source), LAYOUTS[LAYOUT])
+        return self._relay(np.asarray(self._source), self._layout)
 
 
 def probe(**options: Any) -> Probe:
@@ -118,14 +128,22 @@ def triton_backend(**options: Any) -> str:
     return "onnxruntime"
 
 
-def lower(tensors: Tensors) -> Tensors:
-    """`tensors` (name -> array, canonical) with each `bits` and `up` in LAYOUT, re-laid when it is read."""
+def layout(**options: Any) -> int:
+    """That of the kernels of `isa`; "": of those that run here."""
+    name = options.get("isa") or CpuLibrary(find_library()).isa()
+    if name not in _LAYOUT_OF:
+        raise DfssmError(f"--isa is {name}: give {', '.join(_LAYOUT_OF)}")
+    return _LAYOUT_OF[name]
+
+
+def lower(tensors: Tensors, layout: int) -> Tensors:
+    """`tensors` (name -> array, canonical) with each `bits` and `up` in `layout`, re-laid when it is read."""
     relays = {"bits": to_layout, "up": up_to_layout}
     lowered: dict[str, Any] = dict(tensors)
     for name, tensor in tensors.items():
         relay = relays.get(name.rpartition(".")[2])
         if relay:
-            lowered[name] = _Relaid(tensor, relay)
+            lowered[name] = _Relaid(tensor, relay, ALL_LAYOUTS[layout])
     return lowered
 
 

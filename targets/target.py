@@ -64,7 +64,7 @@ class Target(Protocol):
 
     NAME: str
     SUMMARY: str  # for the help of --target
-    LAYOUT: int  # of the scaffold's bits, see `dfssm.opset.packing`
+    LAYOUTS: tuple[int, ...]  # that the scaffold's bits may have, see `dfssm.opset.layouts`
     DEFAULT_STATE_DTYPE: str  # a --state-dtype
     OPTIONS: tuple[Option, ...]
     VERIFY_STEPS: int  # one-token steps that the verification runs, besides prefill
@@ -92,8 +92,11 @@ class Target(Protocol):
     def triton_backend(self, **options: Any) -> str:
         """Name of Triton's backend that runs what is built with these options. DfssmError where none does."""
 
-    def lower(self, tensors: Tensors) -> Tensors:
-        """The model's tensors as this target stores them, each made when it is read."""
+    def layout(self, **options: Any) -> int:
+        """The one of LAYOUTS that these options ask for. Raises DfssmError for options that cannot be met."""
+
+    def lower(self, tensors: Tensors, layout: int) -> Tensors:
+        """The model's tensors as this target stores them, with bits in `layout`, each made when it is read."""
 
     def build(self, folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
         """Makes what the bundle is to be of a folder that holds `model.onnx`: names of the bundle's files, and the

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "trt"
 SUMMARY = "a TensorRT engine"
-LAYOUT = LAYOUT_CANONICAL
+LAYOUTS = (LAYOUT_CANONICAL,)
 
 # As for ort-cpu: the state is the largest thing that a step reads and writes after the weights.
 DEFAULT_STATE_DTYPE = "fp16"
@@ -100,8 +100,13 @@ def triton_backend(**options: Any) -> str:
     return "tensorrt"
 
 
-def lower(tensors: Tensors) -> Tensors:
-    """The tensors as they are: the plugins read the canonical layout."""
+def layout(**options: Any) -> int:
+    """The canonical one, which the plugins read."""
+    return LAYOUT_CANONICAL
+
+
+def lower(tensors: Tensors, layout: int) -> Tensors:
+    """The tensors as they are."""
     return tensors
 
 

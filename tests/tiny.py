@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -140,14 +141,17 @@ def write_bundle(
     seed: int = 0,
     tokenizer: bool = True,
     edit: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """A bundle of the tiny student, made of the same parts as dfcompile's; `edit` changes its tensors before."""
+    """A bundle of the tiny student, made of the same parts as dfcompile's; `edit` changes its tensors before; `options`
+    choose the layout.
+    """
     folder.mkdir(parents=True)
     module = get_target(target)
     named = tensors(config, seed)
     edit(named)
-    lowered = module.lower(named)
-    graph = build_step_graph(config, lowered, state_dtype=state_dtype, layout=module.LAYOUT)
+    layout = module.layout(**options)
+    graph = build_step_graph(config, module.lower(named, layout), state_dtype=state_dtype, layout=layout)
     write_model(graph, folder / "model.onnx")
     names, engine = module.build(folder)
     if tokenizer:
@@ -155,7 +159,7 @@ def write_bundle(
         names.append("tokenizer.json")
     files = {name: file_entry(folder / name) for name in names}
     manifest = Manifest(
-        target, json.loads(json.dumps(config.to_dict())), state_dtype, module.LAYOUT, files, engine=engine,
+        target, json.loads(json.dumps(config.to_dict())), state_dtype, layout, files, engine=engine,
         machine=None if module.PORTABLE else platform.machine(), model_sha256="0" * 64,
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.to_json())

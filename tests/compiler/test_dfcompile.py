@@ -71,6 +71,17 @@ def fails(result, words, left=()):
     assert names == list(left)
 
 
+@pytest.mark.parametrize("isa, layout", [("avx512vnni", 1), ("avx2", 2)])
+def test_the_bits_lie_as_an_instruction_set_reads_them(model, command, tmp_path, isa, layout):
+    status, out, err, names = command(model, "--target", "ort-cpu", "--isa", isa, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["layout"] == layout and report["verification"]["passed"]
+
+
+def test_an_instruction_set_that_has_no_kernels(model, command):
+    fails(command(model, "--target", "ort-cpu", "--isa", "sse"), "--isa is sse: give avx512vnni, avx2, scalar")
+
+
 def test_a_working_directory_that_is_gone(model, command, tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -105,7 +116,7 @@ def test_bundle(target, state_dtype, model, command, tmp_path):
     for key in ("target", "state_dtype", "layout", "config", "files", "verification"):
         assert report[key] == getattr(manifest, key)
     assert (manifest.target, manifest.state_dtype) == (target, state_dtype)
-    assert manifest.layout == get_target(target).LAYOUT
+    assert manifest.layout == get_target(target).layout()
     assert manifest.machine == (platform.machine() if target == "ort-cpu" else None)
     assert manifest.model_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
     assert type(tiny.CONFIG).from_dict(manifest.config) == tiny.CONFIG
@@ -317,14 +328,14 @@ def test_one_changed_number_is_found(target, tensor, node, command, tmp_path, mo
     module = get_target(target)
     lower = module.lower
 
-    def wrong(tensors):
+    def wrong(tensors, layout):
         changed = np.array(tensors[tensor])
         where = 0
         if tensor == "embedding.weight":  # a row of the table counts only where its token is drawn
             where = np.random.default_rng(SEED).integers(0, len(changed), TOKENS)[0] * changed.shape[1]
         number = changed.flat[where]
         changed.flat[where] = number * 1.01 + 0.01 if changed.dtype == np.float32 else number ^ 1
-        return lower(dict(tensors) | {tensor: changed})
+        return lower(dict(tensors) | {tensor: changed}, layout)
 
     monkeypatch.setattr(module, "lower", wrong)
     fails(command(model, "--target", target), f"the bundle does not compute what the student does: {node}")

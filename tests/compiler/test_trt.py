@@ -60,7 +60,7 @@ def test_plugin_bundle(model, tmp_path, capsys):
     assert report["engine"] == engine and (engine["sm"], engine["why"]) == ([86, 89], "--builder")
     assert engine["refused"] == {"fuse": {}}, "all of a layer is fused"
     assert engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 128]}]
-    assert (manifest.state_dtype, manifest.layout) == (trt.DEFAULT_STATE_DTYPE, trt.LAYOUT)
+    assert (manifest.state_dtype, manifest.layout) == (trt.DEFAULT_STATE_DTYPE, trt.layout())
     # What was proven, and that it is not the run of the engine.
     assert manifest.verification["passed"] is None and manifest.verification["graph"]["passed"] is True
     assert "runs on a GPU" in manifest.verification["why_not"]

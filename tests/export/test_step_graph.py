@@ -13,18 +13,18 @@ from onnx.reference import ReferenceEvaluator
 
 from dfssm.export.graph import FORMAT_VERSION, build_step_graph
 from dfssm.export.writer import PAGE, write_model
-from dfssm.opset import OPS
+from dfssm.opset import OPS, layouts
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets import get_target
 
-LAYOUTS = {"canonical": "onnx", "row16": "ort-cpu"}
+LAYOUTS = {layout.name: value for value, layout in layouts.LAYOUTS.items()}
 
 
 def write(folder, config, state_dtype="fp32", layout="canonical"):
-    target = get_target(LAYOUTS[layout])
-    tensors = target.lower(tiny.tensors(config))
-    model = build_step_graph(config, tensors, state_dtype=state_dtype, layout=target.LAYOUT)
+    value = LAYOUTS[layout]
+    target = get_target("onnx" if value == layouts.LAYOUT_CANONICAL else "ort-cpu")
+    model = build_step_graph(config, target.lower(tiny.tensors(config), value), state_dtype=state_dtype, layout=value)
     return write_model(model, folder / "model.onnx") and folder / "model.onnx"
 
 

@@ -30,22 +30,29 @@ Quantised quantise(const KernelTable& table, const Array<float>& x, int64_t n, i
   return found;
 }
 
-// Layout 1 of canonical bits [M, K/8] and of up [M, R], as opset/layouts.py numbers them; what it pads is zero.
-void to_tiles(const uint8_t* bits, int64_t M, int64_t K, uint8_t* tiles) {
+// Layout 1 or 2 of canonical bits [M, K/8] and of up [M, R], as opset/layouts.py numbers them; what it pads is zero.
+void to_tiles(int layout, const uint8_t* bits, int64_t M, int64_t K, uint8_t* tiles) {
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t k = 0; k < K; ++k) {
+      if (layout == 2) {
+        tiles[(m / kBlockRows * (K / 8) + k / 8) * kBlockRows + m % kBlockRows] = bits[m * (K / 8) + k / 8];
+        continue;
+      }
       const int64_t tile = m / kTileRows * (K / kTileColumns) + k / kTileColumns;
       const int bit = bits[m * (K / 8) + k / 8] >> (k % 8) & 1;
       tiles[tile * 64 + m % kTileRows * 4 + k % 4] |= static_cast<uint8_t>(bit << (k % kTileColumns / 4));
     }
   }
 }
-void to_tiles_of_up(const int8_t* up, int64_t M, int64_t R, int8_t* tiles) {
+void to_tiles_of_up(int layout, const int8_t* up, int64_t M, int64_t R, int8_t* tiles) {
+  const int64_t rows = block_rows(layout);
   for (int64_t i = 0; i < M * R; ++i) {
     const int64_t m = i / R, r = i % R;
-    tiles[(m / kTileRows * R + r) * kTileRows + m % kTileRows] = up[i];
+    tiles[(m / rows * R + r) * rows + m % rows] = up[i];
   }
 }
+
+constexpr const char* kLayouts[] = {"layout 0", "layout 1", "layout 2"};
 
 }  // namespace
 
@@ -55,42 +62,44 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool scaffold = in.flag();
   const int64_t K = scaffold ? 32 * in.size(1, 6) : in.size(1, 150);
   const int planes = static_cast<int>(in.size(1, 3));
-  const int64_t ldy = M + in.size(0, 5), cut = std::min(M, 16 * in.size(0, 4));
+  const int64_t ldy = M + in.size(0, 5), part = in.size(0, 4);
 
   const Array<float> x = in.floats(n * K);
   const Array<uint8_t> bits = in.bytes<uint8_t>(scaffold ? planes * M * (K / 8) : 0);
   const Array<int8_t> w = in.bytes<int8_t>(M * (scaffold ? R : K));
   const Array<float> scale = in.floats(planes * M), up_scale = in.floats(M), h = in.floats(n * R);
 
-  const int64_t Mp = padded_rows(M);
-  Array<uint8_t> tiles(scaffold ? planes * Mp * (K / 8) : 0, 1);
-  Array<int8_t> up16(scaffold ? Mp * R : 0, 1);
-  if (scaffold) {
-    std::fill(tiles.begin(), tiles.end(), 0);
-    std::fill(up16.begin(), up16.end(), 0);
-    for (int64_t p = 0; p < planes; ++p) to_tiles(bits + p * M * (K / 8), M, K, tiles + p * Mp * (K / 8));
-    to_tiles_of_up(w, M, R, up16);
-  }
-
   Array<float> expected(n * ldy, 0);
   bool first = true;
   for (const KernelTable* table : usable_kernels()) {  // scalar first
     const Quantised a = quantise(*table, x, n, K);
     const double s = a.s.largest();
-    for (int layout = 0; layout < (scaffold ? 2 : 1); ++layout) {
+    for (int layout = 0; layout < (scaffold ? 3 : 1); ++layout) {
+      const int64_t Mp = layout ? padded_rows(M, layout) : 0;
+      Array<uint8_t> tiles(scaffold ? planes * Mp * (K / 8) : 0, 1);
+      Array<int8_t> tiles_of_up(scaffold ? Mp * R : 0, 1);
+      if (layout) {
+        std::fill(tiles.begin(), tiles.end(), 0);
+        std::fill(tiles_of_up.begin(), tiles_of_up.end(), 0);
+        for (int64_t p = 0; p < planes; ++p) {
+          to_tiles(layout, bits + p * M * (K / 8), M, K, tiles + p * Mp * (K / 8));
+        }
+        to_tiles_of_up(layout, w, M, R, tiles_of_up);
+      }
+      const int64_t cut = std::min(M, (layout == 2 ? kBlockRows : kTileRows) * part);
       Array<float> y(n * ldy, 1);
       double bound = s * scale.largest() * 128 * 127 * static_cast<double>(K);
       if (scaffold) {
-        const size_t bytes = layout == 1 ? table->scaffold_pack_bytes(n, K) : 0;
+        const size_t bytes = table->scaffold_pack_bytes(layout, n, K);
         Array<uint8_t> packed(static_cast<int64_t>(bytes), 0);
-        if (bytes > 0) table->scaffold_pack(a.q, n, K, packed);
+        if (bytes > 0) table->scaffold_pack(layout, a.q, n, K, packed);
         const ScaffoldArgs args = {.q = a.q,
                                    .packed = bytes > 0 ? static_cast<uint8_t*>(packed) : nullptr,
                                    .s = a.s,
                                    .sum = a.sum,
                                    .bits = layout == 0 ? bits : tiles,
                                    .scale = scale,
-                                   .up = layout == 0 ? w : up16,
+                                   .up = layout == 0 ? w : tiles_of_up,
                                    .up_scale = up_scale,
                                    .h = h,
                                    .y = y,
@@ -120,8 +129,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       }
       if (first) std::copy(y.begin(), y.end(), expected.begin());
       first = false;
-      require_close(in, table->name, scaffold ? (layout == 0 ? "layout 0" : "layout 1") : "int8", y, expected,
-                    y.size, 1e-6 * bound);
+      require_close(in, table->name, scaffold ? kLayouts[layout] : "int8", y, expected, y.size, 1e-6 * bound);
     }
   }
   return 0;

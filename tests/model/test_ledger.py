@@ -6,7 +6,7 @@ import tiny
 
 from dfssm.model.ledger import model_bytes, weight_bytes_of_step
 from dfssm.model.tensors import ROLES, role
-from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16
+from dfssm.opset.layouts import LAYOUT_CANONICAL, LAYOUTS
 from dfssm.targets import get_target
 
 CONFIGS = [
@@ -18,11 +18,11 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied", "rank 0", "planes 3"])
-@pytest.mark.parametrize("layout", [LAYOUT_CANONICAL, LAYOUT_ROW16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_config_gives_the_bytes_of_the_tensors(config, layout):
     tensors = tiny.tensors(config)
-    if layout == LAYOUT_ROW16:
-        tensors = {name: np.asarray(t) for name, t in get_target("ort-cpu").lower(tensors).items()}
+    if layout != LAYOUT_CANONICAL:
+        tensors = {name: np.asarray(t) for name, t in get_target("ort-cpu").lower(tensors, layout).items()}
     sizes = dict.fromkeys(ROLES, 0)
     for name, tensor in tensors.items():
         sizes[role(name)] += tensor.nbytes

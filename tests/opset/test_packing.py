@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from dfssm.opset import DfssmError
-from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUTS
+from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUT_ROW64, LAYOUTS
 from dfssm.opset.packing import from_layout, pack_bits, to_layout, unpack_bits, up_from_layout, up_to_layout
 
-ROW16 = LAYOUTS[LAYOUT_ROW16]
+ROW16, ROW64 = LAYOUTS[LAYOUT_ROW16], LAYOUTS[LAYOUT_ROW64]
 
 
 def signs(*shape):
@@ -47,16 +47,27 @@ def test_row16_bit_by_bit():
             assert bit == (m < rows and s[m, k] == 1), (m, k)
 
 
-@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (16, 4), (17, 3), (40, 16), (5, 0)])
-def test_up_row16(rows, rank):
+def test_row64_bit_by_bit():
+    rows, columns = 65, 96
+    s = signs(rows, columns)
+    tiles = to_layout(pack_bits(s), ROW64).reshape(-1)
+    for m in range(ROW64.padded(rows)):
+        for k in range(columns):
+            bit = tiles[((m // 64) * (columns // 8) + k // 8) * 64 + m % 64] >> k % 8 & 1
+            assert bit == (m < rows and s[m, k] == 1), (m, k)
+
+
+@pytest.mark.parametrize("layout", [ROW16, ROW64], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (16, 4), (17, 3), (64, 2), (70, 16), (5, 0)])
+def test_up_in_blocks(layout, rows, rank):
     up = np.random.default_rng(0).integers(-127, 128, (rows, rank), dtype=np.int8)
-    packed = up_to_layout(up, ROW16)
-    assert packed.shape == (ROW16.padded(rows), rank)
-    np.testing.assert_array_equal(up_from_layout(packed, rows, ROW16), up)
-    flat = packed.reshape(-1)
+    packed = up_to_layout(up, layout)
+    assert packed.shape == (layout.padded(rows), rank)
+    np.testing.assert_array_equal(up_from_layout(packed, rows, layout), up)
+    flat, block = packed.reshape(-1), layout.rows
     for m in range(rows):
         for r in range(rank):
-            assert flat[((m // 16) * rank + r) * 16 + m % 16] == up[m, r]
+            assert flat[((m // block) * rank + r) * block + m % block] == up[m, r]
 
 
 def test_columns_must_fill_words():

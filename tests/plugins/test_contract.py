@@ -11,7 +11,7 @@ ROOMY = dict(B=2, T=3, K=64, M=20, R=4, C=12, W=4, H=4, P=8, N=6)
 """Sizes that no two of an op have in common, and none of which is 1."""
 
 ATTRIBUTES = {
-    "BinaryScaffoldMatMul": [{}, {"layout": 1}, {"planes": 2}],
+    "BinaryScaffoldMatMul": [{}, {"layout": 1}, {"layout": 2}, {"planes": 2}],
     "SelectiveScanStep": [{}, {"ngroups": 2, "x_start": 3, "B_start": 1}],
     "CausalConv1dStep": [{}, {"x_start": 2}],
     "GatedRMSNorm": [{}, {"groups": 3, "z_start": 4}],

@@ -39,7 +39,7 @@ def _whole_numbers(rng, *shape):
 
 
 @each_isa
-@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("K", [32, 64, 96, 288, 576])
 def test_scaffold_is_exact_in_integers(isa, layout, K):
     """Scales of 1 and whole activations leave nothing to round: outputs are exact integers below 2^24."""
@@ -53,7 +53,7 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
         expected = x.astype(np.int64) @ signs.T + (x.astype(np.int64) @ down.T) @ up.T
         assert np.abs(expected).max() < 2**24
         bits, stored_up = pack_bits(signs), up
-        if layout == 1:
+        if layout:
             bits, stored_up = to_layout(bits, LAYOUTS[layout]), up_to_layout(up, LAYOUTS[layout])
         ones = np.ones(M, F32)
         y = native(isa).BinaryScaffoldMatMul(isa, x, bits, ones, down, np.ones(R, F32), stored_up, ones, layout=layout)
@@ -61,11 +61,11 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
 
 
 @each_isa
-@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scaffold_at_the_ends_of_int8(isa, layout):
     """All bits set, all activations +127 or -127: the largest sums an accumulator can meet, on a long row."""
-    K, M = 8192, 16
-    bits = np.full((M, K // 8), 255, np.uint8)  # the same bytes in both layouts
+    K, M = 8192, 64
+    bits = np.full((M, K // 8), 255, np.uint8)  # the same bytes in all layouts
     empty = np.zeros((0, K), np.int8), np.zeros(0, F32), np.zeros((M, 0), np.int8), np.ones(M, F32)
     for n, value in itertools.product((1, 2, 7), (127.0, -127.0)):
         x = np.full((n, K), value, F32)

@@ -29,6 +29,8 @@ ONE_OF_EACH = [
 LARGE = [  # enough work for several chunks on the thread pool
     Case("BinaryScaffoldMatMul", dict(B=1, T=1, K=2048, M=4097, R=16), {"layout": 1}),
     Case("BinaryScaffoldMatMul", dict(B=2, T=35, K=512, M=1030, R=8), {"layout": 1}),
+    Case("BinaryScaffoldMatMul", dict(B=1, T=1, K=2048, M=4097, R=16), {"layout": 2}),
+    Case("BinaryScaffoldMatMul", dict(B=2, T=35, K=544, M=1030, R=8), {"layout": 2}),
     Case("BinaryScaffoldMatMul", dict(B=1, T=9, K=512, M=1030, R=8), {"layout": 0}),
     Case("Int8MatMul", dict(B=1, T=1, K=1024, M=2003)),
     Case("CausalConv1dStep", dict(B=2, T=40, C=1100, W=4)),

@@ -14,7 +14,8 @@ import tiny
 
 from dfssm.cli.compile import command
 from dfssm.opset import DfssmError
-from dfssm.opset.schema import LAYOUT_CANONICAL, LAYOUT_ROW16, STATE_DTYPES
+from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.schema import STATE_DTYPES
 from dfssm.runtime.ort import OrtBackend
 from dfssm.runtime.state import State
 from dfssm.targets import TARGETS, EngineTarget, Target, get_target, has_engine
@@ -71,7 +72,8 @@ def test_it_has_every_member_with_the_types_and_parameters_of_the_protocol(targe
 
 def test_what_it_says_of_itself_means_something(target):
     assert get_target(target.NAME) is target and target.SUMMARY and not target.SUMMARY.endswith(".")
-    assert target.LAYOUT in (LAYOUT_CANONICAL, LAYOUT_ROW16) and target.DEFAULT_STATE_DTYPE in STATE_DTYPES
+    assert set(target.LAYOUTS) <= set(LAYOUTS) and target.DEFAULT_STATE_DTYPE in STATE_DTYPES
+    assert target.layout(**{option.name: option.default for option in target.OPTIONS}) in target.LAYOUTS
     assert target.WEIGHTS in target.FILES and target.VERIFY_STEPS >= 1
     assert target.IS_ENGINE != (MODEL in target.FILES)
     runners = [get_target(name) for name in target.VERIFIED_BY]
@@ -108,17 +110,18 @@ def test_importing_it_takes_nothing_heavy(target):
 
 def test_lowering_keeps_the_names_and_whole_dtypes(target):
     tensors = tiny.tensors(student_ref.config("plain"))
-    lowered = target.lower(tensors)
-    assert list(lowered) == list(tensors)
-    for name, tensor in lowered.items():
-        assert tensor.shape == np.asarray(tensor).shape and tensor.dtype == tensors[name].dtype
+    for layout in target.LAYOUTS:
+        lowered = target.lower(tensors, layout)
+        assert list(lowered) == list(tensors)
+        for name, tensor in lowered.items():
+            assert tensor.shape == np.asarray(tensor).shape and tensor.dtype == tensors[name].dtype
 
 
 def test_what_it_builds_is_a_bundle(target, bundle):
     folder = bundle(target)
     manifest = open_bundle(folder).manifest
     assert set(target.FILES) <= set(manifest.files) and manifest.weights == target.WEIGHTS
-    assert manifest.layout == target.LAYOUT and bool(manifest.engine) == target.IS_ENGINE
+    assert manifest.layout == target.layout() and bool(manifest.engine) == target.IS_ENGINE
 
 
 def test_a_session_runs_the_graph_or_the_refusal_is_one_line(target, bundle):

@@ -59,28 +59,32 @@ def test_probe_on_another_machine(monkeypatch):
     assert probe.usable and probe.uses["machine"] == "aarch64"
 
 
-def test_lowering_is_lazy_and_can_be_undone():
+@pytest.mark.parametrize("layout", ort_cpu.LAYOUTS)
+def test_lowering_is_lazy_and_can_be_undone(layout):
     config = student_ref.config("planes2")
     tensors = tiny.tensors(config)
-    lowered = ort_cpu.lower(tensors)
+    lowered = ort_cpu.lower(tensors, layout)
     assert list(lowered) == list(tensors)
     for name, tensor in tensors.items():
         got, rows = lowered[name], tensor.shape[-2] if tensor.ndim > 1 else 0
         if name.endswith(".bits"):
-            np.testing.assert_array_equal(from_layout(np.asarray(got), rows, LAYOUTS[ort_cpu.LAYOUT]), tensor)
+            np.testing.assert_array_equal(from_layout(np.asarray(got), rows, LAYOUTS[layout]), tensor)
         elif name.endswith(".up"):
-            np.testing.assert_array_equal(up_from_layout(np.asarray(got), rows, LAYOUTS[ort_cpu.LAYOUT]), tensor)
+            np.testing.assert_array_equal(up_from_layout(np.asarray(got), rows, LAYOUTS[layout]), tensor)
         else:
             assert got is tensor
         assert got.shape == np.asarray(got).shape and got.dtype == np.asarray(got).dtype
-    assert get_target("onnx").lower(tensors) is tensors
+    assert get_target("onnx").lower(tensors, 0) is tensors
 
 
 @pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("laid_out_for", ["avx2", "avx512vnni"])
 @pytest.mark.parametrize("name, state_dtype", [("plain", "fp32"), ("odd", "fp16"), ("groups", "int8")])
-def test_library_equals_reference_on_every_isa(isa, name, state_dtype, tmp_path):
+def test_library_equals_reference_on_every_isa(isa, laid_out_for, name, state_dtype, tmp_path):
     config = student_ref.config(name)
-    folder = tiny.write_bundle(tmp_path / "bundle", config, "ort-cpu", state_dtype, tokenizer=False)
+    folder = tiny.write_bundle(
+        tmp_path / "bundle", config, "ort-cpu", state_dtype, tokenizer=False, options={"isa": laid_out_for}
+    )
     tensors = tiny.tensors(config)
     ids = np.random.default_rng(3).integers(0, config.vocab_size, (2, 9))
     states = student_ref.step(config, tensors, ids[:, :8], student_ref.zero_states(config, 2, state_dtype))[1]
@@ -202,3 +206,8 @@ def test_session_that_does_not_open(name, bundle, tmp_path):
     one_line(caught)
     with pytest.raises(DfssmError, match="threads is -1"):
         target.open_session(bundle, threads=-1)
+
+
+def test_an_unknown_instruction_set_is_one_line():
+    with pytest.raises(DfssmError, match="^--isa is avx: give avx512vnni, avx2, scalar$"):
+        ort_cpu.layout(isa="avx")

@@ -26,30 +26,35 @@ inline constexpr float kTiny = 1e-30f;
 // The largest binary16, where states of that type saturate; opset's HALF_MAX. NaN stays NaN.
 inline constexpr float kHalfMax = 65504.0f;
 
-// Layout 1 of the scaffold: tiles of so many rows and columns, the rows padded to whole ones.
-inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
-inline int64_t padded_rows(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+// The scaffold's layouts with tiles, whose rows are padded to whole ones: 1 has tiles of so many rows and columns, 2 has
+// blocks of so many rows.
+inline constexpr int64_t kTileRows = 16, kTileColumns = 32, kBlockRows = 64;
+inline int64_t block_rows(int layout) { return layout == 1 ? kTileRows : kBlockRows; }
+inline int64_t padded_rows(int64_t rows, int layout) {
+  return (rows + block_rows(layout) - 1) / block_rows(layout) * block_rows(layout);
+}
 
 // BinaryScaffoldMatMul for tokens that quantize_activations has quantised:
 //   y[t,m] = sum_p (scale[p,m] * s[t]) * (2 * sum_{bit=1} q[t] - sum[t])  +  up_scale[m] * sum_r up[m,r] * h[t,r]
 // with h from int8_matmul(w = down, w_scale = down_scale). K % 32 == 0.
 struct ScaffoldArgs {
   const int8_t* q;  // [n, K]
-  // scaffold_pack(q), or nullptr where scaffold_pack_bytes(n, K) is 0; layout 0 ignores it
+  // scaffold_pack(layout, q), or nullptr where scaffold_pack_bytes(layout, n, K) is 0
   const void* packed;
   const float* s;      // [n]
   const int32_t* sum;  // [n]
-  // layout 0: [planes, M, K/8]; layout 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16)
+  // layout 0: [planes, M, K/8]; 1: [planes, Mp/16, K/32, 16, 4], Mp = 16*ceil(M/16); 2: [planes, Mp/64, K/8, 64],
+  // Mp = 64*ceil(M/64)
   const uint8_t* bits;
   const float* scale;     // [planes, M]
-  const int8_t* up;       // layout 0: [M, R]; layout 1: [Mp/16, R, 16]; unread if R == 0
+  const int8_t* up;       // layout 0: [M, R]; 1: [Mp/16, R, 16]; 2: [Mp/64, R, 64]; unread if R == 0
   const float* up_scale;  // [M]; unread if R == 0
   const float* h;         // [n, R]; unread if R == 0
   float* y;               // [n, M] with leading dimension ldy
   int64_t ldy;
   int64_t n, K, M, R;
   int planes;
-  int layout;  // 0 or 1
+  int layout;  // 0, 1 or 2
 };
 
 // Int8MatMul for quantised tokens: y[t,m] = (w_scale[m] * s[t]) * sum_k w[m,k] * q[t,k]. Any K; w in [-128, 127].
@@ -121,12 +126,12 @@ struct KernelTable {
   // x [n, K], q [n, K], s [n], sum [n]. Threads: split over tokens.
   void (*quantize_activations)(const float* x, int64_t n, int64_t K, int8_t* q, float* s, int32_t* sum);
 
-  // Re-orders q for scaffold_matmul of layout 1 with n tokens; 0 bytes: nothing to do. Once a matmul, not per range.
-  size_t (*scaffold_pack_bytes)(int64_t n, int64_t K);
-  void (*scaffold_pack)(const int8_t* q, int64_t n, int64_t K, void* packed);
+  // What scaffold_matmul of a layout needs of the n tokens beside q; 0 bytes: nothing. Once a matmul, not per range.
+  size_t (*scaffold_pack_bytes)(int layout, int64_t n, int64_t K);
+  void (*scaffold_pack)(int layout, const int8_t* q, int64_t n, int64_t K, void* packed);
 
-  // Rows [m0, m1) of y for all n tokens. m0 is a multiple of 16, m1 a multiple of 16 or M (multiples of 32
-  // are fastest).
+  // Rows [m0, m1) of y for all n tokens. m0 is a multiple of a block of the layout, of 16 in layout 0; m1 is one, too, or
+  // M (in layout 1 multiples of 32 are fastest).
   void (*scaffold_matmul)(const ScaffoldArgs& args, int64_t m0, int64_t m1);
 
   // Rows [m0, m1) of y for all n tokens, any m0 <= m1 (multiples of 4 are fastest).

@@ -31,19 +31,24 @@ void quantize_activations(const float* x, int64_t n, int64_t K, int8_t* q, float
   }
 }
 
-size_t scaffold_pack_bytes(int64_t, int64_t) { return 0; }
+size_t scaffold_pack_bytes(int, int64_t, int64_t) { return 0; }
 
-void scaffold_pack(const int8_t*, int64_t, int64_t, void*) {}
+void scaffold_pack(int, const int8_t*, int64_t, int64_t, void*) {}
 
 int bit_at(const ScaffoldArgs& a, int64_t plane, int64_t m, int64_t k) {
   if (a.layout == 0) return a.bits[(plane * a.M + m) * (a.K / 8) + k / 8] >> (k % 8) & 1;
-  const uint8_t* tile = a.bits + plane * padded_rows(a.M) * (a.K / 8) +
-                        (m / kTileRows * (a.K / kTileColumns) + k / kTileColumns) * 64;
+  const uint8_t* bits = a.bits + plane * padded_rows(a.M, a.layout) * (a.K / 8);
+  if (a.layout == 2) {
+    return bits[(m / kBlockRows * (a.K / 8) + k / 8) * kBlockRows + m % kBlockRows] >> (k % 8) & 1;
+  }
+  const uint8_t* tile = bits + (m / kTileRows * (a.K / kTileColumns) + k / kTileColumns) * 64;
   return tile[m % kTileRows * 4 + k % 4] >> (k % kTileColumns / 4) & 1;
 }
 
 int8_t up_at(const ScaffoldArgs& a, int64_t m, int64_t r) {
-  return a.up[a.layout == 0 ? m * a.R + r : (m / kTileRows * a.R + r) * kTileRows + m % kTileRows];
+  if (a.layout == 0) return a.up[m * a.R + r];
+  const int64_t rows = block_rows(a.layout);
+  return a.up[(m / rows * a.R + r) * rows + m % rows];
 }
 
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {

@@ -11,8 +11,9 @@ using Dword = int32_t __attribute__((may_alias, aligned(1)));  // four neighbour
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t block) {
-  return a.bits + (plane * padded_rows(a.M) + block * kTileRows) * (a.K / 8);
+// Of the rows from `row` on, the first of a block.
+inline const uint8_t* tiles_of(const ScaffoldArgs& a, int64_t plane, int64_t row) {
+  return a.bits + (plane * padded_rows(a.M, a.layout) + row) * (a.K / 8);
 }
 
 // Layout 0, for graphs nobody lowered: one row and token at a time. positive(bits, q) is the sum of the q [K] whose

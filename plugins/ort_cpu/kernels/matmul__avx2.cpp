@@ -13,14 +13,29 @@ namespace {
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
+inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
 inline __m256i broadcast4(const int8_t* q) { return _mm256_set1_epi32(*reinterpret_cast<const Dword*>(q)); }
 
-// acc += pairs of u8 * s8, in int16. Inline assembly because gcc 12 gives the sum of the intrinsics a
-// register of its own and spills half of the accumulators.
+// acc += pairs of u8 * s8, in int16; acc += table[index], bytes. Inline assembly because gcc 12 gives the sum of the
+// intrinsics a register of its own and spills half of the accumulators.
+#ifdef __AVX2__
 inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
   __m256i products;
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(u8), "x"(s8));
 }
+inline void add_looked_up(__m256i& acc, __m256i table, __m256i index) {
+  __m256i found;
+  asm("vpshufb %3, %2, %1\n\tvpaddb %1, %0, %0" : "+x"(acc), "=&x"(found) : "x"(table), "x"(index));
+}
+#else  // the same over a simulation of the intrinsics
+inline void dot_words(__m256i& acc, __m256i u8, __m256i s8) {
+  acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u8, s8));
+}
+inline void add_looked_up(__m256i& acc, __m256i table, __m256i index) {
+  acc = _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, index));
+}
+#endif
 
 // int16 pairs added into int32 lanes
 inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
@@ -44,10 +59,11 @@ inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t,
   if (plane > 0) {
     y = _mm256_add_ps(y, _mm256_maskload_ps(out, rows));
   } else if (a.R > 0) {
-    const int8_t* up = a.up + row / kTileRows * a.R * kTileRows + row % kTileRows;
+    const int64_t rows_of_block = block_rows(a.layout);
+    const int8_t* up = a.up + row / rows_of_block * a.R * rows_of_block + row % rows_of_block;
     const float* h = a.h + t * a.R;
     __m256 correction = _mm256_setzero_ps();
-    for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
+    for (int64_t r = 0; r < a.R; ++r, up += rows_of_block) {
       const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(up)));
       correction = _mm256_fmadd_ps(_mm256_cvtepi32_ps(lanes), _mm256_set1_ps(h[r]), correction);
     }
@@ -64,7 +80,7 @@ constexpr int kTilesPerFold = 8;
 
 void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   const int64_t columns = a.K / kTileColumns;
-  const uint8_t* tile = tiles_of(a, plane, block0);
+  const uint8_t* tile = tiles_of(a, plane, block0 * kTileRows);
   Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
@@ -116,7 +132,7 @@ template <int NT>
 void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0) {
   const __m256i ones = _mm256_set1_epi8(1);
   const int64_t columns = a.K / kTileColumns;
-  const uint8_t* tile = tiles_of(a, plane, block);
+  const uint8_t* tile = tiles_of(a, plane, block * kTileRows);
   const int8_t* q = a.q + t0 * a.K;
   __m256i positive[NT][2];
   for (int i = 0; i < NT * 2; ++i) positive[i / 2][i % 2] = _mm256_setzero_si256();
@@ -168,6 +184,178 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
         default:
           token_tile<4>(a, plane, block, t0);
       }
+    }
+  }
+}
+
+// ---- scaffold of layout 2: look-up ----
+//
+// A byte of a tile holds eight columns of one row, and each of its nibbles says which of four activations are added:
+// it is an index to the 16 sums that there are. scaffold_pack writes these tables, one a group of four columns, of
+// v = sum of the chosen q - sum of min(q, 0), which is 0 to 508, as the low five bits and the rest, bytes each. So a
+// VPSHUFB looks up 32 rows at once, and bytes are added: 8 groups of the low parts, at most 248, and 16 of the high
+// ones, at most 240, before they are widened. Twice the weights a cycle of layout 1, which multiplies.
+
+// Columns whose v an uint16 can add: 128 * 508 = 65024.
+constexpr int64_t kGroups = 128, kGroupBytes = 32, kBlockColumns = 4 * kGroups;
+
+// Tables [blocks of columns, n, kGroups, 2, 16], then the sums of min(q, 0), int32 [n].
+inline int64_t column_blocks(int64_t K) { return (K + kBlockColumns - 1) / kBlockColumns; }
+inline int64_t table_bytes(int64_t n, int64_t K) { return column_blocks(K) * n * kGroups * kGroupBytes; }
+
+inline __m256i table_at(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline __m256i low_nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+
+// Sums of bytes of 32 rows, as uint16: of all pairs of bytes, modulo 2^16, and of the odd ones alone.
+struct PairSums {
+  __m256i pairs = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
+
+  inline void add(__m256i bytes) {
+    pairs = _mm256_add_epi16(pairs, bytes);
+    odd = _mm256_add_epi16(odd, _mm256_srli_epi16(bytes, 8));
+  }
+  inline __m256i even() const { return _mm256_sub_epi16(pairs, _mm256_slli_epi16(odd, 8)); }
+};
+
+// sums[t][i] += v of the rows 8 i to 8 i + 7 over `groups` groups, a multiple of 8. tables[t] are those of the block of
+// columns; nibbles(pair of groups, half) gives two vectors of indices, of 32 rows each.
+template <int NT, class Nibbles>
+inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Nibbles& nibbles,
+                    __m256i (&sums)[NT][8]) {
+  PairSums low_sums[NT][2], high_sums[NT][2];
+  for (int64_t g = 0; g < groups;) {
+    __m256i high[NT][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * NT; ++i) high[i / 2][i % 2] = _mm256_setzero_si256();
+    for (const int64_t end = min(g + 16, groups); g < end;) {
+      __m256i low[NT][2];
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * NT; ++i) low[i / 2][i % 2] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; ++pair, g += 2) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          __m256i index[2];
+          nibbles(g / 2, half, index);
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+            for (int t = 0; t < NT; ++t) {
+              const uint8_t* table = tables[t] + (g + i) * kGroupBytes;
+              add_looked_up(low[t][half], table_at(table), index[i]);
+              add_looked_up(high[t][half], table_at(table + 16), index[i]);
+            }
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * NT; ++i) low_sums[i / 2][i % 2].add(low[i / 2][i % 2]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * NT; ++i) high_sums[i / 2][i % 2].add(high[i / 2][i % 2]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 2 * NT; ++i) {
+    const int t = i / 2, half = i % 2;
+    const PairSums &low = low_sums[t][half], &high = high_sums[t][half];
+    const __m256i even = _mm256_add_epi16(low.even(), _mm256_slli_epi16(high.even(), 5));
+    const __m256i odd = _mm256_add_epi16(low.odd, _mm256_slli_epi16(high.odd, 5));
+    const __m256i words[2] = {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
+    // The rows of words[0] are 0 to 7 and 16 to 23, those of words[1] 8 to 15 and 24 to 31.
+#pragma GCC unroll 4
+    for (int eight = 0; eight < 4; ++eight) {
+      const __m256i of = words[eight % 2];
+      const __m128i rows = eight < 2 ? _mm256_castsi256_si128(of) : _mm256_extracti128_si256(of, 1);
+      __m256i& sum = sums[t][4 * half + eight];
+      sum = _mm256_add_epi32(sum, _mm256_cvtepu16_epi32(rows));
+    }
+  }
+}
+
+// Groups of the block of columns from column k on.
+inline int64_t groups_from(const ScaffoldArgs& a, int64_t k) { return min(a.K - k, kBlockColumns) / 4; }
+
+inline const uint8_t* tables_of(const ScaffoldArgs& a, int64_t k, int64_t t) {
+  return static_cast<const uint8_t*>(a.packed) + (k / kBlockColumns * a.n + t) * kGroups * kGroupBytes;
+}
+
+// The rows of one block, all their columns added up.
+inline void finish_block(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t,
+                         const __m256i (&sums)[8]) {
+  int32_t base;
+  std::memcpy(&base, static_cast<const char*>(a.packed) + table_bytes(a.n, a.K) + t * sizeof base,
+              sizeof base);
+  for (int64_t i = 0; i < 8 && row + 8 * i < a.M; ++i) {
+    finish(a, plane, row + 8 * i, t, _mm256_add_epi32(sums[i], _mm256_set1_epi32(base)));
+  }
+}
+
+void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1) {
+  const uint8_t* tile = tiles_of(a, plane, row0);
+  Ahead ahead(tile);
+  for (int64_t row = row0; row < row1; row += kBlockRows) {
+    __m256i sums[1][8] = {};
+    for (int64_t k = 0; k < a.K; k += kBlockColumns) {
+      const int64_t groups = groups_from(a, k);
+      const uint8_t* const tables[1] = {tables_of(a, k, 0)};
+      look_up<1>(
+          tables, groups,
+          [tile, &ahead](int64_t pair, int half, __m256i(&index)[2]) __attribute__((always_inline)) {
+            if (half == 0) ahead.next();
+            const __m256i bytes = load(tile + pair * kBlockRows + 32 * half);
+            index[0] = low_nibbles(bytes);
+            index[1] = low_nibbles(_mm256_srli_epi16(bytes, 4));
+          },
+          sums);
+      tile += groups / 2 * kBlockRows;
+    }
+    finish_block(a, plane, row, 0, sums[0]);
+  }
+}
+
+// Two or more tokens: the nibbles of a block of columns are taken apart once for so many of them.
+constexpr int64_t kTokensAtOnce = 16;
+
+template <int NT>
+void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* index, __m256i (*sums)[8]) {
+  const uint8_t* tables[NT];
+  for (int i = 0; i < NT; ++i) tables[i] = tables_of(a, k, t + i);
+  look_up<NT>(
+      tables, groups_from(a, k),
+      [index](int64_t pair, int half, __m256i(&of)[2]) __attribute__((always_inline)) {
+        const uint8_t* p = index + pair * 2 * kBlockRows + 32 * half;
+        of[0] = load(p);
+        of[1] = load(p + kBlockRows);
+      },
+      *reinterpret_cast<__m256i(*)[NT][8]>(sums));
+}
+
+void look_up_many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1) {
+  const uint8_t* tile = tiles_of(a, plane, row0);
+  Ahead ahead(tile);
+  for (int64_t row = row0; row < row1; row += kBlockRows, tile += kBlockRows * a.K / 8) {
+    for (int64_t t0 = 0; t0 < a.n; t0 += kTokensAtOnce) {
+      const int64_t t1 = min(t0 + kTokensAtOnce, a.n);
+      __m256i sums[kTokensAtOnce][8] = {};
+      for (int64_t k = 0; k < a.K; k += kBlockColumns) {
+        alignas(32) uint8_t index[kGroups * kBlockRows];
+        for (int64_t pair = 0; pair < groups_from(a, k) / 2; ++pair) {
+          if (t0 == 0) ahead.next();
+          for (int half = 0; half < 2; ++half) {
+            const __m256i bytes = load(tile + (k / 8 + pair) * kBlockRows + 32 * half);
+            uint8_t* p = index + pair * 2 * kBlockRows + 32 * half;
+            store(p, low_nibbles(bytes));
+            store(p + kBlockRows, low_nibbles(_mm256_srli_epi16(bytes, 4)));
+          }
+        }
+        int64_t t = t0;
+        for (; t + 2 <= t1; t += 2) look_up_tokens<2>(a, k, t, index, sums + (t - t0));
+        if (t < t1) look_up_tokens<1>(a, k, t, index, sums + (t - t0));
+      }
+      for (int64_t t = t0; t < t1; ++t) finish_block(a, plane, row, t, sums[t - t0]);
     }
   }
 }
@@ -246,16 +434,48 @@ void int8_rows(const Int8Args& a, int64_t m, Ahead ahead) {
 
 }  // namespace
 
-// Four tokens at stride K are few enough streams to be read in place.
-size_t scaffold_pack_bytes(int64_t, int64_t) { return 0; }
+// Layout 1 needs none: four tokens at stride K are few enough streams to be read in place.
+size_t scaffold_pack_bytes(int layout, int64_t n, int64_t K) {
+  return layout == 2 ? static_cast<size_t>(table_bytes(n, K)) + static_cast<size_t>(n) * sizeof(int32_t) : 0;
+}
 
-void scaffold_pack(const int8_t*, int64_t, int64_t, void*) {}
+void scaffold_pack(int, const int8_t* q, int64_t n, int64_t K, void* packed) {
+  auto* tables = static_cast<uint8_t*>(packed);
+  const __m256i choice = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m256i chosen[4];  // of each of four columns, whether a choice has it
+  for (int i = 0; i < 4; ++i) {
+    const __m256i bit = _mm256_set1_epi16(static_cast<int16_t>(1 << i));
+    chosen[i] = _mm256_cmpeq_epi16(_mm256_and_si256(choice, bit), bit);
+  }
+  for (int64_t t = 0; t < n; ++t, q += K) {
+    int32_t base = 0;
+    for (int64_t g = 0; g < K / 4; ++g) {
+      int32_t least = 0;
+      __m256i v = _mm256_setzero_si256();
+      for (int i = 0; i < 4; ++i) {
+        const int16_t value = q[4 * g + i];
+        least += value < 0 ? value : 0;
+        v = _mm256_add_epi16(v, _mm256_and_si256(chosen[i], _mm256_set1_epi16(value)));
+      }
+      base += least;
+      v = _mm256_sub_epi16(v, _mm256_set1_epi16(static_cast<int16_t>(least)));
+      const __m256i low = _mm256_and_si256(v, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(v, 5);
+      uint8_t* table = tables + ((g / kGroups * n + t) * kGroups + g % kGroups) * kGroupBytes;
+      store(table, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+    }
+    std::memcpy(tables + table_bytes(n, K) + t * static_cast<int64_t>(sizeof base), &base, sizeof base);
+  }
+}
 
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
-  const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
   for (int64_t plane = 0; plane < a.planes; ++plane) {
-    a.n == 1 ? one_token(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
+    if (a.layout == 2) {
+      a.n == 1 ? look_up_one_token(a, plane, m0, m1) : look_up_many_tokens(a, plane, m0, m1);
+    } else {
+      const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
+      a.n == 1 ? one_token(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
+    }
   }
 }
 

@@ -73,7 +73,7 @@ void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t bl
   __m512i mask[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
-  const uint8_t* tile = tiles_of(a, plane, block0);
+  const uint8_t* tile = tiles_of(a, plane, block0 * kTileRows);
   Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
@@ -109,7 +109,7 @@ template <int NB, int NT>
 void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int64_t block_bytes = kTileRows * a.K / 8;
-  const uint8_t* tile = tiles_of(a, plane, block);
+  const uint8_t* tile = tiles_of(a, plane, block * kTileRows);
   const int8_t* q = static_cast<const int8_t*>(a.packed) + t0 * a.K;
   __m512i acc[NB][NT];
 #pragma GCC unroll 24
@@ -250,10 +250,14 @@ constexpr Int8Tile kInt8Tiles[2][kInt8Tokens + 1] = {
 
 }  // namespace
 
-size_t scaffold_pack_bytes(int64_t n, int64_t K) { return n <= kFewTokens ? 0 : n * K; }
+// Layout 2 is for AVX2, and its kernels are AVX2's.
+size_t scaffold_pack_bytes(int layout, int64_t n, int64_t K) {
+  if (layout == 2) return avx2::scaffold_pack_bytes(layout, n, K);
+  return layout == 0 || n <= kFewTokens ? 0 : n * K;
+}
 
-void scaffold_pack(const int8_t* q, int64_t n, int64_t K, void* packed) {
-  if (n <= kFewTokens) return;
+void scaffold_pack(int layout, const int8_t* q, int64_t n, int64_t K, void* packed) {
+  if (layout == 2) return avx2::scaffold_pack(layout, q, n, K, packed);
   Dword* out = static_cast<Dword*>(packed);
   for (int64_t i = 0; i < tile_count(n); ++i) {
     const int64_t t0 = tile_start(n, i), t1 = tile_start(n, i + 1);
@@ -265,6 +269,7 @@ void scaffold_pack(const int8_t* q, int64_t n, int64_t K, void* packed) {
 
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
+  if (a.layout == 2) return avx2::scaffold_matmul(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
   for (int64_t plane = 0; plane < a.planes; ++plane) {
     switch (a.n) {

@@ -11,13 +11,13 @@ namespace scalar {
 extern const KernelTable kTable;
 }
 
-#define DFSSM_ISA(isa, cpu_runs_it)                                        \
-  namespace isa {                                                          \
-  extern const KernelTable kTable;                                         \
-  size_t scaffold_pack_bytes(int64_t n, int64_t K);                        \
-  void scaffold_pack(const int8_t* q, int64_t n, int64_t K, void* packed); \
-  void scaffold_matmul(const ScaffoldArgs& args, int64_t m0, int64_t m1);  \
-  void int8_matmul(const Int8Args& args, int64_t m0, int64_t m1);          \
+#define DFSSM_ISA(isa, cpu_runs_it)                                                    \
+  namespace isa {                                                                      \
+  extern const KernelTable kTable;                                                     \
+  size_t scaffold_pack_bytes(int layout, int64_t n, int64_t K);                        \
+  void scaffold_pack(int layout, const int8_t* q, int64_t n, int64_t K, void* packed); \
+  void scaffold_matmul(const ScaffoldArgs& args, int64_t m0, int64_t m1);              \
+  void int8_matmul(const Int8Args& args, int64_t m0, int64_t m1);                      \
   }
 #include "isas.h"
 #undef DFSSM_ISA

@@ -118,6 +118,6 @@ inline void* thread_scratch(size_t bytes) noexcept {
 
 // What kernels, which include no header of the opset, have from it.
 static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
-static_assert(kTileRows == opset::kTileRows[opset::kRow16]);
+static_assert(kTileRows == opset::kTileRows[opset::kRow16] && kBlockRows == opset::kTileRows[opset::kRow64]);
 
 }  // namespace dfssm

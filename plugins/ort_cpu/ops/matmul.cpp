@@ -70,14 +70,15 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
   float* y = call.output<float>(0, {s.B, s.T, M});
 
   const KernelTable& kernels = call.kernels;
-  const size_t packed_bytes = a.layout == opset::kRow16 ? kernels.scaffold_pack_bytes(n, K) : 0;
+  const int layout = static_cast<int>(a.layout);
+  const size_t packed_bytes = kernels.scaffold_pack_bytes(layout, n, K);
   const size_t packed_room = (packed_bytes + 63) / 64 * 64;
   const Tokens tokens =
       quantize_tokens(call, call[S::k_x], packed_room + static_cast<size_t>(n * R) * sizeof(float));
   float* h = reinterpret_cast<float*>(tokens.extra + packed_room);
   const Int8Args down = int8_args(tokens, call[S::k_down], call[S::k_down_scale], R, h);
   Prologue low_rank((n + kTokens - 1) / kTokens * ((R + kRanks - 1) / kRanks));
-  if (packed_bytes) kernels.scaffold_pack(tokens.q, n, K, tokens.extra);
+  if (packed_bytes) kernels.scaffold_pack(layout, tokens.q, n, K, tokens.extra);
 
   ScaffoldArgs args{};
   args.q = tokens.q;
@@ -93,13 +94,14 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
   args.ldy = M;
   args.n = n, args.K = K, args.M = M, args.R = R;
   args.planes = static_cast<int>(a.planes);
-  args.layout = static_cast<int>(a.layout);
-  constexpr int64_t kRows = 32;  // two tiles of layout 1 share each broadcast of activations
-  const double bytes = static_cast<double>(kRows * (a.planes * K / 8 + R));
-  const double unit_ns = matmul_ns(bytes, n, a.layout == opset::kRow16 ? 0.03 : 0.5);
-  call.parallel((M + kRows - 1) / kRows, unit_ns, [&](int64_t begin, int64_t end) {
+  args.layout = layout;
+  // Two tiles of layout 1 share each broadcast of activations.
+  const int64_t rows = layout == opset::kRow64 ? opset::kTileRows[opset::kRow64] : 32;
+  const double bytes = static_cast<double>(rows * (a.planes * K / 8 + R));
+  const double unit_ns = matmul_ns(bytes, n, layout == opset::kCanonical ? 0.5 : 0.03);
+  call.parallel((M + rows - 1) / rows, unit_ns, [&, rows](int64_t begin, int64_t end) {
     low_rank.complete([&](int64_t i) { low_rank_piece(kernels, down, i); });
-    kernels.scaffold_matmul(args, begin * kRows, std::min(end * kRows, M));
+    kernels.scaffold_matmul(args, begin * rows, std::min(end * rows, M));
   });
 }
 

@@ -21,6 +21,7 @@
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 #define __mmask16 simde__mmask16
 #define __mmask64 simde__mmask64
+#undef _mm256_fmadd_ps
 #undef _mm256_mask_storeu_epi16
 #undef _mm256_maskz_loadu_epi16
 #undef _mm512_abs_ps
@@ -88,6 +89,14 @@ inline void store(void* p, uint64_t mask, const V& v) {
   }
 }
 
+template <class V>
+inline V fmadd(const V& a, const V& b, const V& c) {
+  const auto x = lanes<float>(a), y = lanes<float>(b);
+  auto z = lanes<float>(c);
+  for (size_t i = 0; i < z.size(); ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+  return vector<V>(z);
+}
+
 // Halves are combined until one lane is left: the order of gcc's _mm512_reduce_*, which a float sum depends on.
 template <class T, class V, class Function>
 inline T reduce(const V& v, Function function) {
@@ -144,12 +153,8 @@ inline __m256i _mm512_cvtps_ph(__m512 v, int) {  // the rounding asked for is to
 // ---- arithmetic ----
 
 // SIMDe rounds twice where the CPU has no FMA; fmaf rounds once on every CPU.
-inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-  const auto x = simulated::lanes<float>(a), y = simulated::lanes<float>(b);
-  auto z = simulated::lanes<float>(c);
-  for (size_t i = 0; i < z.size(); ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
-  return simulated::vector<__m512>(z);
-}
+inline __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) { return simulated::fmadd(a, b, c); }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return simulated::fmadd(a, b, c); }
 // SIMDe compares with zero, and so leaves a NaN its sign.
 inline __m512 _mm512_abs_ps(__m512 v) {
   return simulated::map<__m512, uint32_t>(v, [](uint32_t bits) { return bits & 0x7fffffff; });
