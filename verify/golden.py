@@ -74,7 +74,11 @@ class Golden:
             raise DfssmError(
                 f"{bundle.folder} has no {GOLDEN} to be verified with: compile it again, without --no-verify"
             )
-        data = bundle.read(GOLDEN)
+        return cls.from_bytes(bundle.read(GOLDEN), path, bundle.manifest.config.get("vocab_size"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path, vocab: Any) -> Golden:
+        """What `to_bytes` wrote, of a model with so many tokens. DfssmError, about `path`, when `data` is not that."""
         try:
             arrays = safetensors.numpy.load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -82,13 +86,13 @@ class Golden:
             if about["version"] != VERSION:
                 raise ValueError(f"it is {FORMAT} version {about['version']}, not {VERSION}")
             golden = cls(tuple(about["names"]), kernels=about["kernels"], **arrays)
-            golden._require_whole(bundle.manifest.config)
+            golden._require_whole(vocab)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
         return golden
 
-    def _require_whole(self, config: Mapping[str, Any]) -> None:
-        count, names, vocab = len(self.calls), len(self.names), config["vocab_size"]
+    def _require_whole(self, vocab: Any) -> None:
+        count, names = len(self.calls), len(self.names)
         shapes = {
             "ids": (int(self.calls.sum()),), "calls": (count,), "digests": (count, names, SUMS),
             "hashes": (count, names, 8), "drift": (names,), "logits": (2, vocab),

@@ -133,6 +133,12 @@ def _state(path: Path) -> None:
     State.load(path)
 
 
+def _golden(path: Path) -> None:
+    from dfssm.verify.golden import Golden
+
+    Golden.from_bytes(path.read_bytes(), path, 3)
+
+
 def _student(path: Path) -> None:
     from dfssm.model.checkpoint import load_student_tensors
 
@@ -233,6 +239,17 @@ def _states() -> list[bytes]:
     return [_made("s", State.zeros("0" * 64, layout, 3, 2).save)]
 
 
+def _goldens() -> list[bytes]:
+    import numpy as np
+
+    from dfssm.verify.golden import SUMS, Golden
+
+    rows = {"digests": np.zeros((2, 3, SUMS), np.float32), "hashes": np.zeros((2, 3, 8), np.uint8)}
+    rows |= {"drift": np.zeros(3, np.float32), "logits": np.zeros((2, 3), np.float32)}
+    names = ("conv_state.0", "ssm_state.0", "logits")
+    return [Golden(names, np.array([0, 2, 1]), np.array([1, 2]), kernels="k", **rows).to_bytes()]
+
+
 def _students(file: str, torch_seed: int = 0) -> list[bytes]:
     from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import init_student
@@ -312,6 +329,7 @@ ENTRIES: dict[str, Entry] = {
     "manifest": Entry("manifest.json", _manifests, _manifest, mutate.manifest),
     "graph": Entry("model.onnx", _graphs, _graph, mutate.any_bytes),
     "state": Entry("a.state", _states, _state, mutate.safetensors),
+    "golden": Entry("golden.safetensors", _goldens, _golden, mutate.safetensors),
     "text": Entry("a.txt", _texts, _documents, mutate.any_bytes),
     "json_lines": Entry("a.jsonl", _lines, _documents, mutate.json_lines),
     "parquet": Entry("a.parquet", _parquets, _documents, mutate.any_bytes),

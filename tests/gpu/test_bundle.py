@@ -7,8 +7,10 @@ import pytest
 from click.testing import CliRunner
 from gpu import devices
 from gpu.devices import Device
+from trt_graphs import DEMO
 
 from dfssm.cli.main import dfssm
+from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, trt
@@ -72,3 +74,22 @@ def test_the_benchmark_runs(builder, opened):
     result = json.loads(CliRunner().invoke(dfssm, command, catch_exceptions=False).stdout)
     assert result["gpu"]["builder"] == builder and [batch["batch"] for batch in result["batches"]] == [1]
     assert result["tok_s"] > 0 and result["batches"][0]["recorded"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("lowering", ["plugin", "native"])
+@pytest.mark.parametrize("builder", devices.BUILDERS)
+def test_the_goldens_come_out_right(builder, lowering, state_dtype, tmp_path, recwarn):
+    """What the step graph computed on the CPU; until then the engine says that it was not verified."""
+    if reason := devices.missing_for(builder, lowering):
+        pytest.skip(reason)
+    options = {"builder": builder, "lowering": lowering, "sm": str(devices.sm())}
+    compile_model(Request(DEMO, "trt", tmp_path / "b", state_dtype, options=options))
+    Engine.load(tmp_path / "b")
+    assert [str(warning.message) for warning in recwarn if "never verified" in str(warning.message)]
+    done = CliRunner().invoke(dfssm, ["verify", str(tmp_path / "b"), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, json.loads(done.stdout)["first"]
+    recwarn.clear()
+    Engine.load(tmp_path / "b")
+    assert not [str(warning.message) for warning in recwarn if "never verified" in str(warning.message)]

@@ -261,6 +261,14 @@ def test_goldens_are_small_and_the_same_again(compiled, model, tmp_path):
     assert (tmp_path / "b" / GOLDEN).read_bytes() == (folder / GOLDEN).read_bytes()
 
 
+@pytest.mark.parametrize("most, prompt", [(1, [1] * 31), (20, [20, 11]), (31, [31]), (512, [31])])
+def test_calls_are_those_that_an_engine_can_make(most, prompt, compiled, tmp_path):
+    folder = shutil.copytree(compiled("onnx"), tmp_path / "b")
+    made = golden.make_golden(get_target("onnx"), folder, tiny.CONFIG.vocab_size, most, lambda done, total: None)
+    assert made.calls.tolist() == [1, *prompt, 1] and len(made.ids) == 33
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in compiled("onnx").iterdir())
+
+
 def test_without_verification_there_are_none(model, tmp_path):
     compile_model(Request(model, "onnx", tmp_path / "b", verify=False))
     assert GOLDEN not in read_manifest(tmp_path / "b").files and not (tmp_path / "b" / GOLDEN).exists()
