@@ -67,7 +67,11 @@ def op_tolerance(op: str, sizes: Mapping[str, Any], output: str = "y") -> Tolera
 
 SPREAD = 4.0
 """Over the drift of one disturbed run: another backend's noise has other places and sizes. Seen for digests between the
-CPU's instruction sets: up to 2.1 times (demo, random 130M; every state dtype)."""
+CPU's instruction sets: up to 2.1 times (demo, random 130M and 1.3B)."""
+
+UNRELATED = 0.9
+"""As `rms_error` the most that means anything: zeros are off by 1, other values of the same size by 1.4. A random 1.3B
+comes near it: between instruction sets a state of layer 45 was off by 0.5."""
 
 
 def rms_error(actual: ArrayLike, expected: ArrayLike) -> float:
@@ -86,7 +90,7 @@ def drift_tolerance(layers: int, d_model: int, drift: float) -> Tolerance:
     flips = model_tolerance(layers, d_model)
     if flips.relative >= SPREAD * drift:
         return flips
-    return Tolerance(SPREAD * drift, f"{SPREAD:.0f} times what float noise moves in this model")
+    return Tolerance(min(SPREAD * drift, UNRELATED), f"{SPREAD:.0f} times what float noise moves in this model")
 
 
 def model_tolerance(n_layer: int, d_model: int) -> Tolerance:

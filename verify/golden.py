@@ -227,7 +227,8 @@ def _observed(names: Sequence[str], values: Mapping[str, np.ndarray]) -> Observe
 def _digest(numbers: np.ndarray) -> np.ndarray:
     """f32[SUMS]: stretches of all numbers, end to end, added up with signs."""
     starts = np.linspace(0, numbers.size, SUMS, endpoint=False).astype(int)
-    return np.add.reduceat(numbers.reshape(-1) * _signs(numbers.size), starts).astype(np.float32)
+    signed = numbers.reshape(-1) * _signs(numbers.size)
+    return np.add.reduceat(signed, starts, dtype=np.float64).astype(np.float32)
 
 
 @cache

@@ -300,6 +300,8 @@ def test_a_tolerance_is_what_the_model_drifts_and_no_less_than_a_few_flips():
     assert drift_tolerance(4, 64, 0.0) == flips
     deep = drift_tolerance(4, 64, 0.2)
     assert deep.relative == pytest.approx(0.8) and "float noise" in deep.reason
+    ones = np.ones(9)
+    assert drift_tolerance(48, 64, 5.0).relative < rms_error(0 * ones, ones) == 1, "nothing is not allowed"
 
 
 def test_numbers_that_are_not_finite_are_off(compiled):
