@@ -54,7 +54,8 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
         if mode is not None and not stat.S_ISREG(mode):
             return _write_through(target, content)
         target = target.resolve()
-        with _made(target.parent) if parents else contextlib.nullcontext(), _draft_file(target) as draft:
+        with _made(target.parent) if parents else contextlib.nullcontext(), _draft(target) as folder:
+            draft = folder / "draft"
             _fill(draft, content)
             draft.chmod(stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
             sync(draft)
@@ -76,11 +77,7 @@ def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -
             target = target.resolve()
             if parents:
                 stack.enter_context(_made(target.parent))
-            collect(target.parent)
-            draft, lock = _make_draft(target)
-        # Then this is what the target was before, or what came of the block that failed.
-        stack.callback(os.close, lock)
-        stack.callback(shutil.rmtree, draft, ignore_errors=True)
+            draft = stack.enter_context(_draft(target))
         yield draft
         with writing(target):
             for inner in (*sorted(draft.rglob("*"), reverse=True), draft):
@@ -141,11 +138,14 @@ def _write_through(target: Path, content: bytes | str | Callable[[Path], object]
 
 
 @contextmanager
-def _draft_file(target: Path) -> Iterator[Path]:
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder for a draft beside `target`. What is there at the end is what came of a block that failed, or what the
+    target was before.
+    """
     collect(target.parent)
     folder, lock = _make_draft(target)
     try:
-        yield folder / "draft"
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
