@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import sync
+from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.files import probe, sync
 
 from .distributed import Ranks
 
@@ -66,9 +66,15 @@ class Checkpoints:
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self._folder(old))
         except (OSError, CheckpointException) as error:
+            why = str(error).strip().splitlines()[-1]
+            if isinstance(error, CheckpointException):
+                try:
+                    temporary.mkdir(exist_ok=True)
+                    probe(temporary / "probe")
+                except OSError as full:
+                    why = reason(full)
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = str(error).strip().splitlines()[-1]
-            raise DfssmError(f"{final}: cannot be written ({reason}); make room and go on with --resume") from None
+            raise DfssmError(f"{final}: cannot be written ({why}); make room and go on with --resume") from None
         self.ranks.barrier()
 
     def own(self, step: int) -> str:
@@ -107,8 +113,8 @@ def _loading(source: Path) -> Iterator[None]:
         with _quiet():
             yield
     except (OSError, EOFError, CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise DfssmError(f"{source}: cannot be loaded ({reason[0]}); remove it to use the one before") from None
+        why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise DfssmError(f"{source}: cannot be loaded ({why[0]}); remove it to use the one before") from None
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

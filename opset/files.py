@@ -118,12 +118,19 @@ def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:
     except (OSError, DfssmError):
         raise
     except Exception:
-        # Libraries report a full disk in exceptions of their own. The next write meets the same.
-        with draft.open("ab") as file:
-            file.write(bytes(1 << 16))
-            file.flush()
-            os.fsync(file.fileno())
+        probe(draft)
         raise
+
+
+def probe(path: Path) -> None:
+    """After a library failed to write a file: OSError if the disk is full. They report that in exceptions of their own.
+
+    Appends 64 kB to `path`, a draft: a full disk refuses these, too.
+    """
+    with path.open("ab") as file:
+        file.write(bytes(1 << 16))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_through(target: Path, content: bytes | str | Callable[[Path], object]) -> None:

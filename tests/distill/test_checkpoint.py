@@ -129,7 +129,7 @@ class TestAFullDisk:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            self.refuse(checkpoints, "")
+            self.refuse(checkpoints, "File too large")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         self.check(checkpoints, before)
