@@ -11,6 +11,8 @@
 namespace dfssm::avx2 {
 namespace {
 
+using dfssm::min;  // of integers, beside that of vectors
+
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -44,7 +46,7 @@ inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set
 
 // Lanes of the eight rows from `row` on that exist, as a mask for masked moves.
 inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) {
-  return first_lanes(dfssm::min(a.M - row, 8)).lanes;
+  return first_lanes(min(a.M - row, 8)).lanes;
 }
 
 // (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
@@ -89,7 +91,7 @@ void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t blo
       __m256i acc[2][4];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = _mm256_setzero_si256();
-      for (int64_t end = dfssm::min(c + kTilesPerFold, columns), i = c; i < end;
+      for (int64_t end = min(c + kTilesPerFold, columns), i = c; i < end;
            ++i, tile += 64, q += kTileColumns) {
         ahead.next();
 #pragma GCC unroll 2
@@ -140,7 +142,7 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
     __m256i acc[NT][2];
 #pragma GCC unroll 8
     for (int i = 0; i < NT * 2; ++i) acc[i / 2][i % 2] = _mm256_setzero_si256();
-    for (int64_t end = dfssm::min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
+    for (int64_t end = min(c + kTilesPerWiden, columns), i = c; i < end; ++i, tile += 64) {
       __m256i bits[2] = {load(tile), load(tile + 32)};
 #pragma GCC unroll 1
       for (int j = 0; j < 8; ++j, q += 4) {
