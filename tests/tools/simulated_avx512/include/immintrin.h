@@ -21,6 +21,8 @@
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 #define __mmask16 simde__mmask16
 #define __mmask64 simde__mmask64
+#undef _mm256_cvtph_ps
+#undef _mm256_cvtps_ph
 #undef _mm256_fmadd_ps
 #undef _mm256_mask_storeu_epi16
 #undef _mm256_maskz_loadu_epi16
@@ -143,10 +145,16 @@ inline __m512 _mm512_cvtepi32_ps(__m512i v) {
 inline __m512i _mm512_cvtps_epi32(__m512 v) {
   return simulated::map<__m512i, float>(v, [](float x) -> int32_t { return _mm_cvtss_si32(_mm_set_ss(x)); });
 }
+inline __m256 _mm256_cvtph_ps(__m128i v) {
+  return simulated::map<__m256, uint16_t>(v, [](uint16_t x) { return dfssm::scalar::half_to_float(x); });
+}
+inline __m128i _mm256_cvtps_ph(__m256 v, int) {  // the rounding asked for is to nearest even
+  return simulated::map<__m128i, float>(v, [](float x) { return dfssm::scalar::float_to_half(x); });
+}
 inline __m512 _mm512_cvtph_ps(__m256i v) {
   return simulated::map<__m512, uint16_t>(v, [](uint16_t x) { return dfssm::scalar::half_to_float(x); });
 }
-inline __m256i _mm512_cvtps_ph(__m512 v, int) {  // the rounding asked for is to nearest even
+inline __m256i _mm512_cvtps_ph(__m512 v, int) {
   return simulated::map<__m256i, float>(v, [](float x) { return dfssm::scalar::float_to_half(x); });
 }
 
