@@ -45,9 +45,7 @@ inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set
 // ---- scaffold ----
 
 // Lanes of the eight rows from `row` on that exist, as a mask for masked moves.
-inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) {
-  return first_lanes(min(a.M - row, 8)).lanes;
-}
+inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) { return first_lanes(min(a.M - row, 8)).lanes; }
 
 // (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
 // brings the low-rank correction and the others add to it.
