@@ -199,8 +199,9 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     """
     job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
     recipe, windows = job.recipe, measured.windows
-    pair, weights = (prepared.student, prepared.teacher), (recipe.hidden, recipe.cross_entropy)
-    model = Distillation(*pair, *weights, recompute=job.recompute, compiled=job.compiled)
+    model = Distillation(
+        prepared.student, prepared.teacher, recipe.hidden, recipe.cross_entropy, job.recompute, compiled=job.compiled
+    )
     shard(model, ranks)
     trainer = Trainer(
         model,
