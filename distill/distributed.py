@@ -102,11 +102,3 @@ def gathered(model: Distillation) -> dict[str, torch.Tensor]:
     prefix = "student."
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def sum_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over the ranks: that can wait for a step's last micro-batch."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from dfssm.opset.errors import DfssmError
 
 from .checkpoint import Checkpoints
 from .data import Source
-from .distributed import Ranks, sum_gradients
+from .distributed import Ranks
 from .log import Log, Sink
 
 BETAS = 0.9, 0.95
@@ -151,7 +152,8 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for part in range(self.parts):
             ids = torch.from_numpy(self.source.take(self.schedule.micro_batch)).to(self.ranks.device)
-            sum_gradients(self.model, part == self.parts - 1)
+            if isinstance(self.model, FSDPModule):  # ranks sum their gradients once, in the last backward pass
+                self.model.set_requires_gradient_sync(part == self.parts - 1)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
                 values = self.model(ids)
             (values["loss"] / self.parts).backward()
