@@ -67,6 +67,15 @@ def command(as_json: bool, **options) -> None:
     print_result(report.to_dict(), as_json, _text)
 
 
+def _memory(memory: dict) -> str:
+    """What an engine takes of a GPU."""
+    parts = {"weights": "weights", "states": "states", "activations": "between the layers", "logits": "logits"}
+    told = [f"{megabytes(memory[key])} {name}" for key, name in parts.items() if memory[key] is not None]
+    total = "" if memory["total"] is None else f" {megabytes(memory['total'])}:"
+    rows = f"{memory['rows']} sequence{'s' if memory['rows'] > 1 else ''}"
+    return f"memory of the GPU with {rows}:{total} {', '.join(told)}"
+
+
 def _text(report: dict) -> str:
     passes = [[p["name"], f"{p['seconds']:.2f} s", f"peak {megabytes(p['peak_rss_bytes'])}"] for p in report["passes"]]
     lines = [table(passes, right={1, 2})]
@@ -92,6 +101,7 @@ def _text(report: dict) -> str:
             lines += [f"{name} not applied at {node}: {why}" for node, why in nodes.items()]
         sm = ", ".join(map(str, engine["sm"]))
         lines.append(f"built by {engine['builder']} {engine['version']} ({engine['why']}) for SM {sm}")
+        lines.append(_memory(engine["memory"]))
     lines.append(
         f"{report['output']}: {megabytes(report['bytes'])}, target {report['target']}, {report['state_dtype']} states"
     )

@@ -17,10 +17,12 @@ from .state import Layout, State
 
 class Pool(Protocol):
     """Resident memory of the states of so many sequences, a row each, and the runs on it. A batch is a range of rows;
-    what touches one row leaves the others as they are. `logits` f32[rows,V] are those of the last token of each row.
+    what touches one row leaves the others as they are.
     """
 
-    logits: np.ndarray
+    @property
+    def logits(self) -> np.ndarray:
+        """f32[rows,V], those of the last token of each row; the host's copy of them, brought up to date."""
 
     def run(self, ids: np.ndarray, start: int, done: Callable[[], object], release_memory: bool = False) -> None:
         """Read ids i64[n,T], contiguous, into rows `start` to `start + n - 1`; then `logits` has theirs.
@@ -30,7 +32,12 @@ class Pool(Protocol):
         """
 
     def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
-        """`run` that returns the logits of all tokens, f32[n,T,V]."""
+        """`run` that returns the logits of all tokens, f32[n,T,V]; T is at most the backend's `max_logits`."""
+
+    def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`sampling.largest` of the logits of row `row`. A device that is asked for so many finds them itself from the
+        next step on, and the logits stay there.
+        """
 
     def reset(self, row: int) -> None:
         """Row `row` has read nothing: its state and logits are zeros."""
@@ -47,19 +54,23 @@ class Pool(Protocol):
     def pull(self) -> None:
         """Bring the arrays of the `State` that the pool was made of up to date, where they are copies."""
 
+    def pull_logits(self) -> None:
+        """Bring the logits of that `State` up to date, likewise."""
+
     def push(self) -> None:
         """These arrays were written: run from them."""
 
 
 class Backend(Protocol):
     """A bundle's step, opened. `layout` is that of a state of one row, without logits; `max_batch` the most rows of a
-    run, `max_tokens` the tokens of each by which a prompt is read.
+    run, `max_tokens` the tokens of each by which a prompt is read, and `max_logits` where all their logits are wanted.
     """
 
     layout: Layout
     vocab_size: int
     max_batch: int
     max_tokens: int
+    max_logits: int
 
     def pool(self, rows: int) -> Pool:
         """Memory for `rows` sequences that have read nothing."""
@@ -80,8 +91,8 @@ def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool =
         from .tensorrt import TensorRTBackend
 
         target.check(bundle.folder, bundle.manifest, own)
-        cuda = Cuda()
         opened = target.open_engine(bundle, bundle.manifest, own, trust)
+        cuda = Cuda(target.plugin_library(bundle.manifest.engine, own))
         backend = TensorRTBackend(opened, cuda, in_place=bundle.manifest.engine["lowering"] == "plugin")
     else:
         from .ort import OrtBackend

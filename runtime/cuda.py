@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,18 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.targets.cuda import PACKAGES
 
+MOST_LARGEST = 1024
+"""Of `largest`: kMostLargest of plugins/trt/common/kernels.h."""
+
 
 class Cuda:
     """One stream of the device that `targets/cuda.py` lists first. All work is queued; `synchronize` waits for it.
-    Addresses are ints.
+    Addresses are ints. `plugins`: the plugin library, which has `largest`.
 
     Raises DfssmError when `cuda-bindings` is missing, there is no driver or no device, or a call fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plugins: Path | None = None) -> None:
         require(PACKAGES)
         from cuda.bindings import runtime
 
@@ -28,6 +33,8 @@ class Cuda:
             raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")
         self.stream = int(self._call("cudaStreamCreate"))
         self.recording = False
+        self._plugins = ctypes.CDLL(str(plugins)) if plugins else None
+        self.most_largest = MOST_LARGEST if plugins else 0
 
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""
@@ -37,6 +44,15 @@ class Cuda:
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
+
+    def pinned(self, size: int) -> np.ndarray:
+        """u8[size], memory of the host that copies need not wait for, and that may be recorded."""
+        address = int(self._call("cudaHostAlloc", max(size, 1), 0))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Give back what `pinned` returned; nothing may use it any more."""
+        self._call("cudaFreeHost", array.ctypes.data)
 
     def zero(self, address: int, size: int) -> None:
         """Queue setting `size` bytes of device memory to 0."""
@@ -53,6 +69,15 @@ class Cuda:
     def copy(self, to: int, source: int, size: int) -> None:
         """Queue a copy from device memory to device memory."""
         self._copy(to, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def largest(self, logits: int, rows: int, vocab: int, count: int, tokens: int, values: int) -> None:
+        """Queue `sampling.largest` of logits f32[rows,vocab], for a `count` of up to `most_largest`: tokens
+        i64[rows,count] and values f32[rows,count].
+        """
+        assert self._plugins
+        sizes = (ctypes.c_int32(size) for size in (rows, vocab, count))
+        where = (ctypes.c_void_p(address) for address in (logits, tokens, values, self.stream))
+        self._check("dfssm_largest", self._runtime.cudaError_t(self._plugins.dfssm_largest(*where, *sizes)))
 
     def synchronize(self) -> None:
         """Wait for what was queued. A recording that was cut short is given up: nothing else would run before."""
@@ -87,10 +112,13 @@ class Cuda:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         error, *result = getattr(self._runtime, name)(*arguments)
+        self._check(name, error)
+        return result[0] if result else None
+
+    def _check(self, name: str, error: Any) -> None:
         if error != self._runtime.cudaError_t.cudaSuccess:
             reason = error.name.removeprefix("cudaError")
             raise DfssmError(f"CUDA says {reason} ({name}): {_REMEDIES.get(reason, 'look at nvidia-smi')}")
-        return result[0] if result else None
 
 
 _REMEDIES = {

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,19 +102,27 @@ class Engine:
     def prefill(self, ids: Tokens | Sequence[Tokens], state: State) -> np.ndarray:
         """Read a prompt into `state`, which may have read something before.
 
-        Args: ids i64[T] or [1,T] for a state of one row, [B,T], or a list of B rows of unequal lengths, which
-            run one by one; every row has at least one token.
+        Args: ids i64[T] or [1,T] for a state of one row, [B,T], or a list of B rows of unequal lengths; every row has
+            at least one token. Each is read in the pieces that it would be read in alone; neighbours whose pieces are
+            of one length run together: give rows in order of length.
         Returns: logits f32[B,V] after the last token of each row.
         """
         rows = self._rows(ids)
         if len(rows) != state.batch:
             raise DfssmError(f"the prompt has {len(rows)} rows, the state has {state.batch}: make them equal")
         state.require_sound()
-        if len({len(row) for row in rows}) == 1:
-            self._read(np.stack(rows), state)
-        else:
-            for index, row in enumerate(rows):
-                self._read(row[None], state.row(index))
+        self._require_batch(len(rows))
+        pool, most, longest = self._pool(state), self.backend.max_tokens, max(map(len, rows))
+        for start in range(0, longest, most):
+            first = 0
+            for length, alike in groupby((row[start : start + most] for row in rows), len):
+                ids = np.stack(list(alike))
+                some = slice(first, first + len(ids))
+                first = some.stop
+                if length:
+                    done = state.rows.begin_run(state.span[some], ids)
+                    pool.run(ids, state.span[some].start, done, release_memory=start + most >= longest > LONG)
+                    self.check(pool, state.rows, state.span[some], state.logits[some])
         return state.logits.copy()
 
     def step(self, ids: Tokens | int, state: State) -> np.ndarray:
@@ -137,8 +146,14 @@ class Engine:
         state = self.new_state(len(rows)) if state is None else state
         if len(rows) != state.batch:
             raise DfssmError(f"got {len(rows)} rows of tokens, the state has {state.batch}: make them equal")
-        out = np.empty((len(rows), len(rows[0]), self.vocab_size), np.float32)
-        self._read(np.stack(rows), state, out)
+        self._require_batch(len(rows))
+        pool, ids, most = self._pool(state), np.stack(rows), self.backend.max_logits
+        out = np.empty((*ids.shape, self.vocab_size), np.float32)
+        for start in range(0, ids.shape[1], most):
+            part = np.ascontiguousarray(ids[:, start : start + most])
+            done = state.rows.begin_run(state.span, part)
+            out[:, start : start + most] = pool.run_all_logits(part, state.span.start, done)
+            self.check(pool, state.rows, state.span, out[:, start : start + most])
         return out
 
     def generate(
@@ -180,6 +195,16 @@ class Engine:
         self._require_batch(len(ids))
         pool.run(ids, span.start, rows.begin_run(span, ids))
 
+    def choose(self, state: State, sampling: Sampling) -> tuple[int, float]:
+        """The token that `sampling` takes after what `state` (batch 1) has read, and its logit."""
+        pool, row, position = self._pool(state), state.span.start, int(state.tokens[0])
+        if sampling.count:
+            tokens, logits = pool.largest(row, sampling.count)
+            at = sampling.choose_among(logits, position)
+            return int(tokens[at]), float(logits[at])
+        token = sampling.choose(pool.logits[row], position)
+        return token, float(pool.logits[row][token])
+
     def require_finite(self, state: State) -> None:
         """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""
         self.check(self._pool(state), state.rows, state.span, state.logits)
@@ -209,23 +234,6 @@ class Engine:
                 f"the batch has {rows} rows, the engine was built for {self.backend.max_batch}: "
                 f"compile with --max-batch {rows}"
             )
-
-    def _read(self, ids: np.ndarray, state: State, out: np.ndarray | None = None) -> None:
-        """Run ids i64[B,T] in pieces; the logits of all tokens go to `out` f32[B,T,V] where that is given."""
-        pool = self._pool(state)
-        self._require_batch(len(ids))
-        total, most = ids.shape[1], self.backend.max_tokens
-        for start in range(0, total, most):
-            stop = min(start + most, total)
-            part = np.ascontiguousarray(ids[:, start:stop])
-            done = state.rows.begin_run(state.span, part)
-            if out is None:
-                logits = state.logits
-                pool.run(part, state.span.start, done, release_memory=stop == total > LONG)
-            else:
-                logits = out[:, start:stop]
-                logits[:] = pool.run_all_logits(part, state.span.start, done)
-            self.check(pool, state.rows, state.span, logits)
 
     def _pool(self, state: State) -> Pool:
         """The pool that `state` is rows of."""

@@ -128,10 +128,9 @@ class Generation:
         if len(self.tokens) == self._max_tokens:
             return self._end("length")
         start = time.perf_counter()
-        logits = self.state.logits[0]
-        token = self._sampling.choose(logits, int(self.state.tokens[0]))
+        token, logit = self._engine.choose(self.state, self._sampling)
         self.decode_seconds += time.perf_counter() - start
-        if not math.isfinite(logits[token]):
+        if not math.isfinite(logit):
             self._engine.require_finite(self.state)
         if token in self._ends:
             return self._end("eos")

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from .memory import trim
+from .sampling import largest
 from .state import Layout, State
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -28,7 +29,7 @@ class OrtBackend:
 
     # Longer runs are no faster (1.3B: 32 to 256 tokens within the noise), and take memory: 8 MB of activations at 64
     # tokens, 40 MB at 256.
-    max_tokens = 64
+    max_tokens = max_logits = 64
 
     def __init__(self, session: onnxruntime.InferenceSession, in_place: bool):
         self.session, self._in_place = session, in_place
@@ -70,6 +71,9 @@ class OrtPool:
     def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
         return self._batch(start, len(ids)).run_all_logits(ids, done)
 
+    def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return largest(self.logits[row], count)
+
     def reset(self, row: int) -> None:
         for tensor in (*self.tensors.values(), self.logits):
             tensor[row] = 0
@@ -88,6 +92,9 @@ class OrtPool:
 
     def pull(self) -> None:
         """Nothing to do: the session works in the state's own arrays."""
+
+    def pull_logits(self) -> None:
+        """Nothing to do."""
 
     def push(self) -> None:
         """Nothing to do."""

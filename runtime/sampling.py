@@ -37,11 +37,27 @@ class Sampling:
 
         With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
         """
+        if self.count:
+            tokens, logits = largest(logits, self.count)
+            return int(tokens[self.choose_among(logits, position)])
         best = int(np.argmax(logits))  # argmax returns a NaN if there is one
-        if self.temperature == 0 or not math.isfinite(logits[best]):
+        if not math.isfinite(logits[best]):
             return best
-        tokens, weights = candidates(logits, self, logits[best])
+        tokens, weights = candidates(logits, self)
         return int(tokens[draw(weights, _uniform(self.seed, position))])
+
+    @property
+    def count(self) -> int:
+        """How many of the largest logits decide: 1 of a greedy choice, 0 where all of them do."""
+        return self.top_k if self.temperature else 1
+
+    def choose_among(self, logits: np.ndarray, position: int) -> int:
+        """`choose` from the `count` largest logits, f32[n] in falling order: the index of one."""
+        if len(logits) == 1 or not math.isfinite(logits[0]):
+            return 0
+        weights = _weights(logits, self.temperature)
+        kept = _nucleus(weights, self.top_p, weights.sum(dtype=np.float64))
+        return draw(weights[:kept], _uniform(self.seed, position))
 
 
 def _uniform(seed: int | None, position: int) -> float:
@@ -69,48 +85,61 @@ def _passes(sums: np.ndarray, target: float) -> int:
     return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0.0)), side="right"))
 
 
-def candidates(logits: np.ndarray, sampling: Sampling, largest: np.float32) -> tuple[np.ndarray, np.ndarray]:
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that remain after the filters and their unnormalised probabilities.
 
-    Args: logits f32[V], and the `largest` of them; `sampling.temperature` > 0.
+    Args: logits f32[V], finite; `sampling.temperature` > 0.
     Returns: (tokens i64[n], weights f32[n]); in falling order of weight where a filter is on, else in token
     order. Equal logits rank by token, so that the same logits give the same set on every machine.
     """
-    # Of a temperature below this, fp32 has no quotients; the draw is the greedy choice long before.
-    weights = np.exp((logits - largest) / np.float32(max(sampling.temperature, 1e-20)))
-    if not sampling.top_k and sampling.top_p == 1:
-        return np.arange(len(weights)), weights
     if sampling.top_k:
-        tokens = _largest(logits, sampling.top_k)
-        return _nucleus(tokens, weights[tokens], sampling.top_p, weights[tokens].sum(dtype=np.float64))
+        tokens, logits = largest(logits, sampling.top_k)
+        weights = _weights(logits, sampling.temperature)
+        kept = _nucleus(weights, sampling.top_p, weights.sum(dtype=np.float64))
+        return tokens[:kept], weights[:kept]
+    weights = _weights(logits, sampling.temperature)
+    if sampling.top_p == 1:
+        return np.arange(len(weights)), weights
     # The nucleus of a language model is small against its vocabulary: sorting the few hundred largest is some
     # twenty times cheaper than sorting all. Their number grows until they hold the probability that is asked
     # for.
     total = weights.sum(dtype=np.float64)
     count = 256
     while True:
-        tokens = _largest(logits, count)
+        tokens, _ = largest(logits, count)
         held = weights[tokens]
         if len(tokens) == len(weights) or held.sum(dtype=np.float64) >= sampling.top_p * total:
-            return _nucleus(tokens, held, sampling.top_p, total)
+            kept = _nucleus(held, sampling.top_p, total)
+            return tokens[:kept], held[:kept]
         count *= 8
 
 
-def _largest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest in falling order, lower index first among equals."""
+def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
+    # Of a temperature below this, fp32 has no quotients; the draw is the greedy choice long before.
+    weights: np.ndarray = np.exp((logits - logits.max()) / np.float32(max(temperature, 1e-20)))
+    return weights
+
+
+def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest of logits f32[V] in falling order, those of one value by token, NaN before all: tokens
+    i64[n] and logits f32[n].
+    """
+    if count == 1:
+        best = int(np.argmax(logits))  # a NaN, if there is one
+        return np.array([best]), logits[best : best + 1].copy()
+    number = ~np.isnan(logits)
+    keys = np.where(number, -logits, -np.inf)
+    chosen = np.arange(len(logits))
     if count < len(logits):
-        least = np.partition(logits, len(logits) - count)[len(logits) - count]
-        chosen = np.flatnonzero(logits >= least)
-    else:
-        chosen = np.arange(len(logits))
-    order = np.argsort(-logits[chosen], kind="stable")
-    return chosen[order[:count]]
+        chosen = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
+    order = np.lexsort((keys[chosen], number[chosen]))  # by the latter first; stable
+    tokens = chosen[order[:count]]
+    return tokens, logits[tokens]
 
 
-def _nucleus(tokens: np.ndarray, weights: np.ndarray, top_p: float, total: float) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest front of (tokens, weights) that holds `top_p` of `total`, crossing token included."""
+def _nucleus(weights: np.ndarray, top_p: float, total: float) -> int:
+    """How many of `weights`, in falling order, hold `top_p` of `total`, crossing token included."""
     if top_p == 1:
-        return tokens, weights
+        return len(weights)
     before = np.cumsum(weights, dtype=np.float64) - weights
-    keep = max(1, int(np.count_nonzero(before < top_p * total)))
-    return tokens[:keep], weights[:keep]
+    return max(1, int(np.count_nonzero(before < top_p * total)))

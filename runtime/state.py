@@ -38,7 +38,7 @@ class State:
     Attributes:
         tensors: name of the graph's input -> array [batch, ...], what the engine starts from and leaves; call `push`
             after writing to them.
-        logits: f32[batch, vocab], of the last token; the engine writes it at every call.
+        logits: f32[batch, vocab], of the last token; a device that has them copies them when they are asked for.
         tokens: i64[batch], how many tokens each row has read.
         recent: i64[batch, RECENT], the last of them, -1 where there were fewer: text goes on where it was cut.
         model: identity of the model: sha256 of its weights. An engine refuses a state of another model.
@@ -52,7 +52,7 @@ class State:
         tokens: np.ndarray,
         recent: np.ndarray | None = None,
     ):
-        self.model, self._tensors, self.logits = model, tensors, logits
+        self.model, self._tensors, self._logits = model, tensors, logits
         self.rows = Rows(tokens, recent)
         self.tokens, self.recent = self.rows.tokens, self.rows.recent
         # Of the engine that ran it last: itself, and its backend's pool of these rows.
@@ -83,6 +83,12 @@ class State:
         self.pull()
         return MappingProxyType(self._tensors)  # sessions hold the arrays' addresses: none is to be replaced
 
+    @property
+    def logits(self) -> np.ndarray:
+        if self.whole.pool is not None:
+            self.whole.pool.pull_logits()
+        return self._logits
+
     def pull(self) -> None:
         """Bring the arrays up to date with a device that runs them; nothing to do where they run in place."""
         if self.whole.pool is not None:
@@ -111,7 +117,7 @@ class State:
         require_whole(f"row of a state of batch {self.batch}", index, 0, self.batch - 1)
         at = slice(index, index + 1)
         tensors = {name: tensor[at] for name, tensor in self._tensors.items()}
-        row = State(self.model, tensors, self.logits[at], self.tokens[at], self.recent[at])
+        row = State(self.model, tensors, self._logits[at], self.tokens[at], self.recent[at])
         row._whole, row.rows, row.span = self.whole, self.rows, self.span[at]
         return row
 
@@ -130,7 +136,7 @@ class State:
 
     def copy_from(self, other: State) -> None:
         """Become `other`, in place. A single row is copied to every row: a prefix shared by a batch."""
-        require_model(other, self.model, self.layout, self.logits.shape[1])
+        require_model(other, self.model, self.layout, self._logits.shape[1])
         other.require_sound()
         if other.batch not in (1, self.batch):
             raise DfssmError(f"cannot copy a state of batch {other.batch} into one of batch {self.batch}")
@@ -150,7 +156,7 @@ class State:
             if self.whole.pool is not None:
                 self.whole.pool.reset(row)
         if self.whole.pool is None:
-            for array in (*self._tensors.values(), self.logits):
+            for array in (*self._tensors.values(), self._logits):
                 array.fill(0)
         self.rows.end(self.span)
 
@@ -223,8 +229,8 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
             f"{differing} of the state is {describe(found)}, this bundle has {describe(wanted)}: "
             "use the bundle that it was made with"
         )
-    if state.logits.shape[1] != vocab:
-        raise DfssmError(f"the state has logits of {state.logits.shape[1]} tokens, this bundle of {vocab}")
+    if state._logits.shape[1] != vocab:
+        raise DfssmError(f"the state has logits of {state._logits.shape[1]} tokens, this bundle of {vocab}")
 
 
 def _recent(text: str, batch: int, vocab: int) -> np.ndarray:

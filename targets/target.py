@@ -131,6 +131,9 @@ class EngineTarget(Target, Protocol):
         when its library refuses it.
         """
 
+    def plugin_library(self, engine: dict[str, Any], own: Path | None = None) -> Path | None:
+        """The library that `open_engine` loads, of the manifest's `engine`; None where it needs none."""
+
 
 def has_engine(target: Target) -> TypeGuard[EngineTarget]:
     """Whether bundles of `target` hold an engine; else they hold the step graph."""

@@ -24,6 +24,7 @@ from .files import Files, opened
 from .library import locate
 from .target import Probe, Progress, Tensors
 from .trt_build import MODULES, Request
+from .trt_memory import memory
 from .trt_options import OPTIONS as OPTIONS
 from .trt_options import PACKAGES, SHIPPED, Options, Plan, installed, remedy, resolve
 from .trt_plugins import Build, build_of
@@ -91,12 +92,15 @@ def find_library(own: Path | None = None) -> Path:
 
 def triton_backend(**options: Any) -> str:
     """That of TensorRT, which opens no engines of TensorRT-RTX."""
-    builder = resolve(Options(**options)).builder
+    plan = resolve(Options(**options))
+    builder = plan.builder
     if builder != "tensorrt":
         raise DfssmError(
             f"Triton runs engines of builder tensorrt, this one would be of {builder}: compile with --builder tensorrt "
             "on a machine that has it, or for --target ort-cpu"
         )
+    if plan.profiles[-1].logits > 1:  # their places have no row for each sequence, and so can be no input for Triton
+        raise DfssmError("Triton asks for the logits of the last token only: compile with --max-logits 1")
     return "tensorrt"
 
 
@@ -129,7 +133,8 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         shutil.copyfile(library, folder / LIBRARY)
         files.append(LIBRARY)
     version = plugins.version if plugins else ""
-    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering, version)
+    only_last = plan.profiles[-1].logits == 1
+    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering, version, only_last)
     built = build_engine(_request(plan, sm, folder), progress)
     found, missing = weights_in(folder / LOWERED, folder / ENGINE)
     # Plugins take weights as they are; of a graph without them TensorRT may fold some, and stripped ones are gone.
@@ -151,6 +156,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         "strip_weights": choice.strip_weights,
         "weights": {"found": found, "missing": len(missing)},
         **{key: built[key] for key in ("version", "layers", "profiles")},
+        "memory": memory(built["memory"], folder / MODEL, plan.profiles),
     }
 
 
@@ -260,8 +266,8 @@ def open_engine(folder: str | Path | Files, manifest: Manifest, own: Path | None
     require_engine(path, hashlib.sha256(data).hexdigest(), trust)  # of the bytes that are run
     trt = import_module(MODULES[engine["builder"]])
     logger = trt.Logger(trt.Logger.ERROR)
-    if _has_library(engine):
-        _load_plugins(trt, find_library(own))
+    if library := plugin_library(engine, own):
+        _load_plugins(trt, library)
     runtime = trt.Runtime(logger)
     # Plugins in the engine, or its own runtime, are code that it brings, as trusted as the engine itself.
     runtime.engine_host_code_allowed = engine["version_compatible"]
@@ -288,8 +294,9 @@ def _load_plugins(trt: ModuleType, library: Path) -> None:
         )
 
 
-def _has_library(engine: dict[str, Any]) -> bool:
-    return engine["lowering"] == "plugin" and not engine["embed_plugins"]
+def plugin_library(engine: dict[str, Any], own: Path | None = None) -> Path | None:
+    """The library that `open_engine` loads, where the engine needs one and does not hold it."""
+    return find_library(own) if engine["lowering"] == "plugin" and not engine["embed_plugins"] else None
 
 
 def _made_for(folder: Path, engine: dict[str, Any]) -> str:

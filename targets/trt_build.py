@@ -6,6 +6,7 @@ abort inside the native builder, or the end of memory, is a message to the calle
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -14,15 +15,30 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .trt_plugins import PLUGINS
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Name of a builder -> the Python module it is."""
 
+LOGITS_AT = "logits_at"
+"""The input of an engine that names the tokens whose logits it gives: see `trt_lowering.logits_at`."""
+
+# What the builder says of memory: of each profile, and of the weights of them all.
+_MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+
 # Of every model with token ids: they are bound as int64, as the step graph has them.
 _EXPECTED_WARNING = "Int64 binding"
+
+
+class Profile(NamedTuple):
+    """The shapes that one optimisation profile is for: up to so many of each, from 1 on, and what it is best at."""
+
+    rows: int
+    best: int
+    tokens: int
+    logits: int
 
 
 @dataclass(frozen=True)
@@ -30,9 +46,8 @@ class Request:
     """One engine to build.
 
     `model`: the lowered graph. `engine`: the file to write. `library`: the plugin library, "" for a graph without
-    plugins. `sm`: compute capabilities, for tensorrt-rtx. `profiles`: (most rows, best tokens,
-    most tokens) of each optimisation profile, rows and tokens from 1 on. `timing_cache`: a file to read, if it is
-    there, and to write; "" for none.
+    plugins. `sm`: compute capabilities, for tensorrt-rtx. `timing_cache`: a file to read, if it is there, and to write;
+    "" for none.
     """
 
     builder: str
@@ -40,7 +55,7 @@ class Request:
     engine: str
     library: str
     sm: tuple[int, ...]
-    profiles: tuple[tuple[int, int, int], ...]
+    profiles: tuple[Profile, ...]
     timing_cache: str = ""
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -95,6 +110,7 @@ def build(trt: ModuleType, request: Request) -> dict[str, Any]:
         "version": trt.__version__,
         "layers": network.num_layers,
         "profiles": profiles,
+        "memory": {kind: max(log.memory[kind], default=None) for kind in log.memory},
         "parse_seconds": parsed - start,
         "build_seconds": time.perf_counter() - parsed,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -145,7 +161,7 @@ def _config(trt: ModuleType, builder: Any, network: Any, request: Request) -> tu
             raise BuildError(f"{path} is the timing cache of another GPU or TensorRT: remove it or name another")
     if request.builder == "tensorrt-rtx":
         _set_capabilities(trt, config, request.sm)
-    profiles = [_add_profile(builder, config, network, *profile) for profile in request.profiles]
+    profiles = [_add_profile(builder, config, network, Profile(*profile)) for profile in request.profiles]
     return config, profiles
 
 
@@ -163,21 +179,22 @@ def _set_capabilities(trt: ModuleType, config: Any, sm: Sequence[int]) -> None:
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
 
 
-def _add_profile(builder: Any, config: Any, network: Any, rows: int, best: int, tokens: int) -> dict[str, Any]:
-    """One optimisation profile; returns what it means for `input_ids`."""
+def _add_profile(builder: Any, config: Any, network: Any, most: Profile) -> dict[str, Any]:
+    """One optimisation profile; returns what it means for `input_ids`, and how many `logits` a row it gives."""
     profile = builder.create_optimization_profile()
-    sizes = {"min": (1, 1), "opt": (rows, best), "max": (rows, tokens)}
-    bounds = {}
+    sizes = {"min": (1, 1, 1), "opt": (most.rows, most.best, 1), "max": (most.rows, most.tokens, most.logits)}
+    bounds: dict[str, Any] = {"logits": most.logits}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        # The open dimensions are the rows, first in every input, and the tokens of input_ids [B,T].
+        # The open dimensions are the rows, first in every input but logits_at [K], and the tokens of input_ids [B,T].
+        axes = (2,) if tensor.name == LOGITS_AT else (0, 1)
         shapes = {
-            name: [size if size != -1 else most[min(axis, 1)] for axis, size in enumerate(tensor.shape)]
-            for name, most in sizes.items()
+            name: [size if size != -1 else of[axes[min(axis, 1)]] for axis, size in enumerate(tensor.shape)]
+            for name, of in sizes.items()
         }
         profile.set_shape(tensor.name, *shapes.values())
         if tensor.name == "input_ids":
-            bounds = shapes
+            bounds |= shapes
     config.add_optimization_profile(profile)
     return bounds
 
@@ -193,15 +210,18 @@ def _logger(trt: Any) -> Any:
     """A TensorRT logger that says everything on stdout but details; `last` is the error to show.
 
     That is the last one, but an error of a plugin stays: it names the node and the shapes, and what TensorRT says
-    after it is only that a plugin failed.
+    after it is only that a plugin failed. `memory`: bytes of "weights", and of the "activations" of each profile.
     """
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.last = ""
+            self.memory: dict[str, list[int]] = {"weights": [], "activations": []}
 
         def log(self, severity: Any, text: str) -> None:
+            if found := _MEMORY.search(text):
+                self.memory["weights" if found[1] == "Weights" else "activations"].append(int(found[2]))
             if severity <= trt.ILogger.Severity.ERROR and not self.last.startswith(tuple(PLUGINS)):
                 self.last = " ".join(text.split())
             if severity <= trt.ILogger.Severity.WARNING and _EXPECTED_WARNING not in text:

@@ -10,7 +10,7 @@ from dfssm.opset import DfssmError, paths
 
 from . import cuda
 from .target import Option
-from .trt_build import MODULES, known_sms
+from .trt_build import MODULES, Profile, known_sms
 
 LOWERINGS = ("plugin", "native")
 BUILDERS = ("auto", *MODULES)
@@ -19,6 +19,11 @@ PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
 }
 """The distributions in which a builder's module may come."""
+
+PROMPT = 4096
+"""Tokens of one call, all rows together: as many keep a GPU busy, and what lies between the layers grows with them. Of
+the 1.3B 304 MB; the rows of --max-batch 128 with 512 tokens each would take 4.9 GB.
+"""
 
 SHIPPED = "tensorrt-rtx"
 """The builder that dfssm[trt] holds."""
@@ -39,6 +44,8 @@ class Options:
     )
     max_batch: int = _option(1, "largest batch.", metavar="N")
     max_tokens: int = _option(512, "largest number of tokens per call.", metavar="N")
+    # 13 MB a row of a vocabulary of 50,288.
+    max_logits: int = _option(64, "largest number of tokens per call whose logits are given; 1: the last.", metavar="N")
     lowering: str = _option(
         "plugin", "plugin (our kernels) or native (no plugins, one token per call).", metavar="NAME"
     )
@@ -60,7 +67,7 @@ class Plan:
     builder: str
     why: str
     sm: tuple[int, ...]
-    profiles: tuple[tuple[int, int, int], ...]
+    profiles: tuple[Profile, ...]
 
 
 def installed() -> dict[str, str]:
@@ -90,13 +97,13 @@ def resolve(options: Options) -> Plan:
         raise DfssmError(f"unknown builder '{options.builder}': choose one of {', '.join(BUILDERS)}")
     if options.lowering not in LOWERINGS:
         raise DfssmError(f"unknown lowering '{options.lowering}': choose one of {', '.join(LOWERINGS)}")
-    for name in ("max_batch", "max_tokens"):
+    for name in ("max_batch", "max_tokens", "max_logits"):
         if getattr(options, name) < 1:
             raise DfssmError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
     gpus, no_gpu = cuda.devices()
     builder, why = _builder(options.builder, no_gpu)
     _check_flags(options, builder, no_gpu)
-    return Plan(options, builder, why, _capabilities(options, builder, gpus), _profiles(options, builder))
+    return Plan(options, builder, why, _capabilities(options, builder, gpus), _profiles(options))
 
 
 def _builder(wanted: str, no_gpu: str) -> tuple[str, str]:
@@ -164,11 +171,11 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _profiles(options: Options, builder: str) -> tuple[tuple[int, int, int], ...]:
-    """(most rows, best tokens, most tokens) each: see docs/trt.md."""
-    rows, tokens = options.max_batch, options.max_tokens
-    if options.lowering == "native":
-        return ((rows, 1, 1),)
-    # tensorrt-rtx compiles its kernels where the engine runs, for the shapes it meets there: a profile for decoding
-    # would only store each of them once more. tensorrt chooses its kernels now, once for each profile.
-    return ((rows, 1, tokens),) if builder == "tensorrt-rtx" else ((rows, 1, 1), (rows, tokens, tokens))
+def _profiles(options: Options) -> tuple[Profile, ...]:
+    """Of a step of all rows, and of prompts: see docs/trt.md."""
+    step = Profile(options.max_batch, 1, 1, 1)
+    if options.lowering == "native" or options.max_tokens == 1:
+        return (step,)
+    tokens = options.max_tokens
+    rows = min(options.max_batch, max(PROMPT // tokens, 1))
+    return step, Profile(rows, tokens, tokens, min(options.max_logits, tokens))

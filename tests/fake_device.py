@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from dfssm.runtime.sampling import largest
+
 _TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int8)": "INT8", "tensor(int64)": "INT64"}
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT64": np.int64}
 
@@ -37,12 +39,18 @@ class FakeConfig:
 
 
 class FakeCuda:
+    """`syncs` counts waits, `copied` bytes from and to the host, and within the device. Of copies to and from the host,
+    those of pinned memory may be recorded.
+    """
+
     stream = 7
 
-    def __init__(self):
+    def __init__(self, most_largest=1024):
         self.memory, self.recording, self.launches = {}, False, 0
         self.recorded = []
         self.addresses = count(1 << 20, 1 << 32)
+        self.most_largest, self.host, self.syncs = most_largest, [], 0
+        self.copied = dict.fromkeys(("to device", "to host", "within"), 0)
 
     def allocate(self, size):
         address = next(self.addresses)
@@ -58,25 +66,54 @@ class FakeCuda:
         assert address - start + size <= len(self.memory[start]), "past the end of an allocation"
         return self.memory[start][address - start :][:size]
 
+    def pinned(self, size):
+        self.host.append(np.full(size, 99, np.uint8))
+        return self.host[-1]
+
+    def unpin(self, array):
+        self.host = [other for other in self.host if other is not array]
+
     def zero(self, address, size):
         self._immediate()
         self.at(address, size)[:] = 0
 
     def to_device(self, address, array):
-        self._immediate()
         assert array.flags.c_contiguous
-        self.at(address, array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
+
+        def work():
+            self.at(address, array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
+            self.copied["to device"] += array.nbytes
+
+        self._queue(work, array)
 
     def to_host(self, array, address):
-        self._immediate()
         assert array.flags.c_contiguous
-        array.reshape(-1).view(np.uint8)[:] = self.at(address, array.nbytes)
+
+        def work():
+            array.reshape(-1).view(np.uint8)[:] = self.at(address, array.nbytes)
+            self.copied["to host"] += array.nbytes
+
+        self._queue(work, array)
 
     def copy(self, to, source, size):
         self._immediate()
         self.at(to, size)[:] = self.at(source, size)
+        self.copied["within"] += size
+
+    def largest(self, logits, rows, vocab, count, tokens, values):
+        assert 1 <= count <= min(vocab, self.most_largest)
+
+        def work():
+            of = self.at(logits, 4 * rows * vocab).view(np.float32)
+            found = [largest(row, count) for row in of.reshape(rows, vocab)]
+            for address, arrays in zip((tokens, values), zip(*found, strict=True), strict=True):
+                array = np.concatenate(arrays)
+                self.at(address, array.nbytes).view(array.dtype)[:] = array
+
+        self._queue(work)
 
     def synchronize(self):
+        self.syncs += 1
         self.recording = False  # as `Cuda` does
 
     def begin_capture(self):
@@ -95,6 +132,13 @@ class FakeCuda:
     def release(self, recording):
         recording.clear()
 
+    def _queue(self, work, array=None):
+        if not self.recording:
+            work()
+        else:
+            assert array is None or any(np.shares_memory(array, pinned) for pinned in self.host)
+            self.recorded.append(work)
+
     def _immediate(self):
         assert not self.recording, "this would not be part of the graph"
 
@@ -108,16 +152,24 @@ for something else before the input is read.
 
 
 class FakeEngine:
-    """An engine over an ONNX Runtime session, of two profiles: of a step graph T = 1 and T up to `max_tokens`. With
-    `rtx`, it has what only TensorRT-RTX has.
+    """An engine over an ONNX Runtime session, of two profiles: of a step graph T = 1 and `max_batch` rows, and T up to
+    `max_tokens` with up to `prompt_rows` rows, of which up to `max_logits` tokens give their logits. With `rtx`, it has
+    what only TensorRT-RTX has. Without `prompts` it has the former alone, and no input `logits_at`: as native engines.
     """
 
-    num_optimization_profiles = 2
-
-    def __init__(self, cuda, session, max_batch=1, max_tokens=1, binding="direct", rtx=False):
+    def __init__(
+        self, cuda, session, max_batch=1, max_tokens=1, binding="direct", rtx=False, prompt_rows=None, max_logits=4,
+        prompts=True,
+    ):  # fmt: skip
         assert binding in BINDINGS
-        self.cuda, self.session, self.limits, self.binding = cuda, session, (max_batch, max_tokens), binding
+        self.cuda, self.session, self.binding = cuda, session, binding
+        self.limits = [(max_batch, 1, 1)]
+        if prompts:
+            self.limits.append((prompt_rows or max(max_batch - 1, 1), max_tokens, min(max_logits, max_tokens)))
+        self.num_optimization_profiles = len(self.limits)
         self.inputs = {t.name: t for t in session.get_inputs() if t.name != "logits_to_keep"}
+        if prompts and "input_ids" in self.inputs:
+            self.inputs["logits_at"] = SimpleNamespace(type="tensor(int64)", shape=["keep"])
         self.outputs = {t.name: t for t in session.get_outputs()}
         self.tensors = self.inputs | self.outputs
         self.num_io_tensors = len(self.tensors)
@@ -141,9 +193,8 @@ class FakeEngine:
         return self.states.get(name) if self.binding == "aliased" else None
 
     def get_tensor_profile_shape(self, name, profile):
-        assert name == "input_ids"
-        batch, tokens = self.limits[0], self.limits[1] if profile else 1
-        return (1, 1), (1, 1), (batch, tokens)
+        batch, tokens, logits = self.limits[profile]
+        return ((1, 1), (1, 1), (batch, tokens)) if name == "input_ids" else ((1,), (1,), (logits,))
 
     def create_execution_context(self, runtime_config=None):
         return FakeContext(self, runtime_config)
@@ -188,6 +239,8 @@ class FakeContext:
             batch, tokens = shapes["input_ids"]
             _, _, (most_rows, most_tokens) = engine.get_tensor_profile_shape("input_ids", self.profile)
             assert batch <= most_rows and tokens <= most_tokens
+            if "logits_at" in shapes:
+                assert shapes["logits_at"][0] <= engine.limits[self.profile][2]
         for name in engine.outputs:
             same = {other for other in engine.tensors if addresses[other] == addresses[name]}
             assert same <= {name, engine.states.get(name)}
@@ -208,11 +261,19 @@ class FakeContext:
                     read[state] = addresses[name]
                 elif engine.binding == "overwritten":
                     cuda.at(addresses[name], size_of(state))[:] = 85
-            feeds = {"logits_to_keep": np.array(1)} if "input_ids" in shapes else {}
+            feeds = {}
             for name in engine.inputs:
                 dtype = _NUMPY[engine.get_tensor_dtype(name).name]
                 feeds[name] = cuda.at(read[name], size_of(name)).view(dtype).reshape(shapes[name]).copy()
-            for name, array in zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True):
+            places = feeds.pop("logits_at", np.array([0]))
+            if "input_ids" in shapes:
+                tokens = shapes["input_ids"][1]
+                assert 0 <= places.min() <= places.max() < tokens, "no such token"
+                feeds["logits_to_keep"] = keep = np.array(tokens - places.min())
+            made = dict(zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True))
+            if "input_ids" in shapes:
+                made["logits"] = made["logits"][:, places - tokens + keep]
+            for name, array in made.items():
                 cuda.at(written[name], array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
 
         def recorded_work():

@@ -36,10 +36,10 @@ def stock_session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def step(session: onnxruntime.InferenceSession, ids: np.ndarray, states: dict) -> tuple[np.ndarray, dict]:
-    """One call: logits, and the states by the names of the inputs."""
+def step(session: onnxruntime.InferenceSession, ids: np.ndarray, states: dict, **more) -> tuple[np.ndarray, dict]:
+    """One call with the inputs `more`: logits, and the states by the names of the inputs."""
     names = [value.name for value in session.get_outputs()]
-    found = dict(zip(names, session.run(None, {"input_ids": ids, **states}), strict=True))
+    found = dict(zip(names, session.run(None, {"input_ids": ids, **more, **states}), strict=True))
     return found["logits"], {name: found[name.replace(".", "_out.")] for name in states}
 
 

@@ -2,7 +2,6 @@
 // token each time, steps replayed from a CUDA graph. Text is the work of a tokenizer; here are token ids.
 //
 //   decode BUNDLE COUNT ID...        decode bundle 20 17 254 3
-//
 // An engine, and the plugin library beside it, are programs: run bundles that you made. docs/trt.md: how to compile it.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -49,19 +48,21 @@ class Decoder {
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     require(engine_ != nullptr, "TensorRT cannot load the engine of " + bundle);
     check(cudaStreamCreate(&stream_));
-    // TensorRT builds a profile for steps and one for prompts, TensorRT-RTX one for both.
-    const int32_t last = engine_->getNbOptimizationProfiles() - 1;
+    const int32_t last = engine_->getNbOptimizationProfiles() - 1;  // for prompts; the first is for steps
     longest_ = engine_->getProfileShape("input_ids", last, OptProfileSelector::kMAX).d[1];
     vocab_ = engine_->getTensorShape("logits").d[2];
     check(cudaMalloc(&ids_, longest_ * sizeof(int64_t)));
+    check(cudaMalloc(&place_, sizeof(int64_t)));  // of the token in a run whose logits are wanted: the last
     check(cudaMalloc(&logits_, vocab_ * sizeof(float)));
-    check(cudaMallocHost(&host_ids_, longest_ * sizeof(int64_t)));  // pinned: a graph copies from and to it
+    check(cudaMallocHost(&host_ids_, (longest_ + 1) * sizeof(int64_t)));  // pinned: graphs copy it
     check(cudaMallocHost(&host_logits_, vocab_ * sizeof(float)));
     for (auto* context : {&prompt_, &step_}) {
       context->reset(engine_->createExecutionContext());
       require(*context && (*context)->setOptimizationProfileAsync(context == &step_ ? 0 : last, stream_),
               "TensorRT makes no context");
       (*context)->setTensorAddress("input_ids", ids_);
+      (*context)->setInputShape("logits_at", Dims{1, {1}});
+      (*context)->setTensorAddress("logits_at", place_);
       (*context)->setTensorAddress("logits", logits_);
     }
     for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) bind_state(engine_->getIOTensorName(i));
@@ -72,6 +73,7 @@ class Decoder {
     for (size_t start = 0; start < ids.size(); start += longest_) {
       const size_t count = std::min<size_t>(longest_, ids.size() - start);
       std::copy_n(ids.begin() + start, count, static_cast<int64_t*>(host_ids_));
+      static_cast<int64_t*>(host_ids_)[longest_] = count - 1;
       if (count == 1 && graph_) {
         check(cudaGraphLaunch(graph_, stream_));
       } else {
@@ -108,6 +110,8 @@ class Decoder {
 
   void run(IExecutionContext& context, size_t tokens) {
     check(cudaMemcpyAsync(ids_, host_ids_, tokens * sizeof(int64_t), cudaMemcpyHostToDevice, stream_));
+    const void* place = static_cast<int64_t*>(host_ids_) + longest_;
+    check(cudaMemcpyAsync(place_, place, sizeof(int64_t), cudaMemcpyHostToDevice, stream_));
     context.setInputShape("input_ids", Dims2(1, tokens));
     require(context.enqueueV3(stream_), "TensorRT could not run the step");
     check(cudaMemcpyAsync(host_logits_, logits_, vocab_ * sizeof(float), cudaMemcpyDeviceToHost, stream_));
@@ -129,7 +133,7 @@ class Decoder {
   cudaStream_t stream_ = nullptr;
   cudaGraphExec_t graph_ = nullptr;
   int64_t longest_ = 0, vocab_ = 0;
-  void *ids_ = nullptr, *logits_ = nullptr, *host_ids_ = nullptr, *host_logits_ = nullptr;
+  void *ids_ = nullptr, *place_ = nullptr, *logits_ = nullptr, *host_ids_ = nullptr, *host_logits_ = nullptr;
 };
 
 }  // namespace

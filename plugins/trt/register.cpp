@@ -1,10 +1,11 @@
-// libdfssm_trt.so: how its creators get into a plugin registry. There are two ways, because tools differ:
+// libdfssm_trt.so: what it shows. How its creators get into a plugin registry: there are two ways, because tools differ:
 // `load_library` of a registry (trtexec --dynamicPlugins, plugins embedded in an engine) asks for the
 // creators with the functions exported here; `polygraphy --plugins` does a plain dlopen and expects to find
 // them registered.
 #include <vector>
 
 #include "common/creators.h"
+#include "common/kernels.h"
 #include "common/plugin.h"
 #include "common/tensorrt.h"
 
@@ -56,4 +57,12 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
   const auto& creators = dfssm::trt::creators();
   count = static_cast<int32_t>(creators.size());
   return creators.data();
+}
+
+// For the runtime, which calls it beside the engine on one stream (runtime/cuda.py). Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int dfssm_largest(const float* logits, int64_t* tokens,
+                                                                    float* values, cudaStream_t stream,
+                                                                    int32_t rows, int32_t vocab,
+                                                                    int32_t count) {
+  return dfssm::trt::largest({logits, tokens, values, rows, vocab, count}, stream);
 }

@@ -17,29 +17,33 @@ from .check import check_in_place, check_lowered
 from .graph import load, save
 
 LOWERINGS = {
-    "plugin": ("functions", "last_token", "embedding", "words", "fuse", "plugin_attributes", "dtypes"),
-    "native": ("functions", "last_token", "one_token", "native", "embedding", "dtypes"),
+    "plugin": ("functions", "logits_at", "embedding", "words", "fuse", "plugin_attributes", "dtypes"),
+    "native": ("functions", "one_token", "native", "embedding", "dtypes"),
 }
 """Name of a lowering -> its passes. `plugin` has our ops, some fused, for libdfssm_trt.so; `native` none of them."""
 
 
-def passes(lowering: str, version: str = "") -> dict[str, Callable[[gs.Graph], list[str]]]:
-    """The passes of `lowering` by name, in order; `version` as in `lower`."""
+def passes(lowering: str, version: str = "", only_last: bool = False) -> dict[str, Callable[[gs.Graph], list[str]]]:
+    """The passes of `lowering` by name, in order; `version` and `only_last` as in `lower`."""
     found = {name: import_module(f".{name}", __name__).run for name in LOWERINGS[lowering]}
-    if "plugin_attributes" in found:
+    if lowering == "plugin":
         found["plugin_attributes"] = partial(found["plugin_attributes"], version=version)
+        found["logits_at"] = partial(found["logits_at"], only_last=only_last)
     return found
 
 
-def lower(model: Path, output: Path, lowering: str = "plugin", version: str = "") -> dict[str, list[str]]:
+def lower(
+    model: Path, output: Path, lowering: str = "plugin", version: str = "", only_last: bool = False
+) -> dict[str, list[str]]:
     """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file. `version`:
-    that of the plugins (`trt_plugins.build_of`), by which TensorRT finds them.
+    that of the plugins (`trt_plugins.build_of`), by which TensorRT finds them; `only_last`: the logits are those of the
+    last token.
 
     Returns what each pass changed. Raises ValueError when what came out is not the graph that went in: that is a bug
     of a pass. DfssmError where plugins cannot update a state in place.
     """
     graph = load(model)
-    changed = {name: run(graph) for name, run in passes(lowering, version).items()}
+    changed = {name: run(graph) for name, run in passes(lowering, version, only_last).items()}
     save(graph, output)
     written = load(output)
     check_lowered(load(model), written, lowering)

@@ -16,9 +16,10 @@ from dfssm.cli.main import dfcompile
 from dfssm.cli.main import main as dfssm
 from dfssm.compiler import triton
 from dfssm.model.checkpoint import save_student
+from dfssm.opset import DfssmError
 from dfssm.opset.tolerances import Tolerance, model_tolerance
 from dfssm.runtime import Engine
-from dfssm.targets import get_target
+from dfssm.targets import cuda, get_target, trt_options
 from dfssm.targets.bundle import read_manifest
 
 TYPES = {
@@ -169,6 +170,14 @@ def test_only_engines_of_tensorrt_are_for_triton(model, tmp_path, capsys, monkey
     status, out, err = run(capsys, *arguments, "--builder", "tensorrt-rtx", "--lowering", "native")
     assert status == 1 and err.count("\n") == 1 and not out and not (tmp_path / "r").exists()
     assert "Triton runs engines of builder tensorrt, this one would be of tensorrt-rtx: compile with --builder" in err
+
+
+def test_an_engine_for_triton_gives_the_last_tokens_logits(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trt_options, "_builder", lambda wanted, no_gpu: ("tensorrt", wanted))
+    monkeypatch.setattr(cuda, "devices", lambda: ([cuda.Device("GPU", 86)], ""))
+    with pytest.raises(DfssmError, match="logits of the last token only: compile with --max-logits 1"):
+        get_target("trt").triton_backend()
+    assert get_target("trt").triton_backend(max_logits=1) == "tensorrt"
 
 
 def test_the_bundle_in_it_is_verified_and_replaced(emit, model, capsys):

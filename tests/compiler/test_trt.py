@@ -59,7 +59,7 @@ def test_plugin_bundle(model, tmp_path, capsys):
     engine = manifest.engine
     assert report["engine"] == engine and (engine["sm"], engine["why"]) == ([86, 89], "--builder")
     assert engine["refused"] == {"fuse": {}}, "all of a layer is fused"
-    assert engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 128]}]
+    assert [profile["max"] for profile in engine["profiles"]] == [[1, 1], [1, 128]]
     assert (manifest.state_dtype, manifest.layout) == (trt.DEFAULT_STATE_DTYPE, trt.layout())
     # What was proven, and that it is not the run of the engine.
     assert manifest.verification["passed"] is None and manifest.verification["graph"]["passed"] is True
@@ -94,7 +94,7 @@ def test_native_bundle(model, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["golden.safetensors", "manifest.json", "model.engine"]
     assert "the engine was not run: the engine runs on a GPU" in text and "op by op, over 64 + " in text
     assert "built by tensorrt-rtx" in text and "it needs none) for SM 80, 86, 89, 120" in text
-    assert read_manifest(out).engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 1]}]
+    assert read_manifest(out).engine["profiles"] == [{"min": [1, 1], "opt": [1, 1], "max": [1, 1], "logits": 1}]
 
 
 def test_what_is_not_fused_is_told(model, tmp_path, capsys, monkeypatch):

@@ -31,7 +31,7 @@ class Device:
         if not self.builder:
             compile_model(Request(DEMO, "onnx", folder, state_dtype=state_dtype, verify=False))
             engine, fake = Engine.load(folder, threads=1), FakeCuda()
-            steps = FakeEngine(fake, engine.backend.session, MAX_BATCH, MAX_TOKENS, rtx=True)
+            steps = FakeEngine(fake, engine.backend.session, MAX_BATCH, MAX_TOKENS, rtx=True, max_logits=MAX_TOKENS)
             return Engine(folder, engine.manifest, TensorRTBackend(steps, fake), threads=1)
         options = {"builder": self.builder, "lowering": self.lowering, "sm": str(sm())}
         options |= {"max_batch": MAX_BATCH, "max_tokens": MAX_TOKENS}

@@ -83,7 +83,7 @@ def build(cases: list[Case | FusedCase], builder: str, sm: int, folder: Path) ->
     onnx.save(network(cases), folder / "cases.onnx")
     choice = (sm,) if builder == "tensorrt-rtx" else ()
     paths = [str(path) for path in (folder / "cases.onnx", folder / ENGINE, trt.find_library())]
-    build_engine(Request(builder, *paths, choice, ((1, 1, 1),)))
+    build_engine(Request(builder, *paths, choice, ((1, 1, 1, 1),)))
     engine = {"builder": builder, "lowering": "plugin", "embed_plugins": False, "version_compatible": False}
     return Manifest("trt", {}, "fp32", 0, {}, engine=engine)
 

@@ -20,19 +20,14 @@ Graph = dict[str, Any]
 PLUGINS = "every plugin"
 
 
-def _slice(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor) -> Tensor:
-    (start,), (end,), (axis,) = starts.tolist(), ends.tolist(), axes.tolist()
-    return x.narrow(axis, start % x.shape[axis], min(end, x.shape[axis]) - start % x.shape[axis]).contiguous()
-
-
 def _reshape(x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(shape.tolist())])
 
 
-# What a lowered graph has beside plugins: the embedding, and the choice of the last token. Shapes and axes are on the
-# host, so that nothing waits for the device.
+# What a lowered graph has beside plugins: the embedding, and the choice of the tokens whose logits are wanted. Shapes
+# and axes are on the host, so that nothing waits for the device.
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "Gather": lambda table, ids, axis: table[ids],
+    "Gather": lambda table, places, axis: table[(slice(None),) * axis + (places,)],
     "Unsqueeze": lambda x, axes: x.unsqueeze(axes.item()),
     "Cast": lambda x, to: x.to(to),
     "Floor": torch.floor,
@@ -41,7 +36,6 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Mul": torch.mul,
     "Div": lambda a, b: torch.div(a, b, rounding_mode="trunc"),  # of whole numbers only
     "Reshape": _reshape,
-    "Slice": _slice,
 }
 
 
@@ -76,6 +70,7 @@ class Session:
     def __init__(self, weights: Weights, rows: int, tokens: int, states: dict[str, Tensor] | None = None):
         self.library, self.weights, self.graph = weights.library, weights, weights.graph
         self.ids = torch.zeros(rows, tokens, dtype=torch.int64, device=self.library.device)
+        self.last = torch.full((1,), tokens - 1, dtype=torch.int64, device=self.library.device)
         self.states = states or {
             name: self.library.empty((rows, *shape), dtype).zero_()
             for name, (dtype, shape) in self.graph["states"].items()
@@ -94,7 +89,7 @@ class Session:
         """Queue a call; returns its logits [rows, 1, vocabulary], on the device. `only`: nothing but the plugins of
         this op, or all PLUGINS; torch's part, of which an engine makes one kernel, is that of the call before.
         """
-        values = {"input_ids": self.ids, **self.states}
+        values = {"input_ids": self.ids, "logits_at": self.last, **self.states}
         for node, done in zip(self.graph["nodes"], self._done, strict=True):
             inputs = [values[name] if name in values else self.weights.of[name] for name in node["inputs"]]
             if node["plugin"]:

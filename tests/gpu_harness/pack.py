@@ -36,6 +36,7 @@ from dfssm.opset.cases import Case
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance, op_tolerance
 from dfssm.targets import get_target
+from dfssm.targets.trt_build import LOGITS_AT
 from dfssm.targets.trt_lowering import lower
 from dfssm.targets.trt_plugins import FUSED
 
@@ -129,7 +130,7 @@ def export_graph(path: Path, synthetic: bool = False) -> dict[str, Any]:
         "states": {
             value.name: (_torch_type(value.type.tensor_type.elem_type), _row(value))
             for value in graph.input
-            if value.name != "input_ids"
+            if value.name not in ("input_ids", LOGITS_AT)
         },
         "nodes": [
             {

@@ -148,11 +148,11 @@ def built(tmp_path_factory):
     return engines.build(models, (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "engines")
 
 
-def test_library_shows_two_symbols_and_needs_neither_tensorrt_nor_a_driver():
+def test_library_shows_three_symbols_and_needs_neither_tensorrt_nor_a_driver():
     if not (library := engines.library()):
         pytest.skip(engines.NO_LIBRARY)
     symbols = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True).splitlines()
-    assert [line.split()[-1] for line in symbols] == ["getCreators", "setLoggerFinder"]
+    assert [line.split()[-1] for line in symbols] == ["dfssm_largest", "getCreators", "setLoggerFinder"]
     needed = re.findall(r"NEEDED.*\[(.*)\]", subprocess.check_output(["readelf", "-d", library], text=True))
     assert needed and not [name for name in needed if re.search("nvinfer|tensorrt|cuda", name)]
 
@@ -199,7 +199,7 @@ def test_layers_of_a_student(built):
     assert names[first : first + len(wanted)] == wanted
     assert {kind for _, kind in computing[:first]} == {"kgen"}
     *between, norm, head = computing[first + len(wanted) :]
-    assert [kind for _, kind in between] == ["kgen"]  # the last token
+    assert [kind for _, kind in between] == ["kgen"]  # the tokens whose logits are wanted
     assert norm[0].startswith("/norm_f") and head[0].startswith("/lm_head")
 
 
@@ -207,7 +207,8 @@ def test_a_step_is_one_region_that_copies_nothing(built):
     """Neither the embedding's table, which a tied head reads too, nor a state: the memory between layers holds none."""
     engine = built[0]["demo, a token"]
     assert not engine.errors and not engine.copies
-    assert [kind for _, kind, _ in engine.layers] == ["kgen", *["custom_layer"] * (6 * 3 + 2)]
+    layers = ["custom_layer"] * 6 * 3
+    assert [kind for _, kind, _ in engine.layers] == ["kgen", *layers, "kgen", *["custom_layer"] * 2]
     config, _ = load_student_tensors(DEMO)
     state = config.nheads * config.d_state * config.headdim * 2
     assert 0 < engine.activations < min(state, config.vocab_size * config.d_model)

@@ -1,10 +1,12 @@
 """The calls of `Cuda`, held to the functions that cuda-bindings has: their number of arguments, and what goes where."""
 
+import inspect
 import re
 import sys
 
 import numpy as np
 import pytest
+from fake_device import FakeCuda
 
 from dfssm.opset import DfssmError
 
@@ -64,6 +66,9 @@ def test_calls(recorder):
     cuda.release(recorded)
     cuda.synchronize()
     cuda.free(1)
+    pinned = cuda.pinned(24)
+    assert (pinned.ctypes.data, pinned.nbytes, cuda.most_largest) == (7, 24, 0)
+    cuda.unpin(pinned)
     assert recorder.calls == [
         ("cudaMalloc", 100),
         ("cudaMemsetAsync", 7, 0, 100, 7),
@@ -78,4 +83,16 @@ def test_calls(recorder):
         ("cudaGraphExecDestroy", 7),
         ("cudaStreamSynchronize", 7),
         ("cudaFree", 1),
+        ("cudaHostAlloc", 24, 0),
+        ("cudaFreeHost", 7),
     ]
+
+
+def test_the_stand_in_has_the_same_calls():
+    from dfssm.runtime.cuda import Cuda
+
+    names = [name for name, member in vars(Cuda).items() if inspect.isfunction(member) and name[0] != "_"]
+    assert "largest" in names and len(names) > 12
+    for name in names:
+        ours, real = (list(inspect.signature(getattr(of, name)).parameters) for of in (FakeCuda, Cuda))
+        assert len(ours) == len(real), name

@@ -134,7 +134,7 @@ def scripted(engine, monkeypatch):
 
     def run(prompt, ids, state=None):
         script = iter(ids)
-        monkeypatch.setattr("dfssm.runtime.sampling.Sampling.choose", lambda *_: next(script))
+        monkeypatch.setattr(Engine, "choose", lambda *_: (next(script), 0.0))
         return "".join(engine.generate(prompt, max_tokens=len(ids), state=state))
 
     return run
@@ -211,7 +211,7 @@ def test_half_a_character_is_shown_where_nothing_can_follow(engine, scripted, mo
     assert scripted([104], half) == "日\ufffd"
     assert scripted([104], half, engine.new_state()) == "日"
     script = iter(half)
-    monkeypatch.setattr("dfssm.runtime.sampling.Sampling.choose", lambda *_: next(script))
+    monkeypatch.setattr(Engine, "choose", lambda *_: (next(script), 0.0))
     last = engine.generate([104], max_tokens=4, state=engine.new_state())
     assert ("".join(last), last.flush(), last.flush(), last.text) == ("日", "\ufffd", "", "日\ufffd")
     monkeypatch.setitem(engine.config, "eos_token_id", 263)

@@ -11,6 +11,8 @@ from fake_device import BINDINGS, Allocation, FakeConfig, FakeCuda, FakeEngine, 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.tensorrt import TensorRTBackend
+from dfssm.targets.trt_build import Profile
+from dfssm.targets.trt_memory import memory
 
 PROMPT = np.random.default_rng(2).integers(0, 256, 11)
 
@@ -68,7 +70,7 @@ def test_whether_states_are_updated_in_place_is_tried(engine, binding):
     assert device.backend.in_place == (binding != "overwritten")
     assert [warning.category for warning in said] == [RuntimeWarning] * (not device.backend.in_place)
     held = sum(map(len, device.backend.cuda.memory.values()))
-    rest = state.logits.nbytes + 2 * 5 * 8  # logits, and ids of two rows
+    rest = state.logits.nbytes + 2 * 5 * 8 + 8 + 4 * 8  # logits, and ids of two rows; places of one token and of four
     assert held == rest + state.nbytes * (1 if device.backend.in_place else 2)
 
 
@@ -142,6 +144,31 @@ def test_rows_of_unequal_lengths(engine, device, in_fives):
     same(ours, theirs)
 
 
+def test_rows_of_unequal_lengths_run_together_as_far_as_they_are_alike(engine, monkeypatch):
+    """Neighbours with pieces of one length; what the device copies grows with the rows, not with their square."""
+    runs, moved = [], []
+    for count in (4, 8):
+        fake = FakeEngine(cuda := FakeCuda(), engine.backend.session, max_batch=8, max_tokens=5, prompt_rows=8)
+        device = Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
+        context = device.backend.prompt_context
+        execute = context.execute_async_v3
+        shapes = []
+
+        def run(stream, shapes=shapes, context=context, execute=execute):
+            shapes.append(context.shapes["input_ids"])
+            return execute(stream)
+
+        monkeypatch.setattr(context, "execute_async_v3", run)
+        state = device.new_state(count)
+        rows = [np.arange(9) + row for row in range(count // 2)] + [np.arange(12) + row for row in range(count // 2)]
+        before = sum(cuda.copied.values())
+        device.prefill(rows, state)
+        moved.append(sum(cuda.copied.values()) - before - state.nbytes)  # they go to the device once, when bound
+        runs.append(shapes)
+    assert runs[1] == [(8, 5), (4, 4), (4, 5), (4, 2)] and len(runs[0]) == 4
+    assert moved[0] < moved[1] <= 2 * moved[0], "ids and logits"
+
+
 def test_rows_of_unequal_lengths_move_no_states(engine, monkeypatch):
     device = over_fake(engine)
     state = device.new_state(3)
@@ -171,10 +198,34 @@ def test_a_row_and_its_batch_see_each_other(engine, device):
     assert device.step([1, 2], ours).tolist() == engine.step([1, 2], theirs).tolist()
 
 
-def test_logits_of_all_tokens_are_those_of_steps(engine, device):
-    theirs = engine.new_state()
+def test_logits_of_all_tokens_take_few_runs(engine, device, monkeypatch):
+    """Of three rows, two at a time, four tokens at a time; an engine of one token a call takes a run for each."""
+    ids = np.concatenate([PROMPT, PROMPT[:10]]).reshape(3, 7)
+    ours, theirs, runs = device.new_state(3), engine.new_state(3), []
+    context = device.backend.prompt_context
+    execute = context.execute_async_v3
+    monkeypatch.setattr(context, "execute_async_v3", lambda stream: runs.append(context.shapes) or execute(stream))
+    monkeypatch.setattr(engine.backend, "max_logits", 4)
+    device.step([1, 2, 3], ours), engine.step([1, 2, 3], theirs)  # logits that lie on the device before
+    assert device.logits(ids, ours).tolist() == engine.logits(ids, theirs).tolist()
+    assert len(runs) == 4
+    same(ours, theirs)
+    for token in (4, 5):
+        assert device.step([token] * 3, ours).tolist() == engine.step([token] * 3, theirs).tolist()
+    assert device.logits(PROMPT[:1]).tolist() == engine.logits(PROMPT[:1]).tolist()
+
+
+def test_an_engine_of_one_token_a_call(engine):
+    """As native ones: a prompt, and the logits of all its tokens, are steps."""
+    cuda = FakeCuda(most_largest=0)
+    fake = FakeEngine(cuda, engine.backend.session, max_batch=3, prompts=False)
+    device = Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda, in_place=False), threads=1)
+    ours, theirs = device.new_state(), engine.new_state()
     stepped = np.stack([engine.step([token], theirs)[0] for token in PROMPT])
     assert device.logits(PROMPT)[0].tolist() == stepped.tolist()
+    assert device.prefill(PROMPT, ours).tolist() == [stepped[-1].tolist()]
+    same(ours, theirs)
+    assert device.generate([1, 2], max_tokens=3, eos=()).text == engine.generate([1, 2], max_tokens=3, eos=()).text
 
 
 def test_a_state_is_copied_reset_saved_and_loaded(engine, device, tmp_path):
@@ -256,6 +307,21 @@ def test_contexts_share_the_memory_between_layers(engine):
         device.step([4] * batch, state)
     contexts = [device.backend.prompt_context, *device.backend._step_contexts.values()]
     assert len(contexts) == 4 and len({context.activations for context in contexts}) == 1
+
+
+def test_it_takes_the_memory_that_dfcompile_tells_of(engine):
+    cuda = FakeCuda()
+    fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, prompt_rows=2, max_logits=4, rtx=True)
+    device = Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda), threads=1)
+    state = device.new_state(3)
+    device.prefill([range(9)] * 3, state)
+    device.logits([range(9)] * 3, state)
+    device.step([1, 2, 3], state)
+    built = {"weights": 0, "activations": fake.device_memory_size_v2}
+    told = memory(built, engine.folder / "model.onnx", (Profile(3, 1, 1, 1), Profile(2, 5, 5, 4)))
+    ids_and_places = 8 * (2 * 5 + 1 + 4)
+    assert told["states"] == state.nbytes
+    assert sum(map(len, cuda.memory.values())) == told["total"] + ids_and_places
 
 
 def test_the_stand_in_has_the_names_of_tensorrt_rtx(engine):

@@ -51,14 +51,15 @@ def native(tmp_path_factory):
 @pytest.fixture
 def request_(native, tmp_path):
     engine, model = tmp_path / "model.engine", native / "lowered.onnx"
-    return Request("tensorrt-rtx", str(model), str(engine), "", (86,), ((2, 1, 1),))
+    return Request("tensorrt-rtx", str(model), str(engine), "", (86,), ((2, 1, 1, 1),))
 
 
 @rtx
 def test_native_engine(request_, native, tmp_path):
     seen = []
     built = build_engine(request_, lambda done, total: seen.append((done, total)))
-    assert built["profiles"] == [{"min": [1, 1], "opt": [2, 1], "max": [2, 1]}]
+    assert built["profiles"] == [{"min": [1, 1], "opt": [2, 1], "max": [2, 1], "logits": 1}]
+    assert built["memory"]["weights"] > 10_000 and built["memory"]["activations"] > 0
     assert built["layers"] > 100 and built["peak_rss_bytes"] > 1e8
     assert seen and seen[-1][0] == seen[-1][1] > 1 and seen == sorted(seen)
     found, missing = weights_in(native / "lowered.onnx", tmp_path / "model.engine")
@@ -86,13 +87,32 @@ def test_plugin_engine(name, state_dtype, tmp_path):
     write_step(tmp_path, name, state_dtype)
     files, engine = trt.build(tmp_path, builder="tensorrt-rtx", sm="86", max_batch=3, max_tokens=64)
     assert files == ["model.engine", trt.LIBRARY] and all((tmp_path / file).is_file() for file in files)
-    assert engine["profiles"] == [{"min": [1, 1], "opt": [3, 1], "max": [3, 64]}]
+    step, prompt = engine["profiles"]
+    assert step == {"min": [1, 1], "opt": [3, 1], "max": [3, 1], "logits": 1}
+    assert prompt == {"min": [1, 1], "opt": [3, 64], "max": [3, 64], "logits": 64}
+    memory, c = engine["memory"], student_ref.config(name)
+    states = student_ref.zero_states(c, 3, state_dtype)
+    assert memory["rows"] == 3 and memory["states"] == sum(state.nbytes for state in states.values())
+    assert memory["logits"] == 3 * (1 + 64) * c.vocab_size * 4
+    # Between the layers: at least what two of them hand on for 192 tokens.
+    assert memory["activations"] > 3 * 64 * 4 * (c.d_in_proj + c.d_model)
+    assert 10_000 < memory["weights"] < (tmp_path / "model.engine").stat().st_size
+    assert memory["total"] == sum(memory[key] for key in ("weights", "states", "activations", "logits"))
     assert (engine["sm"], engine["lowering"], engine["builder"]) == ([86], "plugin", "tensorrt-rtx")
     assert (
         engine["weights"]["found"] > 5
         and not engine["weights"]["missing"]
         and engine["passes"]["words"] == 2 * student_ref.config(name).n_layer
     )
+
+
+@rtx
+@plugins
+def test_plugin_engine_for_the_last_tokens_logits(tmp_path):
+    write_step(tmp_path, "plain")
+    _, engine = trt.build(tmp_path, builder="tensorrt-rtx", sm="86", max_tokens=64, max_logits=1)
+    assert [profile["logits"] for profile in engine["profiles"]] == [1, 1]
+    assert [profile["max"] for profile in engine["profiles"]] == [[1, 1], [1, 64]]
 
 
 @rtx
@@ -201,21 +221,35 @@ def fake_tensorrt(flags: dict, config: Recorder, builder: Recorder) -> SimpleNam
     """A `tensorrt` with these flags: 10.x has STRONGLY_TYPED, 11 has strongly typed networks only and no such flag."""
     shape = SimpleNamespace(name="input_ids", shape=(-1, -1))
     state, logits = SimpleNamespace(name="ssm_state.0", shape=(-1, 4, 8, 16)), SimpleNamespace(name="logits")
+    places = SimpleNamespace(name="logits_at", shape=(-1,))
     network = SimpleNamespace(
-        num_inputs=2, num_outputs=1, num_layers=7, get_input=lambda i: (shape, state)[i], get_output=lambda i: logits
+        num_inputs=3,
+        num_outputs=1,
+        num_layers=7,
+        get_input=lambda i: (shape, places, state)[i],
+        get_output=lambda i: logits,
     )
+    profile = Recorder()
+
+    def build_serialized_network(network, config):
+        for size in (10, 20):
+            builder.log.log(3, f"Total Activation Memory: {size} bytes")
+        builder.log.log(3, "Total Weights Memory: 70 bytes")
+        return b"plan"
+
     builder.__dict__ |= {
         "create_network": lambda bits: builder.calls.append(("create_network", bits)) or network,
-        "tensors": (shape, state, logits),
+        "tensors": (shape, places, state, logits),
+        "shapes": profile.calls,
         "create_builder_config": lambda: config,
-        "create_optimization_profile": lambda: Recorder(),
-        "build_serialized_network": lambda network, config: b"plan",
+        "create_optimization_profile": lambda: profile,
+        "build_serialized_network": build_serialized_network,
     }
     severity = SimpleNamespace(ERROR=1, WARNING=2)
     return SimpleNamespace(
         __version__="11.0.0",
         ILogger=type("ILogger", (), {"Severity": severity}),
-        Builder=lambda log: builder,
+        Builder=lambda log: builder.__dict__.update(log=log) or builder,
         OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
         NetworkDefinitionCreationFlag=SimpleNamespace(**flags),
         BuilderFlag=SimpleNamespace(VERSION_COMPATIBLE="VC", STRIP_PLAN="SP", TF32="TF32"),
@@ -238,7 +272,7 @@ def test_what_versions_of_tensorrt_differ_in(flags, bits, tmp_path):
     }
     engine, timings = tmp_path / "model.engine", tmp_path / "timings"
     request = Request(
-        *("tensorrt", "lowered.onnx", str(engine), "lib.so", (), ((2, 1, 1), (2, 64, 64)), str(timings)),
+        *("tensorrt", "lowered.onnx", str(engine), "lib.so", (), ((2, 1, 1, 1), (2, 64, 64, 9)), str(timings)),
         version_compatible=True, hardware_compatible=True, embed_plugins=True,
     )  # fmt: skip
     fake = fake_tensorrt(flags, config, builder)
@@ -247,9 +281,12 @@ def test_what_versions_of_tensorrt_differ_in(flags, bits, tmp_path):
     assert ("create_network", bits) in builder.calls
     assert ("set_flag", "VC") in config.calls and ("set_flag", "SP") not in config.calls
     assert ("clear_flag", "TF32") in config.calls
-    assert [tensor.allowed_formats for tensor in builder.tensors] == [1, 1, 1]
+    assert [tensor.allowed_formats for tensor in builder.tensors] == [1, 1, 1, 1]
     assert config.hardware_compatibility_level == "ampere" and config.plugins_to_serialize == ["lib.so"]
-    assert [profile["max"] for profile in built["profiles"]] == [[2, 1], [2, 64]]
+    assert [(profile["max"], profile["logits"]) for profile in built["profiles"]] == [([2, 1], 1), ([2, 64], 9)]
+    assert [call[1] for call in builder.shapes if call[1] == "logits_at"] == ["logits_at"] * 2
+    assert [call[2:] for call in builder.shapes if call[1] == "logits_at"] == [([1], [1], [1]), ([1], [1], [9])]
+    assert built["memory"] == {"weights": 70, "activations": 20}  # of the profile that takes most
     assert not hasattr(fake, "ComputeCapability") and trt_build.known_sms(fake) == []
 
 
@@ -257,13 +294,13 @@ def test_flag_that_a_version_lacks(tmp_path):
     config = Recorder()
     fake = fake_tensorrt({}, config, Recorder())
     del fake.BuilderFlag.STRIP_PLAN
-    request = Request("tensorrt", "x", str(tmp_path / "e"), "", (), ((1, 1, 1),), strip_weights=True)
+    request = Request("tensorrt", "x", str(tmp_path / "e"), "", (), ((1, 1, 1, 1),), strip_weights=True)
     with pytest.raises(BuildError, match="TensorRT 11.0.0 has no STRIP_PLAN"):
         trt_build.build(fake, request)
 
 
 def test_request_travels_whole():
-    request = Request("tensorrt", "m", "e", "l", (86, 89), ((1, 1, 1), (2, 64, 64)), "t", True, True, True, True)
+    request = Request("tensorrt", "m", "e", "l", (86, 89), ((1, 1, 1, 1), (2, 64, 64, 9)), "t", True, True, True, True)
     document = json.loads(request.to_json())
     again = Request(**document)
     assert again.to_json() == request.to_json() and document["sm"] == [86, 89]

@@ -72,14 +72,30 @@ def test_words_of_planes_and_of_a_tensor_in_the_file(tmp_path):
     assert bits.shape == [planes, rows, width // 4] and planes == 2
 
 
-def test_last_token(demo):
+def test_logits_are_those_of_the_places_that_are_given(demo):
     graph = load(demo / "model.onnx")
-    changed = run("last_token", graph)
-    assert "logits" in changed and graph.outputs[0].shape == ["B", 1, 4096]
-    assert run("last_token", graph) == []
+    graph.functions = []
+    before = gs.export_onnx(graph)
+    assert run("logits_at", graph) == ["/keep/gather"] and run("logits_at", graph) == []
     graph.cleanup()
+    assert [tensor.name for tensor in graph.inputs][-2:] == ["ssm_state.5", "logits_at"]
+    assert not [node for node in graph.nodes if node.op in ("Neg", "Slice")]
+    after = gs.export_onnx(graph)
+    assert "logits_to_keep" in [t.name for t in before.graph.initializer]
+    assert "logits_to_keep" not in [t.name for t in after.graph.initializer]
+    (gather,) = (node for node in after.graph.node if node.name == "/keep/gather")
+    (norm,) = (node for node in after.graph.node if node.name == "/norm_f")
+    assert list(gather.input) == ["/layers.5/residual/out", "logits_at"] and norm.input[0] == gather.output[0]
+
+
+def test_logits_of_the_last_token_alone(demo):
+    graph = load(demo / "model.onnx")
+    changed = passes("plugin", only_last=True)["logits_at"](graph)
+    assert changed == ["/keep/slice"] and passes("plugin", only_last=True)["logits_at"](graph) == []
+    graph.cleanup()
+    assert "logits_at" not in [tensor.name for tensor in graph.inputs]
+    assert node_named(graph, "/keep/slice").inputs[1].values.tolist() == [-1]
     assert not [node for node in graph.nodes if node.op == "Neg"]
-    assert "logits_to_keep" not in [tensor.name for tensor in graph.inputs]
 
 
 def table_graph(table: np.ndarray) -> gs.Graph:
@@ -152,9 +168,8 @@ def test_plugin_attributes(state_dtype, tmp_path):
 
 def test_one_token(demo):
     graph = load(demo / "model.onnx")
-    run("last_token", graph)
-    assert "input_ids" in run("one_token", graph, "native")
-    assert graph.inputs[0].shape == ["B", 1]
+    assert {"input_ids", "logits"} <= set(run("one_token", graph, "native"))
+    assert graph.inputs[0].shape == ["B", 1] and graph.outputs[0].shape == ["B", 1, 4096]
     graph.cleanup()
     assert node_named(graph, "/keep/slice") is None
     assert not [t.name for t in graph.tensors().values() if isinstance(t, gs.Variable) and "T" in t.shape]
@@ -192,7 +207,9 @@ def test_demo(lowering, state_dtype, tmp_path):
     model = onnx.load(tmp_path / "lowered.onnx", load_external_data=False)
     assert not model.functions
     step, lowered = load(tmp_path / "model.onnx"), load(tmp_path / "lowered.onnx")
-    assert [t.name for t in step.inputs] == [t.name for t in lowered.inputs] and len(lowered.inputs) in (13, 19)
+    places = ["logits_at"] if lowering == "plugin" else []
+    names = [t.name for t in step.inputs]
+    assert [t.name for t in lowered.inputs] == names + places and len(names) in (13, 19)
     assert [t.name for t in step.outputs] == [t.name for t in lowered.outputs]
     assert lowered.tensors()["ssm_state.3"].dtype == STATES[state_dtype]
     assert all(t.dtype is not None for t in lowered.tensors().values())
@@ -254,7 +271,7 @@ def test_check_sees_what_a_pass_got_wrong(harm, words, demo, tmp_path):
 
 
 def read_a_state_twice(graph):
-    graph.nodes.append(gs.Node("Identity", "/copy", {}, [graph.inputs[1]], [gs.Variable("copied")]))
+    graph.nodes.append(gs.Node("Identity", "/copy", {}, [graph.tensors()["conv_state.0"]], [gs.Variable("copied")]))
 
 
 def make_a_state_elsewhere(graph):

@@ -58,9 +58,26 @@ def test_auto_picks_and_says_why(builders, gpus, builder, why, machine):
 def test_profiles(machine):
     machine(BOTH, [ADA])
     sizes = {"max_batch": 4, "max_tokens": 256}
-    assert resolve(Options(builder="tensorrt", **sizes)).profiles == ((4, 1, 1), (4, 256, 256))
-    assert resolve(Options(builder="tensorrt-rtx", **sizes)).profiles == ((4, 1, 256),)
-    assert resolve(Options(builder="tensorrt", lowering="native", **sizes)).profiles == ((4, 1, 1),)
+    for builder in BOTH:
+        assert resolve(Options(builder=builder, **sizes)).profiles == ((4, 1, 1, 1), (4, 256, 256, 64))
+        assert resolve(Options(builder=builder, lowering="native", **sizes)).profiles == ((4, 1, 1, 1),)
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, prompts",
+    [
+        (1, 1, []),
+        (3, 2, [(3, 2, 2, 2)]),
+        (128, 512, [(8, 512, 512, 64)]),
+        (128, 100, [(40, 100, 100, 64)]),
+        (128, 10_000, [(1, 10_000, 10_000, 64)]),
+    ],
+)
+def test_the_tokens_of_a_call_are_bounded(batch, tokens, prompts, machine):
+    """What lies between the layers grows with them, and not with the largest batch of steps."""
+    machine(BOTH, [])
+    step, *others = resolve(Options(max_batch=batch, max_tokens=tokens)).profiles
+    assert step == (batch, 1, 1, 1) and others == prompts
 
 
 def test_sm_is_a_list(machine):
@@ -78,6 +95,7 @@ def test_sm_is_a_list(machine):
         ({"sm": "75", "lowering": "native"}, BOTH, [], "builds no native engine for SM 75, only for 80, 86, 89, 120"),
         ({}, {"tensorrt-rtx": "1.7.1"}, [cuda.Device("H100", 90)], "builds no engine for SM 90"),
         ({"max_tokens": -3}, BOTH, [], "--max-tokens is -3"),
+        ({"max_logits": 0}, BOTH, [], "--max-logits is 0"),
         ({"sm": "8.6"}, BOTH, [], "--sm is '8.6': give compute capabilities as in 86,89"),
         ({}, {}, [], "builder tensorrt-rtx is not installed (no module tensorrt_rtx): pip install 'dfssm[trt]'"),
         ({}, {}, [ADA], "builder tensorrt is not installed"),

@@ -143,7 +143,7 @@ def device(compiled, monkeypatch):
     gpus = [cuda.Device("GPU", 86)]
     monkeypatch.setattr(cuda, "devices", lambda: (gpus, ""))
     monkeypatch.setattr(trt, "check", lambda *arguments: None)
-    monkeypatch.setattr("dfssm.runtime.cuda.Cuda", lambda: fake)
+    monkeypatch.setattr("dfssm.runtime.cuda.Cuda", lambda library: fake)
     monkeypatch.setattr(trt, "open_engine", lambda *arguments: FakeEngine(fake, session, max_tokens=20))
     return folder, session, gpus
 
@@ -190,7 +190,7 @@ def test_a_wrong_kernel_is_found_and_the_record_withdrawn(device, tmp_path, monk
             return list(found.values())
 
     made = FakeCuda()
-    monkeypatch.setattr("dfssm.runtime.cuda.Cuda", lambda: made)
+    monkeypatch.setattr("dfssm.runtime.cuda.Cuda", lambda library: made)
     monkeypatch.setattr(trt, "open_engine", lambda *arguments: FakeEngine(made, Wrong(), max_tokens=20))
     status, text = verify(folder)
     assert status == 1 and "FAILED after token 21: ssm_state.1 is off by" in text

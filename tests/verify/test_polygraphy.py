@@ -90,15 +90,13 @@ def test_the_runtime_over_a_device(bundle, monkeypatch):
     """Its outputs are an engine's, and a state goes in and out through one buffer."""
     fake = FakeCuda()
     engine = Engine.load(bundle)
-    device = TensorRTBackend(FakeEngine(fake, engine.backend.session, max_tokens=4), fake)
+    device = TensorRTBackend(FakeEngine(fake, engine.backend.session, max_batch=2, max_tokens=4), fake)
     monkeypatch.setattr(Engine, "load", lambda folder: Engine(engine.folder, engine.manifest, device, 1))
     monkeypatch.setattr(polygraphy.get_target("ort-cpu"), "IS_ENGINE", True)
     rng = np.random.default_rng(0)
     states = {
         name: rng.standard_normal((2, *shape)).astype(dtype) for name, (dtype, shape) in engine.backend.layout.items()
     }
-    device.max_batch = 2
-    device.engine.limits = (2, 4)
     ids = rng.integers(0, 200, (2, 3))
     with polygraphy.EngineRunner(str(bundle)) as runner:
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)

@@ -94,6 +94,16 @@ struct NormArgs {
 };
 cudaError_t rms_norm(const NormArgs& args, cudaStream_t stream);
 
+// No op: the `count` largest of each row, in falling order, equal ones by token, NaN before all.
+constexpr int32_t kMostLargest = 1024;
+struct LargestArgs {
+  const float* logits;  // [rows, vocab]
+  int64_t* tokens;      // [rows, count]
+  float* values;        // [rows, count]
+  int32_t rows, vocab, count;
+};
+cudaError_t largest(const LargestArgs& args, cudaStream_t stream);
+
 // Ops fused, in the arithmetic of the ops one after another but for what lies between them, which stays fp32
 // whatever the activations are (not on its way to a third launch): bit for bit the same where these are f32.
 

@@ -50,6 +50,7 @@ class IExecutionContext {
   bool enqueueV3(cudaStream_t stream) {
     const Dims ids = shapes_.at("input_ids");
     toy_expects(ids.d[0] == 1 && ids.d[1] >= 1 && ids.d[1] <= toy_.most(profile_));
+    toy_expects(shapes_.at("logits_at").nbDims == 1 && shapes_.at("logits_at").d[0] == 1);
     toy_expects(shapes_.at("conv_state.0").d[0] == 1 && shapes_.at("ssm_state.0").d[0] == 1);
     toy_expects(!stream->recording || ran_[ids.d[1]]);  // the first run may allocate
     ran_[ids.d[1]] = true;
@@ -58,6 +59,7 @@ class IExecutionContext {
     toy_expects(at.at("ssm_state.0") == at.at("ssm_state_out.0"));
     stream->add([toy = toy_, tokens = ids.d[1], at] {
       const auto* id = static_cast<const int64_t*>(at.at("input_ids"));
+      toy_expects(*static_cast<const int64_t*>(at.at("logits_at")) == tokens - 1);
       auto* sum = static_cast<float*>(at.at("conv_state.0"));
       auto* last = static_cast<uint16_t*>(at.at("ssm_state.0"));
       for (int64_t t = 0; t < tokens; ++t) {
@@ -86,9 +88,9 @@ class ICudaEngine {
   Dims getProfileShape(const char*, int32_t profile, OptProfileSelector) const {
     return Dims2(1, toy_.most(profile));
   }
-  int32_t getNbIOTensors() const { return 6; }
+  int32_t getNbIOTensors() const { return 7; }
   const char* getIOTensorName(int32_t index) const {
-    static const char* const kNames[] = {"input_ids", "conv_state.0",     "ssm_state.0",
+    static const char* const kNames[] = {"input_ids", "conv_state.0",     "ssm_state.0",    "logits_at",
                                          "logits",    "conv_state_out.0", "ssm_state_out.0"};
     return kNames[index];
   }

@@ -1,0 +1,335 @@
+"""Rows of states on the device, and the runs of an engine on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dfssm.opset.errors import DfssmError
+from dfssm.targets.trt_build import LOGITS_AT
+
+from .sampling import largest
+
+if TYPE_CHECKING:
+    from .tensorrt import TensorRTBackend
+
+ALIGNMENT = 256
+"""Bytes to which the address of a tensor must be aligned for TensorRT; those of CUDA's allocations are."""
+
+NOWHERE = range(0)
+
+
+class DevicePool:
+    """Rows of states on the device, and what runs on them. `host`, name -> [rows,...], are copies of the states, for
+    `pull` and `push`; `logits` f32[rows,V] are the host's, too.
+
+    A step leaves its logits on the device, where they are looked at for the tokens that `largest` was asked for before;
+    those, and the ids of the next step, go through pinned memory. Of all the rest the device waits for nothing: the one
+    wait of a step is at its end.
+    """
+
+    def __init__(self, backend: TensorRTBackend, logits: np.ndarray, host: Mapping[str, np.ndarray] | None = None):
+        self._backend, self._cuda = backend, backend.cuda
+        self._host_logits, self._host = logits, host or {}
+        rows = len(logits)
+        self._ids_dtype = backend.dtype("input_ids")
+        self._addresses: list[int] = []
+        self._pinned: list[np.ndarray] = []
+        most = max(rows, min(rows, backend.prompt_rows) * backend.max_tokens)
+        self._ids = self._allocate(most * self._ids_dtype.itemsize)
+        self._first_place = self._allocate(8)  # of the only token of a step
+        self._places = self._allocate(8 * backend.max_logits)
+        self._logits = self._allocate(logits.nbytes)
+        self._all_logits = 0  # allocated when first asked for
+        self._given_ids = self._pin((rows,), self._ids_dtype)
+        self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
+        self._states = self._allocate_states()
+        self._elsewhere: dict[str, dict[str, int]] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}  # first row and number of rows -> their step, recorded
+        self._stale = self._ahead = False  # the host's copies are behind the device, or before it
+        self._behind = NOWHERE  # the rows whose logits are on the device alone
+        self._next: tuple[range, np.ndarray] | None = None  # rows, and their tokens that a step left in `_ids`
+        self._top: _Largest | None = None  # of a step, where they were asked for; and those of `_behind`
+        self._found: _Largest | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_graphs"):
+            self._release_graphs()
+        for address in getattr(self, "_addresses", []):
+            self._cuda.free(address)
+        for array in getattr(self, "_pinned", []):
+            self._cuda.unpin(array)
+
+    @property
+    def logits(self) -> np.ndarray:
+        self.pull_logits()
+        return self._host_logits
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the next step of all rows replays a graph."""
+        return (0, len(self._host_logits)) in self._graphs
+
+    def run(self, ids: np.ndarray, start: int, done: Callable[[], object], release_memory: bool = False) -> None:
+        self.compute(ids, start)
+        done()
+
+    def compute(self, ids: np.ndarray, start: int = 0) -> None:
+        """Read ids [n,T] into rows from `start` on, a prompt in pieces that the engine was built for."""
+        with self._device():
+            ids = ids.astype(self._ids_dtype, copy=False)
+            if 1 in (ids.shape[1], self._backend.max_tokens):
+                rows = range(start, start + len(ids))
+                self._keep_logits(rows)
+                for t in range(ids.shape[1]):
+                    if t:
+                        self._cuda.synchronize()  # `_given_ids` are the last token's until then
+                    self._step(ids[:, t], rows)
+            else:
+                for part, rows in self._groups(ids, start):
+                    self._keep_logits(rows)
+                    for first in range(0, ids.shape[1], self._backend.max_tokens):
+                        piece = part[:, first : first + self._backend.max_tokens]
+                        self._prompt(piece, rows, np.array([piece.shape[1] - 1]), self._logits)
+                    self._behind, self._found = rows, None
+
+    def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
+        backend, vocab = self._backend, self._backend.vocab_size
+        out = np.empty((*ids.shape, vocab), np.float32)
+        if ids.shape[1] == 1:
+            self.compute(ids, start)
+            out[:, 0] = self.logits[start : start + len(ids)]
+        else:
+            with self._device():
+                self._keep_logits(NOWHERE)
+                if not self._all_logits:
+                    self._all_logits = self._allocate(4 * backend.prompt_rows * backend.max_logits * vocab)
+                for part, rows in self._groups(ids.astype(self._ids_dtype, copy=False), start):
+                    self._prompt(part, rows, np.arange(ids.shape[1]), self._all_logits)
+                    self._cuda.to_host(out[rows.start - start : rows.stop - start], self._all_logits)
+            self._host_logits[start : start + len(ids)] = out[:, -1]
+        done()
+        return out
+
+    def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        count = min(count, self._backend.vocab_size)
+        if row in self._behind and self._found and count <= self._found.count:
+            at = row - self._behind.start
+            return self._found.tokens[at, :count].copy(), self._found.logits[at, :count].copy()
+        if count <= self._cuda.most_largest and (self._top is None or count > self._top.count):
+            self._top = self._room_for(count)  # from the next step on
+            self._release_graphs()
+        return largest(self.logits[row], count)
+
+    def reset(self, row: int) -> None:
+        with self._device():
+            for name, size in self._row_bytes.items():
+                self._cuda.zero(self._address(name, row), size)
+            self._stale = True
+        self.logits[row] = 0
+
+    def copy(self, source: int, to: int) -> None:
+        with self._device():
+            for name, size in self._row_bytes.items():
+                self._cuda.copy(self._address(name, to), self._address(name, source), size)
+            self._stale = True
+        logits = self.logits
+        logits[to] = logits[source]
+
+    def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        with self._device():
+            for name, tensor in tensors.items():
+                self._cuda.to_host(tensor, self._address(name, row))
+
+    def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        with self._device():
+            for name, tensor in tensors.items():
+                self._cuda.to_device(self._address(name, row), tensor)
+            self._stale = True
+
+    def pull(self) -> None:
+        if self._stale:
+            with self._device():
+                for name, array in self._host.items():
+                    self._cuda.to_host(array, self._states[name])
+            self._stale = False
+
+    def pull_logits(self) -> None:
+        if self._behind:
+            with self._device():
+                self._keep_logits(NOWHERE)
+
+    def push(self) -> None:
+        """The copies go to the device before it is used next: once, however many rows of them were written."""
+        self._ahead, self._stale = True, False
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """Work for the device, queued in a `with` block and done after it. What it uses stays until then."""
+        with self._backend.lock:
+            try:
+                if self._cuda.recording:  # it was cut short
+                    self._cuda.synchronize()
+                if self._ahead:
+                    for name, array in self._host.items():
+                        self._cuda.to_device(self._states[name], array)
+                    self._cuda.synchronize()  # the copies, too, may then be written
+                    self._ahead = False
+                yield
+            finally:
+                self._cuda.synchronize()
+
+    def _keep_logits(self, but: range) -> None:
+        """The room of the logits is needed: queue a copy to the host, where rows have theirs there that are not in
+        `but`, which get others.
+        """
+        if not set(self._behind) <= set(but):
+            self._cuda.to_host(self._host_logits[self._behind.start : self._behind.stop], self._logits)
+            self._behind = NOWHERE
+
+    def _groups(self, ids: np.ndarray, start: int) -> Iterator[tuple[np.ndarray, range]]:
+        """ids [n,T] for rows from `start` on, as many rows at a time as a prompt may have."""
+        for first in range(0, len(ids), self._backend.prompt_rows):
+            part = ids[first : first + self._backend.prompt_rows]
+            yield part, range(start + first, start + first + len(part))
+
+    def _prompt(self, ids: np.ndarray, rows: range, places: np.ndarray, logits: int) -> None:
+        """Read ids [n,T] into `rows`; the logits of the tokens at `places` go to the address `logits`."""
+        ids = np.ascontiguousarray(ids)
+        with self._bound(rows) as (read, written):
+            self._cuda.to_device(self._ids, ids)
+            self._cuda.to_device(self._places, places)
+            self._next = None
+            at = self._places, len(places)
+            self._queue(self._backend.prompt_context, ids.shape, read, written, at, logits)
+        self._cuda.synchronize()  # `ids` is ours until here
+
+    def _step(self, ids: np.ndarray, rows: range) -> None:
+        """Read one token a row, ids [n], into `rows`."""
+        key = rows.start, len(rows)
+        with self._bound(rows) as (read, written):
+            self._feed(ids, rows)
+            if graph := self._graphs.get(key):
+                self._cuda.launch(graph)
+            else:
+                # The first run of a shape may allocate, which a capture forbids: run, then record it for the next.
+                context = self._backend.step_context(len(rows))
+                self._queue_step(context, read, written, len(rows))
+                self._cuda.synchronize()
+                if self._backend.recordable(context):
+                    if len(self._graphs) > 2 * len(self._host_logits):  # all from row 0 on, and each row alone
+                        self._release_graphs()
+                    self._cuda.begin_capture()
+                    self._queue_step(context, read, written, len(rows))
+                    self._graphs[key] = self._cuda.end_capture()
+        self._behind, self._found = rows, self._top
+        if self._top and self._top.on_device[0] == self._ids:
+            self._next = rows, self._top.tokens[: len(rows), 0]
+
+    def _feed(self, ids: np.ndarray, rows: range) -> None:
+        """Queue a copy of the ids of a step, unless they are those that the last one left there."""
+        if self._next is None or self._next[0] != rows or not np.array_equal(self._next[1], ids):
+            self._given_ids[: len(rows)] = ids
+            self._cuda.to_device(self._ids, self._given_ids[: len(rows)])
+        self._next = None
+
+    def _queue_step(self, context: Any, read: dict[str, int], written: dict[str, int], rows: int) -> None:
+        """Queue the engine, and what is looked for in its logits: the part of a step that is recorded."""
+        self._queue(context, (rows, 1), read, written, (self._first_place, 1), self._logits)
+        if top := self._top:
+            tokens, logits = top.on_device
+            self._cuda.largest(self._logits, rows, self._backend.vocab_size, top.count, tokens, logits)
+            self._cuda.to_host(top.tokens[:rows], tokens)
+            self._cuda.to_host(top.logits[:rows], logits)
+
+    def _release_graphs(self) -> None:
+        while self._graphs:
+            self._cuda.release(self._graphs.popitem()[1])
+
+    def _queue(
+        self,
+        context: Any,
+        shape: tuple[int, ...],
+        read: dict[str, int],
+        written: dict[str, int],
+        places: tuple[int, int],
+        logits: int,
+    ) -> None:
+        """Queue a run of the ids [n,T] that were copied. `read` and `written`: where the states are; `places`: where
+        those of the logits are, and how many; `logits`: where these go.
+        """
+        context.set_input_shape("input_ids", shape)
+        context.set_tensor_address("input_ids", self._ids)
+        context.set_tensor_address("logits", logits)
+        if self._backend.gives_places:
+            context.set_input_shape(LOGITS_AT, places[1:])
+            context.set_tensor_address(LOGITS_AT, places[0])
+        for name, out in self._backend.states.items():
+            context.set_input_shape(name, (shape[0], *self._backend.layout[name][1]))
+            context.set_tensor_address(name, read[name])
+            context.set_tensor_address(out, written[name])
+        if not context.execute_async_v3(self._cuda.stream):
+            raise DfssmError(f"TensorRT could not run the step for {math.prod(shape)} tokens: see its message above")
+
+    @contextmanager
+    def _bound(self, rows: range) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+        """For a run: where the states of `rows` are read, and where they are written. Afterwards they are in place."""
+        lie = {name: self._address(name, rows.start) for name in self._states}
+        read = lie if all(address % ALIGNMENT == 0 for address in lie.values()) else self._buffers("read")
+        written = read if self._backend.in_place else self._buffers("written")
+        self._move(lie, read, len(rows))
+        yield read, written
+        self._move(written, lie, len(rows))
+        self._stale = True
+
+    def _move(self, source: dict[str, int], to: dict[str, int], rows: int) -> None:
+        """Queue a copy of the states of so many rows, where it is one."""
+        for name, size in self._row_bytes.items() if source is not to else ():
+            self._cuda.copy(to[name], source[name], rows * size)
+
+    def _buffers(self, use: str) -> dict[str, int]:
+        """Other buffers for the states of a run: to be read where rows lie at addresses that TensorRT does not take (of
+        usual sizes none do), to be written where it does not work in place.
+        """
+        if use not in self._elsewhere:
+            self._elsewhere[use] = self._allocate_states()
+        return self._elsewhere[use]
+
+    def _address(self, name: str, row: int) -> int:
+        return int(self._states[name] + row * self._row_bytes[name])
+
+    def _room_for(self, count: int) -> _Largest:
+        rows = len(self._host_logits)
+        tokens, logits = (self._pin((rows, count), np.dtype(kind)) for kind in (np.int64, np.float32))
+        # The one token of each row is the input of the next step.
+        next_ids = self._ids if count == 1 and self._ids_dtype == tokens.dtype else self._allocate(tokens.nbytes)
+        return _Largest(count, (next_ids, self._allocate(logits.nbytes)), tokens, logits)
+
+    def _allocate_states(self) -> dict[str, int]:
+        return {name: self._allocate(len(self._host_logits) * size) for name, size in self._row_bytes.items()}
+
+    def _allocate(self, size: int) -> int:
+        self._addresses.append(self._cuda.allocate(size))
+        return self._addresses[-1]
+
+    def _pin(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        self._pinned.append(self._cuda.pinned(math.prod(shape) * dtype.itemsize))
+        array: np.ndarray = self._pinned[-1].view(dtype).reshape(shape)
+        return array
+
+
+@dataclass
+class _Largest:
+    """Room for the `count` largest logits of each row: their tokens i64 and themselves f32, in the device's memory, and
+    [rows,count] in pinned memory.
+    """
+
+    count: int
+    on_device: tuple[int, int]
+    tokens: np.ndarray
+    logits: np.ndarray

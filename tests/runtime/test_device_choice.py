@@ -1,0 +1,143 @@
+"""The choice of a token where the logits are: what goes between host and device for it, and that it is the host's."""
+
+import numpy as np
+import pytest
+import tiny
+from backends import on_device
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
+from dfssm.runtime.sampling import Sampling, largest
+
+PROMPT = [5, 6, 7]
+GREEDY, TOP_K = {}, {"temperature": 0.9, "top_k": 5, "seed": 3}
+SETTINGS = [
+    GREEDY,
+    TOP_K,
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.7, "seed": 4},
+    {"temperature": 1.1, "top_k": 1},
+    {"temperature": 0.8, "top_k": 1000, "seed": 5},
+    {"temperature": 1.5, "top_p": 0.8, "seed": 6},
+    {"temperature": 1.0, "seed": 7},
+]
+
+
+def tokens_of(engine, number, state=None, prompt=PROMPT, **settings) -> list[int]:
+    with engine.generate(prompt, max_tokens=number, eos=(), state=state, **settings) as text:
+        list(text)
+        return text.tokens
+
+
+@pytest.mark.parametrize("most", [1024, 4, 0])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_tokens_are_those_that_the_host_chooses(engine, settings, most):
+    device = on_device(engine)
+    device.backend.cuda.most_largest = most
+    expected = tokens_of(engine, 12, **settings)
+    assert tokens_of(device, 12, **settings) == expected
+    state = device.new_state()
+    assert tokens_of(device, 12, state, **settings) == expected
+    theirs = engine.new_state()
+    tokens_of(engine, 12, theirs, **settings)
+    assert state.logits.tolist() == theirs.logits.tolist(), "they come when they are asked for"
+
+
+@pytest.mark.parametrize(
+    "settings, to_device, to_host",
+    [
+        (GREEDY, 0, 8 + 4),
+        (TOP_K, 8, 5 * (8 + 4)),
+        ({"temperature": 1.0, "top_p": 0.9, "seed": 1}, 8, 4 * tiny.CONFIG.vocab_size),
+    ],
+    ids=["greedy", "top k", "of all"],
+)
+@pytest.mark.parametrize("kind", [{}, {"rtx": True}], ids=["trt", "rtx"])
+def test_what_a_token_costs(engine, settings, to_device, to_host, kind):
+    """One wait, unless all logits are asked for; the token that was chosen on the device is read there."""
+    counts = []
+    for number in (5, 15):
+        device = on_device(engine, **kind)
+        state, cuda = device.new_state(), device.backend.cuda
+        device.prefill(PROMPT, state)
+        before = cuda.syncs, cuda.copied["to device"], cuda.copied["to host"], cuda.launches
+        generation = device.generate([], max_tokens=number, eos=(), state=state, **settings)
+        for _ in generation:
+            pass
+        after = cuda.syncs, cuda.copied["to device"], cuda.copied["to host"], cuda.launches
+        counts.append(np.subtract(after, before))
+    waits = 1 if settings in (GREEDY, TOP_K) else 2
+    assert (counts[1] - counts[0]).tolist() == [10 * waits, 10 * to_device, 10 * to_host, 10]
+
+
+def test_another_token_than_the_chosen_is_read(engine):
+    device = on_device(engine)
+    ours, theirs = device.new_state(), engine.new_state()
+    for state, run in ((ours, device), (theirs, engine)):
+        tokens_of(run, 4, state)
+        run.advance(np.array([9]), state)
+        tokens_of(run, 2, state, prompt=[])
+        run.prefill([3, 2, 1], state)
+        tokens_of(run, 2, state, prompt=[])
+    assert ours.logits.tolist() == theirs.logits.tolist() and ours.recent.tolist() == theirs.recent.tolist()
+
+
+def test_rows_of_a_batch_are_continued_each(engine):
+    """Rows of one pool in turn: logits of one stay where they are, or come to the host, while another runs."""
+    device = on_device(engine)
+    ours, theirs = device.new_state(3), engine.new_state(3)
+    found = []
+    for run, state in ((device, ours), (engine, theirs)):
+        run.prefill([[1, 2, 3], [4, 5, 6], [7, 8, 9]], state)
+        found.append([tokens_of(run, 2, state.row(row), [], **TOP_K) for row in (1, 2, 1, 0, 2)])
+        found[-1].append(run.step([1, 2, 3], state).tolist())
+        found[-1].append(tokens_of(run, 3, state.row(2), [], **GREEDY))
+        state.row(0).reset()
+        found[-1].append([state.logits.tolist(), state.tokens.tolist()])
+    assert found[0] == found[1]
+
+
+def test_logits_that_were_written_count(engine):
+    """Whoever has looked at the logits may have changed them: the choice is from what is there."""
+    device = on_device(engine)
+    state = device.new_state()
+    tokens_of(device, 4, state)
+    state.logits[0] = np.arange(device.vocab_size) % 7
+    assert device.choose(state, Sampling()) == (6, 6.0)
+    kept = state.clone()
+    kept.logits[0, 3] = 50
+    tokens_of(device, 2, state)
+    state.copy_from(kept)
+    assert device.choose(state, Sampling()) == (3, 50.0)
+
+
+def test_numbers_that_are_not_finite_are_named(cpu_target, tmp_path):
+    edit = tiny.not_a_number("layers.1.scan.D")
+    engine = Engine.load(tiny.write_bundle(tmp_path / "b", target=cpu_target, edit=edit), threads=1)
+    device = on_device(engine)
+    state = device.new_state()
+    device.advance(np.array([3]), state)
+    for _ in range(2):
+        token, logit = device.choose(state, Sampling())
+        assert not np.isfinite(logit)
+        device.advance(np.array([token]), state)
+    with pytest.raises(DfssmError, match="not finite"):
+        device.require_finite(state)
+
+
+def test_largest_is_a_stable_sort():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 300):
+        for kind in ("plain", "ties", "zeros", "not finite"):
+            logits = rng.standard_normal(size).astype(np.float32)
+            if kind == "ties":
+                logits = np.round(logits)
+            elif kind == "zeros":
+                logits = rng.choice(np.array([0.0, -0.0], np.float32), size)
+            elif kind == "not finite":
+                logits = rng.choice(np.array([np.nan, np.inf, -np.inf, 1, 2], np.float32), size)
+            # NaN first, then falling; the lower token first
+            expected = sorted(range(size), key=lambda i: (not np.isnan(logits[i]), -np.nan_to_num(logits[i], nan=0), i))  # noqa: B023
+            for count in {1, 2, 5, size, size + 3}:
+                tokens, values = largest(logits, count)
+                assert tokens.tolist() == expected[:count]
+                np.testing.assert_array_equal(values, logits[tokens])
