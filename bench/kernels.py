@@ -173,13 +173,7 @@ PREFILL: dict[str, Callable[..., Kernel]] = {
 }
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
+def _quartiles(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 
@@ -192,18 +186,15 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
         kernel.check()
         kernel.run()
     read_bandwidth = CpuLibrary(ort_cpu.find_library()).read_bandwidth
-    reads: list[float] = []
-    seconds: dict[str, list[float]] = {k.name: [] for k in kernels}
-    shares: dict[str, list[float]] = {k.name: [] for k in kernels}
     read_bandwidth(READ_BYTES, threads)
-    for _ in range(rounds):
-        for kernel in kernels:
-            before = read_bandwidth(READ_BYTES, threads)
-            took = _seconds(kernel.run)
-            after = read_bandwidth(READ_BYTES, threads)
-            reads += [before, after]
-            seconds[kernel.name].append(took)
-            shares[kernel.name].append(2 * kernel.bytes / took * 1e-9 / (before + after))
+    seconds, reads = np.empty((len(kernels), rounds)), np.empty((len(kernels), rounds, 2))
+    for one in range(rounds):
+        for i, kernel in enumerate(kernels):
+            reads[i, one, 0] = read_bandwidth(READ_BYTES, threads)
+            start = time.perf_counter()
+            kernel.run()
+            seconds[i, one] = time.perf_counter() - start
+            reads[i, one, 1] = read_bandwidth(READ_BYTES, threads)
     return {
         "isa": isa,
         "threads": threads,
@@ -214,12 +205,12 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
                 "name": k.name,
                 "bytes": k.bytes,
                 "operations": k.operations,
-                "ms": _quartiles([1e3 * s for s in seconds[k.name]]),
-                "gb_s": _quartiles([k.bytes / s * 1e-9 for s in seconds[k.name]]),
-                "gop_s": _quartiles([k.operations / s * 1e-9 for s in seconds[k.name]]),
-                "share_of_read": _quartiles(shares[k.name]),
+                "ms": _quartiles(1e3 * took),
+                "gb_s": _quartiles(1e-9 * k.bytes / took),
+                "gop_s": _quartiles(1e-9 * k.operations / took),
+                "share_of_read": _quartiles(1e-9 * k.bytes / took / around.mean(axis=1)),
             }
-            for k in kernels
+            for k, took, around in zip(kernels, seconds, reads, strict=True)
         ],
     }
 
