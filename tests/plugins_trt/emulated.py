@@ -122,6 +122,10 @@ class Emulation:
         finally:
             self.forget()
 
+    def launches(self) -> int:
+        """Kernels launched since the last call."""
+        return self.library.dfssm_trt_launches()
+
     def forget(self) -> None:
         self.library.dfssm_trt_clear_buffers()
         self.buffers.clear()

@@ -7,6 +7,8 @@ import pytest
 from plugins_trt.emulated import EmulationError, narrow, widen
 from plugins_trt.fused import ACTIVATIONS, CASES, FusedCase
 
+from dfssm.opset.cases import Case
+
 UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -23,6 +25,20 @@ def test_fused_is_the_chain(kernels, case):
     for a, b in zip(fused, separately(kernels, case, inputs), strict=True):
         np.testing.assert_array_equal(a, b)
     case.check(fused, inputs)
+
+
+def test_launches(kernels):
+    """One for one token, whose norm every block computes; two for more; a third where columns go aside."""
+    rows = (((1, 1), 1), ((2, 1), 2), ((64, 1), 2), ((65, 1), 3), ((1, 2), 3), ((1, 40), 3))
+    for op, extra, most in (("NormScaffoldConv", dict(C=8, W=4), 3), ("GatedNormScaffoldAdd", {}, 2)):
+        for (B, T), expected in rows:
+            case = FusedCase(op, dict(B=B, T=T, K=128, M=8, R=2, **extra))
+            kernels.launches()
+            kernels.run(op, case.inputs())
+            assert kernels.launches() == min(expected, most), case.id
+    scan = Case("SelectiveScanStep", dict(B=2, T=40, H=2, P=8, N=8, state="float32"))
+    kernels.run(scan.op, scan.inputs())
+    assert kernels.launches() == 1
 
 
 @pytest.mark.parametrize("type", ["float16", "bfloat16"])
@@ -43,7 +59,7 @@ def test_state_in_place(kernels, case):
 
 
 @pytest.mark.parametrize("offset", [4, 8])
-@pytest.mark.parametrize("case", [CASES[2], CASES[-7]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[-7]], ids=lambda case: case.id)
 def test_unaligned_activations(kernels, case, offset):
     """One value a load where 16 bytes are not aligned; the chain loads the same way."""
     inputs = case.inputs()

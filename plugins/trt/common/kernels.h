@@ -108,14 +108,14 @@ cudaError_t largest(const LargestArgs& args, cudaStream_t stream);
 // whatever the activations are (not on its way to a third launch): bit for bit the same where these are f32.
 
 // The product of normed activations, y, with the columns [x_start, x_start + conv.C) convolved. One token a
-// sequence takes two launches instead of four, up to 64 sequences; more of either a third one. Not used:
-// norm.out, scaffold.x; conv's x, y, strides and type.
+// sequence takes two launches instead of four, up to 64 sequences, and a sequence alone one; more of either
+// take a third one. Not used: norm.out, scaffold.x; conv's x, y, strides and type.
 size_t norm_scaffold_conv_workspace(const ScaffoldArgs& scaffold, int32_t channels);
 cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& scaffold, ConvArgs conv,
                                int32_t x_start, void* workspace, cudaStream_t stream);
 
 // The product of normed activations, added to `residual` [n, M], which is not `scaffold.y`: two launches
-// instead of three and the addition. norm.out and scaffold.x are not used.
+// instead of three and the addition, one for one token. norm.out and scaffold.x are not used.
 cudaError_t gated_norm_scaffold_add(const NormArgs& norm, const ScaffoldArgs& scaffold, const void* residual,
                                     void* workspace, cudaStream_t stream);
 

@@ -14,7 +14,7 @@ namespace dfssm::trt {
 
 // Shared memory a block gets without asking for more; of it, what a kernel with dynamic shared memory may
 // have in static arrays.
-constexpr size_t kDefaultSharedBytes = 48 * 1024, kStaticSharedBytes = 8 * 1024;
+constexpr size_t kDefaultSharedBytes = 48 * 1024, kStaticSharedBytes = 12 * 1024;
 
 // kernel<<<grid, block, dynamic_shared_bytes, stream>>>(arguments...), and its error. Asks for more than 48
 // KB of shared memory where that may be needed.

@@ -119,7 +119,7 @@ __device__ __forceinline__ float low_rank(const Product& p, int token, int row) 
 #pragma unroll 4
     for (int r = 0; r < p.R; r += 4) {
       const char4 u = __ldg(reinterpret_cast<const char4*>(up + r));
-      const float4 v = __ldg(reinterpret_cast<const float4*>(h + r));
+      const float4 v = *reinterpret_cast<const float4*>(h + r);
       sum = fmaf(u.x, v.x, fmaf(u.y, v.y, fmaf(u.z, v.z, fmaf(u.w, v.w, sum))));
     }
   } else {

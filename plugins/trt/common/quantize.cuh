@@ -110,6 +110,62 @@ struct PlainRow {
   __device__ __forceinline__ float operator[](int k) const { return to_float(x[k]); }
 };
 
+// What a token is multiplied with to be quantised, and its scale.
+struct QuantizeScale {
+  float inverse, s;
+};
+
+// From what prepare() gave each thread of a block. A barrier: x[k] may be read after it.
+__device__ __forceinline__ QuantizeScale quantize_scale(uint32_t top, uint32_t (&of_warp)[kQuantizeWarps]) {
+#pragma unroll
+  for (int i = kWarpSize / 2; i; i /= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, i));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kQuantizeWarps; ++i) top = max(top, of_warp[i]);
+  const float m = __uint_as_float(top);
+  if (top >= kInfinityBits) return {0.0f, __uint_as_float(kNaNBits)};
+  return m >= kTiny ? QuantizeScale{__fdiv_rn(127.0f, m), __fdiv_rn(m, 127.0f)} : QuantizeScale{0.0f, 0.0f};
+}
+
+// The columns [base, base + width) to `bytes`, those from K on as zeros; returns a thread's part of their sum.
+template <class Row>
+__device__ __forceinline__ int quantize_columns(const Row& x, int base, int width, int K, float inverse,
+                                                uint4* bytes) {
+  int sum = 0;
+#pragma unroll 4
+  for (int k = threadIdx.x; k < width; k += kQuantizeThreads) {
+    int q = 0;
+    if (base + k < K && inverse != 0) q = __float2int_rn(__fmul_rn(x[base + k], inverse));
+    reinterpret_cast<int8_t*>(bytes)[k] = static_cast<int8_t>(q);
+    sum += q;
+  }
+  return sum;
+}
+
+// A piece of the 32 columns that are number `word` of `bytes`.
+template <class Order>
+__device__ __forceinline__ uint4 quantized_piece(const uint4* bytes, int word, int half) {
+  const uint4 low = bytes[2 * word], high = bytes[2 * word + 1];
+  const uint32_t in[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  return Order::piece(in, half);
+}
+
+// A lane's part of `width` bytes of a row of `down`, whole pieces, times those of a token.
+__device__ __forceinline__ int dot_of(const int8_t* down, const uint4* bytes, int width) {
+  const uint4* weights = reinterpret_cast<const uint4*>(down);
+  int dot = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i < width / 16; i += 32) {
+    const uint4 w = __ldg(weights + i), q = bytes[i];
+    dot = __dp4a(static_cast<int>(w.x), static_cast<int>(q.x), dot);
+    dot = __dp4a(static_cast<int>(w.y), static_cast<int>(q.y), dot);
+    dot = __dp4a(static_cast<int>(w.z), static_cast<int>(q.z), dot);
+    dot = __dp4a(static_cast<int>(w.w), static_cast<int>(q.w), dot);
+  }
+  return dot;
+}
+
 // Block (token, part): every part quantises the token for itself, part 0 writes it, and each warp takes one
 // row of `down`, eight a part. At n = 1 and R = 16 that is two blocks that read 8 KB of x (K = 2048, fp32)
 // from L2 and 16 KB each of `down`: a block alone would draw the 32 KB through one SM's 64 bytes a clock, and
@@ -135,58 +191,26 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
     for (int k = lane * kLine; k < K; k += 32 * kLine) prefetch(down + static_cast<size_t>(row) * K + k);
   }
 
-  uint32_t top = x.prepare(token);
-#pragma unroll
-  for (int i = kWarpSize / 2; i; i /= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, i));
-  if (lane == 0) of_warp[warp] = top;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kQuantizeWarps; ++i) top = max(top, of_warp[i]);
-
-  const float m = __uint_as_float(top);
-  float inv = 0, s = 0;
-  if (top >= kInfinityBits) {
-    s = __uint_as_float(kNaNBits);
-  } else if (m >= kTiny) {
-    inv = __fdiv_rn(127.0f, m);
-    s = __fdiv_rn(m, 127.0f);
-  }
-
+  const QuantizeScale scale = quantize_scale(x.prepare(token), of_warp);
   int sum = 0, dot = 0;
   for (int base = 0; base < out.steps * kStep; base += kChunk) {
     const int width = min(kChunk, out.steps * kStep - base);
-#pragma unroll 4
-    for (int k = tid; k < width; k += kQuantizeThreads) {
-      int q = 0;
-      if (base + k < K && inv != 0) q = __float2int_rn(__fmul_rn(x[base + k], inv));
-      reinterpret_cast<int8_t*>(chunk)[k] = static_cast<int8_t>(q);
-      sum += q;
-    }
+    sum += quantize_columns(x, base, width, K, scale.inverse, chunk);
     __syncthreads();
     if (blockIdx.y == 0) {
       uint4* to =
           out.q + (static_cast<size_t>(token / kGroup) * out.steps * kStepPieces + token % kGroup * 4);
       for (int i = tid; i < width / 32; i += kQuantizeThreads) {
-        const uint4 low = chunk[2 * i], high = chunk[2 * i + 1];
-        const uint32_t in[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         const int word = base / 32 + i;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           to[static_cast<size_t>(Order::step(word, half)) * kStepPieces + Order::quad(word, half)] =
-              Order::piece(in, half);
+              quantized_piece<Order>(chunk, i, half);
         }
       }
     }
     if (row < R) {  // rows of `down` are whole pieces: K is a multiple of 32
-      const uint4* weights = reinterpret_cast<const uint4*>(down + static_cast<size_t>(row) * K + base);
-#pragma unroll 4
-      for (int i = lane; i < min(width, K - base) / 16; i += 32) {
-        const uint4 w = __ldg(weights + i), q = chunk[i];
-        dot = __dp4a(static_cast<int>(w.x), static_cast<int>(q.x), dot);
-        dot = __dp4a(static_cast<int>(w.y), static_cast<int>(q.y), dot);
-        dot = __dp4a(static_cast<int>(w.z), static_cast<int>(q.z), dot);
-        dot = __dp4a(static_cast<int>(w.w), static_cast<int>(q.w), dot);
-      }
+      dot += dot_of(down + static_cast<size_t>(row) * K + base, chunk, min(width, K - base));
     }
     __syncthreads();
   }
@@ -197,13 +221,13 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
     of_warp[warp] = static_cast<uint32_t>(sum);
     if (row < R)
       out.h[static_cast<size_t>(token) * R + row] =
-          __fmul_rn(__fmul_rn(down_scale[row], s), static_cast<float>(dot));
+          __fmul_rn(__fmul_rn(down_scale[row], scale.s), static_cast<float>(dot));
   }
   __syncthreads();
   if (blockIdx.y == 0 && tid == 0) {
     int total = 0;
     for (int i = 0; i < kQuantizeWarps; ++i) total += static_cast<int>(of_warp[i]);
-    out.s[token] = s;
+    out.s[token] = scale.s;
     out.sum[token] = total;
   }
 }

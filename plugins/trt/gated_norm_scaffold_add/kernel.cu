@@ -3,6 +3,7 @@
 #include "binary_scaffold_matmul/scaffold.cuh"
 #include "common/kernels.h"
 #include "common/norm.cuh"
+#include "common/one_token.cuh"
 
 namespace dfssm::trt {
 namespace of_gated_norm_scaffold_add {
@@ -27,6 +28,11 @@ using namespace of_gated_norm_scaffold_add;
 cudaError_t gated_norm_scaffold_add(const NormArgs& norm, const ScaffoldArgs& args, const void* residual,
                                     void* workspace, cudaStream_t stream) {
   const Product product = scaffold_product(args, workspace);
+  if (takes_one_token(product)) {
+    return with_norm_row(norm, nullptr, [&](const auto& x) {
+      return one_token<Bits, 1>(product, Add(residual), x, args.K, args.down, args.down_scale, stream);
+    });
+  }
   const cudaError_t error =
       with_norm_row(norm, nullptr, [&](const auto& x) { return quantize_for(product, args, x, stream); });
   return error == cudaSuccess ? matmul<Bits>(product, Add(residual), stream) : error;

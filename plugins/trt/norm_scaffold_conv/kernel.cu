@@ -8,6 +8,7 @@
 #include "causal_conv1d_step/token.cuh"
 #include "common/kernels.h"
 #include "common/norm.cuh"
+#include "common/one_token.cuh"
 
 namespace dfssm::trt {
 namespace of_norm_scaffold_conv {
@@ -83,6 +84,12 @@ cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& args, C
                                void* workspace, cudaStream_t stream) {
   if (conv.W < 2 || conv.W > 4) return cudaErrorInvalidValue;
   const Product product = scaffold_product(args, workspace);
+  if (takes_one_token(product)) {
+    return with_norm_row(norm, nullptr, [&](const auto& x) {
+      return one_token<Bits, 4>(product, Convolve(conv, x_start), x, args.K, args.down, args.down_scale,
+                                stream);
+    });
+  }
   cudaError_t error =
       with_norm_row(norm, nullptr, [&](const auto& x) { return quantize_for(product, args, x, stream); });
   if (error != cudaSuccess) return error;

@@ -421,6 +421,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const void* 
   m.parameters = parameters;
   m.parameters_bytes = parameters_bytes;
   m.failed = false;
+  ++m.launches;
   m.launch_epoch = ++m.epoch;
   m.shared.clear();
   m.declared.clear();

@@ -70,6 +70,7 @@ struct Machine {
   void (*call)(void*);
   void* parameters;
   size_t parameters_bytes;
+  int launches = 0;  // since they were last asked for
   bool failed = false, any_buffer = false;
   // The block.
   std::vector<std::unique_ptr<Fiber>> fibers;

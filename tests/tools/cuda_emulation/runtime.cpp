@@ -82,5 +82,6 @@ void dfssm_trt_add_buffer(const char* name, const void* data, size_t bytes, int 
   emulation::add_buffer(name, data, bytes, static_cast<emulation::Contents>(contents));
 }
 void dfssm_trt_clear_buffers() { emulation::clear_buffers(); }
+int dfssm_trt_launches() { return std::exchange(emulation::machine().launches, 0); }
 const char* dfssm_trt_last_error() { return emulation::last_error(); }
 }
