@@ -36,8 +36,8 @@ from .difference import widened
 FORMAT = "dfssm-golden"
 VERSION = 1
 
-TOKENS = 32
-"""Before the steps, which are as many as a target is verified with: a first one alone, the others as a prompt."""
+TOKENS, STEPS = 32, 2
+"""Tokens before the last steps, the first of them alone, the others as a prompt; and at most so many such steps."""
 
 SEED = 1
 SUMS = 16  # of a digest
@@ -119,7 +119,7 @@ def make_golden(target: Target, folder: Path, vocab: int, max_tokens: int, progr
     from .graph import DISTURBED, calls_of, inference, write_disturbed, zero_states
 
     prompt = [min(max_tokens, TOKENS - start) for start in range(1, TOKENS, max_tokens)]
-    calls = [1, *prompt, *[1] * target.VERIFY_STEPS]
+    calls = [1, *prompt, *[1] * min(STEPS, target.VERIFY_STEPS)]
     ids = np.random.default_rng(SEED).integers(0, vocab, (1, sum(calls)))
     runs: list[list[Observed]] = []
     logits: list[np.ndarray] = []
