@@ -26,7 +26,7 @@ from dfssm.model.config import DFSSMConfig
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import new_folder
 from dfssm.runtime import Engine
-from dfssm.targets import get_target, ort_cpu
+from dfssm.targets import ort_cpu
 from dfssm.targets.bundle import open_bundle
 
 from .golden import Golden
@@ -95,8 +95,8 @@ class SessionWithKernels(BaseLoader):
 
 
 class EngineRunner(BaseRunner):
-    """Runs the bundle in `folder` by `Engine`, from the states that are fed. Inputs and outputs are those of the graph,
-    or of the engine, in the bundle.
+    """Runs the bundle in `folder` by `Engine`, from the states that are fed. Inputs and outputs are those of the step
+    graph, whatever the target.
     """
 
     def __init__(self, folder: str, name: str | None = None):
@@ -119,12 +119,11 @@ class EngineRunner(BaseRunner):
         for name, tensor in state.tensors.items():
             tensor[...] = feed_dict[name]
         state.push()
-        last_only = get_target(self.engine.manifest.target).IS_ENGINE
         start = time.perf_counter()
-        logits = _critical(self.engine.prefill if last_only else self.engine.logits, ids, state)
+        logits = _critical(self.engine.logits, ids, state)
         self.inference_time = time.perf_counter() - start
         written = {name.replace(".", "_out."): np.array(tensor) for name, tensor in state.tensors.items()}
-        return {"logits": logits[:, None] if last_only else logits} | written
+        return {"logits": logits} | written
 
     def deactivate_impl(self) -> None:
         del self.engine
