@@ -79,7 +79,7 @@ def test_a_bundle_is_right_where_it_was_made(target, state_dtype, compiled):
         assert result["calls"] == [1, 31] + [1] * (1 if target == "onnx" else 2)
         layers = range(tiny.CONFIG.n_layer)
         states = [f"{kind}.{i}" for i in layers for kind in ("conv_state", "ssm_state")]
-        assert list(result["outputs"]) == ["logits", *states] and result["first"] is None
+        assert list(result["outputs"]) == ["logits", *states, "choice"] and result["first"] is None
 
 
 def test_other_kernels_are_right_within_the_drift(compiled, tmp_path):
@@ -195,6 +195,24 @@ def test_a_wrong_kernel_is_found_and_the_record_withdrawn(device, tmp_path, monk
     status, text = verify(folder)
     assert status == 1 and "FAILED after token 21: ssm_state.1 is off by" in text
     assert len(warned(folder)) == 1
+
+
+def test_a_wrong_choice_is_found(device, tmp_path, monkeypatch):
+    """The kernel that finds the largest logit: it runs from the second step on, after the engine, in its recording."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder, session, _ = device
+
+    class Wrong(FakeCuda):
+        def largest(self, logits, rows, vocab, count, tokens, values):
+            super().largest(logits, rows, vocab, count, tokens, values)
+            self.at(tokens, 4 * rows * count)[:] = 7
+
+    made = Wrong()
+    monkeypatch.setattr("dfssm.runtime.cuda.Cuda", lambda *arguments: made)
+    monkeypatch.setattr(trt, "open_engine", lambda *arguments: FakeEngine(made, session, max_tokens=20))
+    status, result = verify(folder, "--json")
+    assert status == 1 and (result["first"]["output"], result["first"]["token"]) == ("choice", 33)
+    assert all(entry["rms_rel"] <= entry["tolerance"] for name, entry in result["outputs"].items() if name != "choice")
 
 
 def test_a_bundle_without_goldens_is_one_line(tiny_bundle):
