@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from gpu_harness import checks, pack, speed
 from gpu_harness.graph import Weights
-from gpu_harness.plugins import Library
-from plugins_trt import adapter
+from gpu_harness.plugins import Library, Plugin
+from plugins_trt import adapter, engines
 from trt_graphs import write_step
 
 from dfssm.opset.schema import STATE_DTYPES
@@ -123,3 +124,19 @@ def test_report(tmp_path, library):
     code, report = run("ops")
     assert (code, report["failures"]) == (0, [])
     assert run("memcheck")[0] == 2
+
+
+@pytest.mark.skipif(not engines.library(), reason=engines.NO_LIBRARY)
+def test_the_shipped_library_is_driven_alike(library, capfd):
+    """With no GPU, up to the launch: types and shapes of every case are those of the emulated one."""
+    shipped = Library(Path(library.driver._name), engines.library())
+    assert (shipped.device, library.device) == ("cuda", "cpu")
+    for case in map(pack.export_case, pack.table()):
+        named = case["op"], case["id"], case["attributes"], list(case["inputs"].values())
+        one, other = Plugin(shipped, *named), Plugin(library, *named)
+        assert one.outputs == other.outputs == [(value.dtype, value.shape) for value in case["outputs"].values()]
+    if not torch.cuda.is_available():
+        shipped.device = "cpu"  # where torch's memory is; the launch finds that CUDA has none
+        with pytest.raises(RuntimeError, match="enqueue failed"):
+            checks.run_case(shipped, case, in_place=False)
+        assert "the launch failed: " in capfd.readouterr().err
