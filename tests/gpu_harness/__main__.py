@@ -233,9 +233,9 @@ def main() -> int:
     (out / "report.json").write_text(json.dumps({"steps": steps, "failures": failures(steps)}, indent=1))
     (out / "report.txt").write_text(text + "\n")
     print(text)
-    if not any(step["records"] for step in steps.values()):
-        return 2
-    return int(bool(failures(steps)))
+    if failures(steps):
+        return 1
+    return 0 if any(step["records"] for step in steps.values()) else 2
 
 
 if __name__ == "__main__":
