@@ -16,10 +16,10 @@ from dfssm.opset import DfssmError, paths
 from dfssm.opset.extras import require
 from dfssm.opset.files import new_folder, writing
 from dfssm.opset.hashing import sha256
-from dfssm.opset.paths import MANIFEST
+from dfssm.opset.paths import GOLDEN, MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.targets import Target, get_target, trust
-from dfssm.targets.bundle import GOLDEN, MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
 from dfssm.targets.text import load_tokenizer
 
 from . import triton

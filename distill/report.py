@@ -74,7 +74,8 @@ def write_report(folder: Path) -> Path:
     """
     path, log = folder / "report.html", (folder / "log.jsonl").read_text(encoding="utf-8")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    write_file(path, page(folder.resolve().name, [json.loads(line) for line in log.splitlines()], result))
+    text = page(folder.resolve().name, [json.loads(line) for line in log.splitlines()], result)
+    write_file(path, text.encode(errors="replace"))  # names of folders need not be UTF-8
     return path
 
 

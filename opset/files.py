@@ -117,7 +117,10 @@ def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:
         content(draft)
     except (OSError, DfssmError):
         raise
-    except Exception:
+    except Exception as error:
+        # Libraries in Rust name the error's number, and take their file away, which makes room again.
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         probe(draft)
         raise
 

@@ -15,6 +15,9 @@ from .errors import DfssmError, reason
 MANIFEST, CONFIG = "manifest.json", "config.json"
 """The file that makes a folder a bundle, and the one that makes it a checkpoint."""
 
+GOLDEN = "golden.safetensors"
+"""Of a bundle; its suffix is else that of a student."""
+
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     "consolidated.safetensors",  # Mistral's own
@@ -167,9 +170,10 @@ def _kind(path: Path, mode: int) -> tuple[str, Path]:
     beside = path.parent
     if path.name in (CONFIG, *WEIGHTS) and (beside / CONFIG).is_file():
         return "teacher", beside
-    if path.suffix in _SUFFIXES:
+    of_bundle = (beside / MANIFEST).is_file()
+    if path.suffix in _SUFFIXES and not (of_bundle and path.name == GOLDEN):
         return "student", path
-    if (beside / MANIFEST).is_file():
+    if of_bundle:
         return "bundle", beside
     try:
         with path.open("rb") as content:

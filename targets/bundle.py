@@ -25,7 +25,6 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ENGINE = "model.engine"
 TOKENIZER = "tokenizer.json"
-GOLDEN = "golden.safetensors"
 
 ITSELF = "manifest_sha256"
 _BLANK = "0" * 64  # stands in its place while the manifest is hashed

@@ -24,13 +24,14 @@ from safetensors import SafetensorError
 
 from dfssm.opset import DfssmError
 from dfssm.opset.files import writing
+from dfssm.opset.paths import GOLDEN
 from dfssm.opset.threads import default_threads
 from dfssm.opset.tolerances import Tolerance, drift_tolerance, rms_error
 from dfssm.runtime.backend import open_backend
 from dfssm.runtime.engine import Engine
 from dfssm.runtime.sampling import Sampling
 from dfssm.targets import Target, get_target, trust
-from dfssm.targets.bundle import GOLDEN, MODEL, Bundle, Manifest, open_bundle
+from dfssm.targets.bundle import MODEL, Bundle, Manifest, open_bundle
 
 from .difference import widened
 

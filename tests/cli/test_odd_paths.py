@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,11 @@ import torch
 from commands import run_commands
 
 from dfssm.model.checkpoint import save_student
+from dfssm.model.config import Mamba2Config
+from dfssm.model.hf_import import save_teacher
+from dfssm.model.teacher import Mamba2LM
+from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
 from dfssm.runtime.state import State
 
 LATIN = os.fsdecode(b"caf\xe9")
@@ -30,6 +36,31 @@ def folder(tiny_bundle, tmp_path) -> Path:
     for suffix in ("pt", "safetensors"):
         save_student(tmp_path / f"{LATIN}.{suffix}", tiny.CONFIG, tensors)
     return tmp_path
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    end = tiny.CONFIG.eos_token_id
+    save_teacher(Mamba2LM(Mamba2Config(end + 1, 32, 1, d_state=8, headdim=8, eos_token_id=end)), tmp_path / "teacher")
+    tiny.write_tokenizer(tmp_path / "teacher" / "tokenizer.json")
+    return tmp_path / "teacher"
+
+
+def test_names_need_not_be_utf8_in_training_and_measuring(teacher, tmp_path):
+    teacher.rename(tmp_path / LATIN)
+    (tmp_path / f"{LATIN}.txt").write_text("hello world or so. " * 60)
+    data = ["--data", f"{LATIN}.txt"]
+    sizes = "--tokens 16 --batch 1 --total-tokens 16 --held-out 0.1 --rank 2 --threads 1".split()
+    done = run_commands(
+        [
+            ["dfssm", "convert", LATIN, "-o", f"{LATIN}.safetensors", "--rank", "2"],
+            ["dfssm", "distill", LATIN, *data, "-o", f"new{LATIN}", *sizes],
+            ["dfssm", "eval", "perplexity", f"new{LATIN}/model.pt", *data, "--tokens", "20", "--reference", LATIN],
+        ],
+        tmp_path,
+    )
+    assert [(result.status, result.err) for result in done if result.status] == []
+    assert "caf?" in (tmp_path / f"new{LATIN}" / "report.html").read_text()
 
 
 def test_names_need_not_be_utf8(folder, cpu_target):
@@ -92,3 +123,45 @@ def test_a_state_goes_through_a_pipe_or_a_device_and_where_a_link_points(tiny_bu
     assert done.returncode == 0 and b"dfssm-state" in done.stdout, done.stderr
     refused = run(tiny_bundle, tmp_path / "elsewhere")
     assert refused.returncode == 1 and b"it is a folder; give the name of a file" in refused.stderr
+
+
+@pytest.fixture
+def small_files():
+    """No file can be larger than 9000 bytes: a disk that is full, for one user alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_student_that_does_not_fit_the_disk_is_one_line(name, teacher, small_files, invoke, tmp_path):
+    """safetensors takes its file away when it fails, and so makes room."""
+    with pytest.raises(DfssmError) as caught:
+        invoke("convert", teacher, "-o", tmp_path / name, "--rank", 2)
+    assert str(caught.value) == f"cannot write {tmp_path / name}: File too large; choose another place"
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_a_state_that_several_threads_save_is_whole(tiny_bundle, tmp_path):
+    """As do containers that share a volume: in each of them the process has the same id."""
+    engine, path = Engine.load(tiny_bundle, threads=1), tmp_path / "a.state"
+    state = engine.new_state()
+    engine.prefill([1, 2], state)
+    state.save(path)
+    errors: list[Exception] = []
+
+    def call(function, *arguments):
+        try:
+            for _ in range(50):
+                function(*arguments)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(state.save, path)) for _ in range(4)]
+    threads.append(threading.Thread(target=call, args=(State.load, path)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and [path.name for path in tmp_path.iterdir()] == ["a.state"]

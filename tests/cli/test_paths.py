@@ -26,6 +26,7 @@ ARGUMENTS = {
         ["dfssm", "run", "?", "-p", "a"],
         ["dfssm", "bench", "?"],
         ["dfssm", "compare", "?", "model.pt"],
+        ["dfssm", "verify", "?"],
     ],
     "teacher": [
         ["dfssm", "convert", "?", "-o", "new.pt"],
@@ -95,6 +96,7 @@ WRONG = {
     | {
         "b": f"b is a bundle, not a student: {ORIGIN} model.pt",
         "b/model.onnx": f"b/model.onnx is a file of a bundle, not a student: {ORIGIN} model.pt",
+        "b/golden.safetensors": f"b/golden.safetensors is a file of a bundle, not a student: {ORIGIN} model.pt",
         "teacher": f"teacher is a Mamba-2 checkpoint, not a student: convert or distill it first: {CONVERT}",
         "teacher/config.json": f"is a file of a checkpoint, not a student: convert or distill it first: {CONVERT}",
         "trained": "trained is a folder with a student: give trained/model.pt",
@@ -106,6 +108,7 @@ WRONG = {
     | {
         "b/model.onnx": "b/model.onnx is a file of a bundle: give the folder b",
         "b/manifest.json": "b/manifest.json is a file of a bundle: give the folder b",
+        "b/golden.safetensors": "b/golden.safetensors is a file of a bundle: give the folder b",
         "model.pt": f"model.pt is a student, not a bundle: compile it first: {COMPILE.format('model.pt')}",
         "a name.pt": f"a name.pt is a student, not a bundle: compile it first: {COMPILE.format(repr('a name.pt'))}",
         "trained": f"is a folder with a student, not a bundle: compile it first: {COMPILE.format('trained/model.pt')}",
@@ -165,8 +168,9 @@ def fill(folder: Path) -> None:
     """One of each kind of thing, by its name and its first bytes; none is read further."""
     for name in ("b", "teacher", "trained", "empty"):
         (folder / name).mkdir()
-    for name in ("b/manifest.json", "b/model.onnx", "teacher/config.json", "teacher/tokenizer.json"):
+    for name in ("b/manifest.json", "b/model.onnx", "b/golden.safetensors", "teacher/config.json"):
         (folder / name).write_text("{}")
+    (folder / "teacher/tokenizer.json").write_text("{}")
     for name in ("model.pt", "a name.pt", "trained/model.pt", "teacher/model.safetensors"):
         (folder / name).write_bytes(b"PK")
     (folder / "notes.md").write_text("notes")

@@ -20,10 +20,11 @@ from dfssm.cli.main import dfssm
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
 from dfssm.opset import DfssmError
+from dfssm.opset.paths import GOLDEN
 from dfssm.opset.tolerances import drift_tolerance, model_tolerance, rms_error
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, get_target, trt
-from dfssm.targets.bundle import GOLDEN, MANIFEST, Bundle, file_entry, open_bundle, read_manifest, sealed
+from dfssm.targets.bundle import MANIFEST, Bundle, file_entry, open_bundle, read_manifest, sealed
 from dfssm.verify import golden
 from dfssm.verify.golden import Golden, compare_with_golden, verify_here
 
