@@ -7,7 +7,7 @@ that of the work at a stated share of a device's rates: products, and the bytes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dfssm.model.config import DFSSMConfig, Mamba2Config
 from dfssm.model.tensors import FLOAT, LAYER, ROWS, SCAFFOLD, weights
@@ -86,12 +86,13 @@ class Options:
 def parameters(config: Mamba2Config) -> dict[str, int]:
     """Numbers by part: of the student in training for a DFSSMConfig, of the teacher for a Mamba2Config."""
     counts = {"projections": 0, "tables": 0, "rest": 0}
-    for weight in weights(config):
+    for weight in weights(replace(config, n_layer=1)):  # without a list of all layers
         size = math.prod(weight.shape(config))
         if weight.form == SCAFFOLD and isinstance(config, DFSSMConfig):  # latents, scales, low rank
             m, k = weight.shape(config)
             size = config.planes * (size + m) + config.rank * (m + k)
-        counts[{SCAFFOLD: "projections", ROWS: "tables", FLOAT: "rest"}[weight.form]] += size
+        times = config.n_layer if weight.name.startswith("layers.") else 1
+        counts[{SCAFFOLD: "projections", ROWS: "tables", FLOAT: "rest"}[weight.form]] += times * size
     return counts
 
 

@@ -127,9 +127,11 @@ def _narrow(tensor: Tensor) -> Tensor:
     return half if torch.equal(half.float(), tensor) else tensor
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    half = isinstance(tensor, Tensor) and tensor.dtype == torch.float16
-    return tensor.float() if half else tensor
+def _widen(value: Any) -> Any:
+    """A tensor as its numbers alone, fp16 as fp32; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().float() if value.dtype == torch.float16 else value.detach()
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
@@ -147,11 +149,22 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
             # Files from before torch 1.6 are not zip archives and cannot be mapped.
             if mapped := zipfile.is_zipfile(file):
                 _check_records(file)
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped), {}
+            content = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
+            _check_sizes(content, os.fstat(file.fileno()).st_size)
+            return content, {}
     except pickle.UnpicklingError:
         raise DfssmError(f"{path}: holds more than tensors, which is never loaded; use safetensors") from None
     except Exception as error:  # the unpickler raises whatever the damaged bytes make it stumble over
         raise DfssmError(f"{path}: cannot be read ({reason(error)}); {remedy}") from None
+
+
+def _check_sizes(content: Any, size: int) -> None:
+    """ValueError where the tensors of a file are far larger than it: views may repeat one number without end."""
+    tables = [content, *content.values()] if isinstance(content, dict) else []
+    values = [value for table in tables if isinstance(table, dict) for value in table.values()]
+    held = sum(value.numel() * value.itemsize for value in values if isinstance(value, Tensor))
+    if held > 2 * size:  # a tied head is there twice
+        raise ValueError(f"its tensors have {held:,} bytes, the file {size:,}")
 
 
 def _check_records(file: BinaryIO) -> None:

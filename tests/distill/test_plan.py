@@ -265,6 +265,10 @@ class TestPlan:
         # Gradients stay whole until the last of several micro-batches.
         assert plan(self.CONFIG, Options(windows=2, batch=32, world=8)).memory["gradients"] == one["gradients"]
 
+    def test_any_number_of_layers_is_counted_at_once(self):
+        one, two, many = (parameters(dataclasses.replace(self.CONFIG, n_layer=n)) for n in (1, 2, 10**9))
+        assert many == {part: one[part] + (10**9 - 1) * (two[part] - one[part]) for part in one}
+
     def test_what_fits(self):
         small, large = DEVICES[0], DEVICES[1]
         plain, again = (plan(self.CONFIG, Options(checkpointing=on)) for on in (False, True))
