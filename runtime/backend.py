@@ -64,10 +64,12 @@ class Pool(Protocol):
 class Backend(Protocol):
     """A bundle's step, opened. `layout` is that of a state of one row, without logits; `max_batch` the most rows of a
     run, `max_tokens` the tokens of each by which a prompt is read, and `max_logits` where all their logits are wanted.
+    `d_model` is None where it does not show.
     """
 
     layout: Layout
     vocab_size: int
+    d_model: int | None
     max_batch: int
     max_tokens: int
     max_logits: int
@@ -99,5 +101,5 @@ def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool =
 
         session = target.open_session(bundle, threads=threads, own=own, mmap=mmap)
         backend = OrtBackend(session, in_place=target.IN_PLACE)
-    require_config(bundle.folder, bundle.manifest, backend.layout, backend.vocab_size)
+    require_config(bundle.folder, bundle.manifest, backend)
     return backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,14 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.sizes import Sizes
 from dfssm.targets.bundle import Manifest
 
-from .state import Layout, describe
+from .state import describe
+
+if TYPE_CHECKING:
+    from .backend import Backend
 
 
-def require_config(folder: Path, manifest: Manifest, layout: Layout, vocab_size: int) -> None:
-    """DfssmError naming the first value of the manifest that is not so in what runs, whose states are of `layout`."""
+def require_config(folder: Path, manifest: Manifest, backend: Backend) -> None:
+    """DfssmError naming the first value of the manifest that is not so in what runs."""
 
     def differ(what: str, said: object, found: object) -> DfssmError:
         return DfssmError(f"{folder}: its manifest says {what} {said}, its graph has {found}: compile the model again")
@@ -25,8 +28,10 @@ def require_config(folder: Path, manifest: Manifest, layout: Layout, vocab_size:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise DfssmError(f"{folder}: its manifest says {name} {size!r}, no size: compile the model again")
-    if sizes["vocab_size"] != vocab_size:
-        raise differ("vocab_size", sizes["vocab_size"], vocab_size)
+    layout = backend.layout
+    for name, found in (("vocab_size", backend.vocab_size), ("d_model", backend.d_model or sizes["d_model"])):
+        if sizes[name] != found:
+            raise differ(name, sizes[name], found)
     layers = sum(name.startswith("ssm_state.") for name in layout)
     if sizes["n_layer"] != layers:
         raise differ("n_layer", sizes["n_layer"], layers)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from dfssm.targets.session import run_error
+
 from .memory import trim
 from .sampling import largest
 from .state import Layout, State
@@ -34,6 +36,8 @@ class OrtBackend:
     def __init__(self, session: onnxruntime.InferenceSession, in_place: bool):
         self.session, self._in_place = session, in_place
         self.vocab_size: int = session.get_outputs()[0].shape[-1]
+        table = session.dfssm_weights.get("embedding.weight")
+        self.d_model: int | None = table.shape()[-1] if table else None
         self.layout: Layout = {
             tensor.name: (np.dtype(DTYPES[tensor.type]), tuple(tensor.shape[1:]))
             for tensor in session.get_inputs()
@@ -122,7 +126,7 @@ class _Batch:
         written: dict[str, np.ndarray],
         logits: np.ndarray,
     ):
-        self._io = session.io_binding()
+        self._session, self._io = session, session.io_binding()
         # What `session.run_with_iobinding` calls: itself it is Python, in which Ctrl-C may come at any line.
         self._run, self._bound = session._sess.run_with_iobinding, (self._io._iobinding,)
         self._has_arena = session.get_session_options().enable_cpu_mem_arena
@@ -167,6 +171,8 @@ class _Batch:
         try:
             # One call in C, so that Ctrl-C is raised before the run or after it, and `ran` tells which.
             ran.extend(map(self._run, self._bound, (options,)))
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            raise run_error(self._session, error) from error
         finally:
             if ran:
                 for tensor, written in self._written_back:

@@ -41,6 +41,7 @@ class TensorRTBackend:
         self.layout: Layout = {name: (self.dtype(name), tuple(engine.get_tensor_shape(name))[1:]) for name in inputs}
         self._require_known(names)
         self.vocab_size = int(engine.get_tensor_shape("logits")[-1])
+        self.d_model: int | None = None
         self._activations = 0  # where they lie, once there is a context
         last = engine.num_optimization_profiles - 1
         self.prompt_context = self._context(last)

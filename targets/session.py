@@ -47,8 +47,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     # against 108. The default burns 50 ms of CPU after each run, in which the application could work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
-    # Errors only: a warning about `logits_to_keep`, an input with a default on purpose, would greet every user.
-    options.log_severity_level = 3
+    # Errors are raised; a warning about `logits_to_keep`, an input with a default on purpose, would greet every user.
+    options.log_severity_level = 4
     return options
 
 
@@ -71,8 +71,8 @@ def create_session(
     except ValueError as error:
         raise DfssmError(f"{path} cannot be read ({error}): compile the model again") from None
     # Of arrays that are ours: the session neither copies nor keeps them.
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    for name, value in zip(weights, values, strict=True):
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+    for name, value in values.items():
         options.add_initializer(name, value)
     with _place_of_weights(files) as place:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
@@ -80,8 +80,15 @@ def create_session(
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], **keywords)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             raise DfssmError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {one_line(error)}") from error
-    session.dfssm_weights = values
+    session.dfssm_weights, session.dfssm_path = values, path
     return session
+
+
+def run_error(session: onnxruntime.InferenceSession, error: Exception) -> DfssmError:
+    """What to raise where a run of `session` ended with `error`: of a graph whose nodes do not fit each other, say."""
+    text = one_line(error)
+    remedy = "free memory for it" if "allocate" in text else "compile the model again"
+    return DfssmError(f"ONNX Runtime cannot run {session.dfssm_path} ({text}): {remedy}")
 
 
 @contextmanager

@@ -123,15 +123,6 @@ def test_bundle(target, state_dtype, model, command, tmp_path):
     assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
 
 
-def test_a_student_that_was_saved_as_it_was_trained(model, command):
-    """Its numbers are parameters: torch gives none of these to NumPy."""
-    content = torch.load(model, weights_only=True)
-    numbers = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in content["tensors"].items()}
-    torch.save(content | {"tensors": numbers}, model)
-    status, _, err, names = command(model, "--target", "onnx")
-    assert (status, err, names) == (0, "", ["model-onnx"])
-
-
 @pytest.mark.parametrize("target", RUN_HERE)
 @pytest.mark.parametrize("name", student_ref.CONFIGS)
 def test_verified(target, name, tmp_path):

@@ -129,8 +129,13 @@ class TestConfig:
     @pytest.mark.parametrize("name, value", SIZES.items())
     def test_another_size_is_one_line(self, bundle, name, value):
         self.change(bundle, **{name: value})
-        named = name if name in ("vocab_size", "n_layer") else r"(conv|ssm)_state\.0"
+        named = name if name in ("vocab_size", "n_layer", "d_model") else r"(conv|ssm)_state\.0"
         with pytest.raises(DfssmError, match=rf"its manifest says {named} .*, its graph has .*: compile the model"):
+            Engine.load(bundle)
+
+    def test_two_sizes_whose_product_is_right_are_one_line(self, bundle):
+        self.change(bundle, d_model=128, expand=1)
+        with pytest.raises(DfssmError, match="its manifest says d_model 128, its graph has 64: compile"):
             Engine.load(bundle)
 
     @pytest.mark.parametrize("name", SIZES)
@@ -153,7 +158,7 @@ class TestConfig:
         manifest = read_manifest(bundle)
         fake = FakeCuda()
         backend = TensorRTBackend(FakeEngine(fake, get_target("onnx").open_session(bundle, 1)), fake)
-        require_config(bundle, manifest, backend.layout, backend.vocab_size)
+        require_config(bundle, manifest, backend)
         other = dataclasses.replace(manifest, config=manifest.config | {"d_state": 8})
         with pytest.raises(DfssmError, match=r"says conv_state\.0 float32\[\d+, 3\], its graph has float32\[\d+, 3\]"):
-            require_config(bundle, other, backend.layout, backend.vocab_size)
+            require_config(bundle, other, backend)
