@@ -22,7 +22,7 @@ from dfssm.targets.trust import own_library
 
 from . import growth
 from .difference import Difference, tolerance_of_op
-from .graph import TAPPED, Feeds, Infer, Tap, calls_of, inference, link_files, run, write_tapped, zero_states
+from .graph import TAPPED, Feeds, Infer, Tap, calls_of, checked, inference, link_files, run, write_tapped, zero_states
 from .student import Compare, Follower
 
 TOKENS = 64
@@ -140,7 +140,8 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
 
         def open_graph(name: str) -> tuple[Infer, Feeds]:
             session = target.open_session(folder, model=name, own=own)
-            return stack.enter_context(OnnxrtRunner(session, name=name)).infer, zero_states(session)
+            runner = stack.enter_context(OnnxrtRunner(session, name=name))
+            return checked(session, runner.infer), zero_states(session)
 
         taps = [tap for tap in write_tapped(folder / MODEL, folder) if tap.node.startswith("/layers.")]
         advance = _counter(progress, 2 * len(calls) + len(student.layers))

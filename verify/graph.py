@@ -13,6 +13,7 @@ import onnx
 from dfssm.opset import DOMAIN
 from dfssm.runtime.ort import DTYPES
 from dfssm.targets.bundle import MODEL, Bundle
+from dfssm.targets.session import run_error
 
 TAPPED = f"tapped.{MODEL}"
 """The bundle's graph with the taps among its outputs: beside the bundle's files while they are verified."""
@@ -125,7 +126,19 @@ def link_files(bundle: Bundle, folder: Path) -> None:
 def inference(session: Any) -> Infer:
     """An ONNX Runtime session as a function from feeds to outputs."""
     names = [value.name for value in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+    return checked(session, lambda feeds: dict(zip(names, session.run(None, feeds), strict=True)))
+
+
+def checked(session: Any, infer: Infer) -> Infer:
+    """`infer`, a way to run `session`, with the errors of ONNX Runtime as DfssmError."""
+
+    def call(feeds: Feeds) -> Mapping[str, np.ndarray]:
+        try:
+            return infer(feeds)
+        except Exception as error:  # they have no common base
+            raise run_error(session, error) from error
+
+    return call
 
 
 def zero_states(session: Any) -> Feeds:

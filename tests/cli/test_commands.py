@@ -3,13 +3,14 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 
 from dfssm.cli.main import COMMANDS
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.opset import DfssmError
-from dfssm.targets.bundle import read_manifest, sealed
+from dfssm.targets.bundle import file_entry, read_manifest, sealed
 
 
 def loads(result):
@@ -223,3 +224,23 @@ def _config_file(folder):
     path = folder / "config.json"
     path.write_text(json.dumps({"vocab_size": 40, "d_model": 32, "n_layer": 1, "d_state": 8, "headdim": 8}))
     return path
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "a"], ["verify", "--bisect"], ["compare", "model.pt"]])
+def test_a_graph_that_fails_as_it_runs_is_one_line(command, tiny_bundle, tiny_model, invoke, tmp_path, capfd):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    (head,) = [node for node in model.graph.node if "logits" in node.output]
+    head.output[0] = "all"
+    wrong = np.arange(tiny.CONFIG.vocab_size) + 1  # the last of them is none of the logits
+    model.graph.initializer.append(onnx.numpy_helper.from_array(wrong, "wrong"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["all", "wrong"], ["logits"], axis=2))
+    onnx.save(model, bundle / "model.onnx")
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["files"]["model.onnx"] = file_entry(bundle / "model.onnx")
+    del document["manifest_sha256"]
+    (bundle / "manifest.json").write_text(sealed(document))
+    message = r"^ONNX Runtime cannot run .*model\.onnx \(.*Gather.*\): compile the model again$"
+    with pytest.raises(DfssmError, match=message):
+        invoke(command[0], bundle, *(tiny_model if word == "model.pt" else word for word in command[1:]))
+    assert capfd.readouterr().err == ""  # ONNX Runtime logs nothing itself
