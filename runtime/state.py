@@ -182,7 +182,16 @@ class State:
                     f"{metadata['format']} version {metadata.get('version')}" if "format" in metadata else "no state"
                 )
                 raise ValueError(f"it is {found}, not {FORMAT} {VERSION}")
-            return cls._of(metadata["model"], arrays, metadata.get("recent"))
+            # A file of before there were recent tokens has none: what follows is a text of its own.
+            recent = json.loads(metadata["recent"]) if "recent" in metadata else None
+            for key, array in arrays.items():
+                if array.dtype not in _DTYPES:
+                    raise ValueError(f"tensor '{key}' is {array.dtype}")
+            logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
+            state = cls(metadata["model"], arrays, logits, tokens, None if recent is None else np.array(recent))
+            if flaw := state.flaw():
+                raise ValueError(flaw)
+            return state
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DfssmError(f"{name} is not a state that this dfssm can read ({error}): save it again") from None
 
@@ -196,20 +205,25 @@ class State:
             raise DfssmError(f"cannot read the state {path}: {reason(error)}") from None
         return cls.from_bytes(data, path)
 
-    @classmethod
-    def _of(cls, model: str, arrays: dict[str, np.ndarray], recent: str | None) -> State:
+    def flaw(self) -> str:
+        """Why no engine can run it, where it was made by hand or damaged; "" where nothing is wrong."""
+        arrays = {**self._tensors, "logits": self.logits, "tokens": self.tokens, "recent": self.recent}
         for name, array in arrays.items():
-            if array.dtype not in _DTYPES:
-                raise ValueError(f"tensor '{name}' is {array.dtype}")
-        logits, tokens = arrays.pop("logits"), arrays.pop("tokens")
-        if tokens.ndim != 1 or logits.ndim != 2 or any(a.shape[:1] != tokens.shape for a in [logits, *arrays.values()]):
-            raise ValueError("its tensors are not of one batch")
+            # Sessions write to the memory by its address.
+            if not isinstance(array, np.ndarray) or not array.flags.carray:
+                return f"{name} is no array in one piece that can be written to"
+        tokens, logits, recent = self.tokens, self.logits, self.recent
+        if tokens.ndim != 1 or logits.ndim != 2 or any(array.shape[:1] != tokens.shape for array in arrays.values()):
+            return "its tensors are not of one batch"
         if tokens.dtype != np.int64 or not len(tokens) or not 0 <= tokens.min() <= tokens.max() < 1 << 62:
-            raise ValueError("its numbers of tokens are none")
+            return "its numbers of tokens are none"
         if logits.dtype != np.float32:
-            raise ValueError(f"its logits are {logits.dtype}")
-        # A file of before there were recent tokens has none: what follows is a text of its own.
-        return cls(model, arrays, logits, tokens, None if recent is None else _recent(recent, *logits.shape))
+            return f"its logits are {logits.dtype}"
+        if recent.shape[1:] != (RECENT,) or recent.dtype != np.int64:
+            return "its recent tokens are not those of its rows"
+        if not -1 <= recent.min() <= recent.max() < logits.shape[1]:
+            return "its recent tokens are none of its model"
+        return ""
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.tensors, "logits": self.logits, "tokens": self.tokens}
@@ -217,6 +231,8 @@ class State:
 
 def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
     """DfssmError unless `state` was made by the model `model` with states stored as in `layout`."""
+    if flaw := state.flaw():
+        raise DfssmError(f"the state cannot be run ({flaw}): make one with new_state")
     if state.model != model:
         raise DfssmError(
             f"the state is of another model (weights {state.model[:12]}, here {model[:12]}): "
@@ -231,13 +247,6 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         )
     if state._logits.shape[1] != vocab:
         raise DfssmError(f"the state has logits of {state._logits.shape[1]} tokens, this bundle of {vocab}")
-
-
-def _recent(text: str, batch: int, vocab: int) -> np.ndarray:
-    found = np.array(json.loads(text))
-    if found.shape != (batch, RECENT) or found.dtype != np.int64 or found.min() < -1 or found.max() >= vocab:
-        raise ValueError("its recent tokens are not those of its rows")
-    return found
 
 
 def describe(entry: tuple[np.dtype, tuple[int, ...]] | None) -> str:

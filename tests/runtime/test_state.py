@@ -212,3 +212,48 @@ def test_missing_file_and_folder_are_named(tmp_path):
     state = State.zeros("m", {}, 1, 1)
     with pytest.raises(DfssmError, match="cannot write "):
         state.save(tmp_path / "no" / "folder.state")
+
+
+def test_a_state_made_by_hand_is_looked_at_before_it_runs(engine):
+    """A session gets the address of an array alone: of another size or form it would write over what lies behind."""
+    good = engine.new_state(2)
+
+    def made(change):
+        arrays = {name: np.array(array) for name, array in good.tensors.items()}
+        rest = {"logits": good.logits.copy(), "tokens": good.tokens.copy(), "recent": good.recent.copy()}
+        change(arrays, rest)
+        return State(engine.model, arrays, **rest)
+
+    assert engine.step([1, 2], made(lambda arrays, rest: None)).shape == (2, engine.vocab_size)
+    name = "conv_state.0"
+    closed = np.zeros_like(good.tensors[name])
+    closed.flags.writeable = False
+    for change, named in (
+        (lambda arrays, rest: arrays.update({name: arrays[name][:1]}), "its tensors are not of one batch"),
+        (lambda arrays, rest: arrays.update({name: arrays[name][..., :1]}), f"{name} is no array in one piece"),
+        (lambda arrays, rest: arrays.update({name: arrays[name][..., :1].copy()}), f"{name} of the state is float32"),
+        (
+            lambda arrays, rest: arrays.update({name: np.asfortranarray(arrays[name])}),
+            f"{name} is no array in one piece",
+        ),
+        (lambda arrays, rest: arrays.update({name: closed}), f"{name} is no array in one piece that can be written to"),
+        (lambda arrays, rest: arrays.update({name: arrays[name].tolist()}), f"{name} is no array in one piece"),
+        (
+            lambda arrays, rest: arrays.update({name: arrays[name].astype(np.float64)}),
+            f"{name} of the state is float64",
+        ),
+        (lambda arrays, rest: arrays.update({name: arrays[name].astype(">f4")}), f"{name} of the state is"),
+        (lambda arrays, rest: arrays.pop(name), f"{name} of the state is missing"),
+        (lambda arrays, rest: rest.update(logits=rest["logits"][:, :-1].copy()), "the state has logits of"),
+        (lambda arrays, rest: rest.update(logits=rest["logits"][:1]), "its tensors are not of one batch"),
+        (lambda arrays, rest: rest.update(logits=rest["logits"].astype(np.float16)), "its logits are float16"),
+        (lambda arrays, rest: rest.update(tokens=rest["tokens"].astype(np.int32)), "its numbers of tokens are none"),
+        (lambda arrays, rest: rest.update(tokens=[0, 0]), "tokens is no array"),
+        (lambda arrays, rest: rest.update(recent=rest["recent"][:, :3].copy()), "its recent tokens are not those of"),
+        (lambda arrays, rest: rest.update(recent=rest["recent"] + 10**6), "its recent tokens are none of its model"),
+    ):
+        state = made(change)
+        with pytest.raises(DfssmError, match=named):
+            engine.step([1, 2], state)
+        with pytest.raises(DfssmError, match=named):
+            engine.new_state(2).copy_from(state)
