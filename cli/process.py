@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import TextIOWrapper
+from traceback import walk_tb
 from typing import NoReturn
 
 import click
@@ -38,12 +40,11 @@ def errors_in_one_line(name: str) -> Iterator[None]:
             yield
         sys.stdout.flush()
     except DfssmError as error:
-        _exit(1, f"{name}: error: {error}")
+        _exit(1, f"{name}: error: {_open_files(error) or error}")
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click < 8.2 prints it and ends
             _exit(error.exit_code, error.format_message())
-        path = context.command_path if context else name
+        path = _command(error) or name
         message = " ".join(error.format_message().split())
         _exit(error.exit_code, f"{path}: error: {message.rstrip('.')}: see {path} --help")
     except (click.Abort, KeyboardInterrupt):
@@ -51,9 +52,30 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             _exit(1)
+        if message := _open_files(error):
+            _exit(1, f"{name}: error: {message}")
         if error.errno not in _FULL or error.filename is not None:
             raise
         _exit(1, f"{name}: error: the output cannot be written ({error.strerror}): make room")
+
+
+def _command(error: click.ClickException) -> str:
+    """The command that an error is about. One about an option without its value does not say: there it is the one
+    whose options were being read.
+    """
+    frames = (frame.f_locals.get("ctx") for frame, _ in walk_tb(error.__traceback__))
+    contexts = [getattr(error, "ctx", None), *reversed([ctx for ctx in frames if isinstance(ctx, click.Context)])]
+    return next((context.command_path for context in contexts if context), "")
+
+
+def _open_files(error: BaseException | None) -> str:
+    """What to say where too many open files are behind an error, whatever that says itself; else ""."""
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return f"too many files are open, {limit} may be: raise the limit, with ulimit -n 1024"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _warn(name: str, message: Warning | str, *_: object) -> None:

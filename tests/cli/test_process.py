@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,28 @@ def test_wrong_usage_is_2():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dfssm run: error: No such option '--no-such-option': see dfssm run --help\n"
     assert dfssm("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [("run b", "-p"), ("run b", "--save-state"), ("eval perplexity b", "--data"), ("bench", "--threads")],
+)
+def test_an_option_without_its_value_names_its_command(command, option):
+    done = dfssm(*command.split(), option)
+    command = "dfssm " + command.removesuffix(" b")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{command}: error: Option '{option}' requires an argument: see {command} --help\n"
+
+
+def test_too_many_open_files_are_named_as_such(tiny_bundle):
+    """A bundle has five files, each open while it is checked; copying it again would not help."""
+    messages = set()
+    for limit in range(7, 12):
+        set_limit = lambda n=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))  # noqa: E731
+        done = dfssm("inspect", tiny_bundle, preexec_fn=set_limit)
+        messages |= {done.stderr.replace(str(limit), "N")} if done.returncode else set()
+    remedy = "raise the limit, with ulimit -n 1024"
+    assert messages == {f"dfssm: error: too many files are open, N may be: {remedy}\n"}
 
 
 @pytest.mark.parametrize("command", [[], ["eval"]])
