@@ -182,13 +182,16 @@ class Kernels(Emulation):
         in_place: bool = False,
         columns: dict[str, tuple[int, int]] | None = None,
         offset: int = 0,
+        dependent: bool = False,
         **attributes,
     ) -> tuple[np.ndarray, ...]:
         """Outputs of one op, always a tuple, activations widened to fp32. `type` is what activations are stored as;
         `in_place`: states (of the norms: y) are overwritten; `columns`: name -> (start, width), that input is a range
-        of columns of a tensor that wide, NaN elsewhere; `offset`: bytes by which activations miss a 256-byte boundary.
+        of columns of a tensor that wide, NaN elsewhere; `offset`: bytes by which activations miss a 256-byte boundary;
+        `dependent`: the launch may begin before that has ended which makes activations and states.
         """
-        self.type, self.in_place, self.offset = type, in_place, offset
+        self.type, self.in_place, self.offset, self.dependent = type, in_place, offset, dependent
+        self.library.dfssm_trt_dependent_launches(int(dependent))
         inputs = dict(inputs)
         for name, (start, width) in (columns or {}).items():
             x = inputs[name]
@@ -201,7 +204,7 @@ class Kernels(Emulation):
             self.forget()
 
     def activation(self, name: str, x: np.ndarray, contents: int = CONSTANT) -> np.ndarray:
-        return self.put(name, narrow(x, self.type), contents, self.offset)
+        return self.put(name, narrow(x, self.type), WRITTEN if self.dependent else contents, self.offset)
 
     def columns(self, name: str, x: np.ndarray, start: int, width: int) -> tuple[np.ndarray, ctypes.c_int64]:
         """The columns [start, start + width) of x (all for start = -1), and the stride from token to token. The buffer
@@ -210,14 +213,16 @@ class Kernels(Emulation):
         x, start = narrow(x, self.type), max(start, 0)
         assert start + width <= x.shape[-1]
         used = x.reshape(-1)[start : x.size - (x.shape[-1] - start - width)]
-        return self.put(name, used, CONSTANT, self.offset + start * x.itemsize), ctypes.c_int64(x.shape[-1])
+        contents = WRITTEN if self.dependent else CONSTANT
+        return self.put(name, used, contents, self.offset + start * x.itemsize), ctypes.c_int64(x.shape[-1])
 
     def state(self, name: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The array read and the array written."""
         if self.in_place:
             both = self.put(name, state, WRITTEN)
             return both, both
-        return self.put(name, state), self.new(f"new_{name}", state.shape, state.dtype)
+        old = self.put(name, state, WRITTEN if self.dependent else CONSTANT)
+        return old, self.new(f"new_{name}", state.shape, state.dtype)
 
     def output(self, name: str, shape) -> np.ndarray:
         return self.new(name, shape, STORED[self.type], self.offset)

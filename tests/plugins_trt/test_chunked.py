@@ -196,7 +196,7 @@ def test_in_place_and_ranges_of_columns(kernels, state):
     inputs = case.inputs()
     plain = kernels.run(OP, inputs, **case.attributes)
     columns = {name: (at, inputs[name].shape[-1] + at + 2) for at, name in enumerate(("x", "dt", "B", "C"))}
-    for options in (dict(in_place=True), dict(columns=columns, offset=4)):
+    for options in (dict(in_place=True), dict(columns=columns, offset=4), dict(dependent=True)):
         for a, b in zip(kernels.run(OP, inputs, **options, **case.attributes), plain, strict=True):
             np.testing.assert_array_equal(a, b)
 

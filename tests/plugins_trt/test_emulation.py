@@ -123,6 +123,18 @@ def test_a_report_names_the_line(emulation):
         run(emulation, "read_past_end")
 
 
+def test_a_launch_that_does_not_wait_for_the_one_before(emulation):
+    emulation.library.dfssm_trt_dependent_launches(1)
+    try:
+        with pytest.raises(
+            EmulationError, match="writes 4 bytes at byte 0 of out.*the launch before was not waited for"
+        ):
+            run(emulation, "copy")
+    finally:
+        emulation.library.dfssm_trt_dependent_launches(0)
+    assert (run(emulation, "copy") == IN).all()
+
+
 @pytest.mark.parametrize("kernel", REFUSED)
 def test_impossible_launches_are_refused(emulation, kernel):
     with pytest.raises(EmulationError) as error:

@@ -58,6 +58,14 @@ def test_state_in_place(kernels, case):
         np.testing.assert_array_equal(a, b)
 
 
+@each_case
+def test_launches_that_overlap(kernels, case):
+    inputs = case.inputs()
+    apart = kernels.run(case.op, inputs, **case.attributes)
+    for a, b in zip(kernels.run(case.op, inputs, dependent=True, **case.attributes), apart, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("offset", [4, 8])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[-7]], ids=lambda case: case.id)
 def test_unaligned_activations(kernels, case, offset):

@@ -76,6 +76,25 @@ def test_narrow_activations(kernels, op, type):
         check(case, kernels.run(op, inputs, type=type, **case.attributes), reference(case, inputs), type)
 
 
+@pytest.mark.parametrize("op", ACTIVATIONS)
+def test_launches_that_overlap(kernels, op):
+    """Begun before that has ended which makes activations, states and workspace: nothing of these is touched before
+    that was waited for, and the results are the same."""
+
+    def check_case(case):
+        inputs = case.inputs()
+        overlapping = kernels.run(op, inputs, dependent=True, **case.attributes)
+        for a, b in zip(overlapping, kernels.run(op, inputs, **case.attributes), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    cases = [case for case in TABLE if case.op == op]
+    more = {
+        "SelectiveScanStep": [Case(op, dict(B=1, T=1, H=1, P=132, N=6, state="int8"))],  # the general kernel
+        "BinaryScaffoldMatMul": [Case(op, dict(B=1, T=65, K=128, M=40, R=2))],
+    }
+    check_each(cases[:: max(1, len(cases) // 6)] + cases[-2:] + more.get(op, []), check_case)
+
+
 STRIDED = [
     (Case("CausalConv1dStep", dict(B=2, T=3, C=40, W=4)), ("x",)),
     (Case("CausalConv1dStep", dict(B=2, T=1, C=40, W=3)), ("x",)),

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) convolve(ConvArgs args) {
   const int channel = (blockIdx.x * kThreads + threadIdx.x) * kWide;
   const int begin = blockIdx.y * kRun, end = min(begin + kRun, args.T);
   const int64_t batch = blockIdx.z;
+  wait_for_launch_before();
   if (channel >= args.C) return;
   const T* const x = static_cast<const T*>(args.x) + batch * args.T * args.x_stride + channel;
   T* const y = static_cast<T*>(args.y) + batch * args.T * args.y_stride + channel;

@@ -170,6 +170,18 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
 #endif
 }
 
+// Lets the launch that follows begin, and waits until the one before has ended and its writes are seen. Every
+// kernel calls it before it touches what another may have written or may still read: anything but weights.
+// It does nothing where launches do not overlap (common/launch.h).
+__device__ __forceinline__ void wait_for_launch_before() {
+#ifdef DFSSM_EMULATION
+  emulation::wait_for_launch_before();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 16 bytes from global to shared memory without a register in between, both addresses multiples of 16. The
 // data are there for this thread after copy_async_wait<groups>, which leaves at most that many committed
 // groups under way, and for the others after a barrier. Before sm_80 they are plain copies.

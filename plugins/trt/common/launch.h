@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdlib>
 #include <tuple>
 #include <utility>
 #ifdef DFSSM_EMULATION
@@ -15,6 +16,21 @@ namespace dfssm::trt {
 // Shared memory a block gets without asking for more; of it, what a kernel with dynamic shared memory may
 // have in static arrays.
 constexpr size_t kDefaultSharedBytes = 48 * 1024, kStaticSharedBytes = 12 * 1024;
+
+// Programmatic dependent launch: a kernel may begin while the one before still runs, and waits for it itself
+// (wait_for_launch_before). From sm_90 on, with DFSSM_TRT_OVERLAP=1 in the environment; off until it is measured.
+#ifndef DFSSM_EMULATION
+inline bool launches_overlap() {
+  static const bool wanted = [] {
+    const char* const text = std::getenv("DFSSM_TRT_OVERLAP");
+    return text && text[0] == '1' && !text[1];
+  }();
+  int device, major;
+  return wanted && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+#endif
 
 // kernel<<<grid, block, dynamic_shared_bytes, stream>>>(arguments...), and its error. Asks for more than 48
 // KB of shared memory where that may be needed.
@@ -45,7 +61,17 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return std::apply(
       [&](auto&... each) {
         void* pointers[] = {static_cast<void*>(&each)..., nullptr};
-        return cudaLaunchKernel(function, grid, block, pointers, dynamic_shared_bytes, stream);
+        if (!launches_overlap()) {
+          return cudaLaunchKernel(function, grid, block, pointers, dynamic_shared_bytes, stream);
+        }
+        cudaLaunchAttribute overlap{};
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid, config.blockDim = block;
+        config.dynamicSmemBytes = dynamic_shared_bytes, config.stream = stream;
+        config.attrs = &overlap, config.numAttrs = 1;
+        return cudaLaunchKernelExC(&config, function, pointers);
       },
       parameters);
 #endif

@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
     }
     for (int t = warp; t < min(kTokens, p.n - token0); t += warps) epilogue.expect(p, token0 + t, row);
   }
+  wait_for_launch_before();
   const auto load_whole = [&](auto* row, int at) { return load_once(row + min(at, p.row_bytes - 16)); };
   const auto load_part = [&](auto* row, int at) {
     return load_grains<typename Weights::Grain>(row, at, p.row_bytes);
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
     copy_async_commit();
   };
 
+  wait_for_launch_before();
   int sums[2][4][4] = {};  // [16 rows, 8 tokens, fragment]
   uint32_t weights[2][4][4];
   copy(0, 0);

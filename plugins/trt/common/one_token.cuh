@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     if (p.R > 0) prefetch(p.up_scale + row), prefetch(p.up + static_cast<size_t>(row) * p.R);
     epilogue.expect(p, 0, row);
   }
+  wait_for_launch_before();
 
   const QuantizeScale scale = quantize_scale(x.prepare(0), of_warp);
   const int total = quantize_columns(x, 0, p.x.steps * kStep, K, scale.inverse, bytes);

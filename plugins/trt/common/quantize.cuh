@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2)
     for (int k = lane * kLine; k < K; k += 32 * kLine) prefetch(down + static_cast<size_t>(row) * K + k);
   }
 
+  wait_for_launch_before();
   const QuantizeScale scale = quantize_scale(x.prepare(token), of_warp);
   int sum = 0, dot = 0;
   for (int base = 0; base < out.steps * kStep; base += kChunk) {

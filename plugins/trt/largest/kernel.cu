@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) largest(LargestArgs args) {
     args.values[at] = logits[token_of(key)];
   };
 
+  wait_for_launch_before();
   Key most = 0;
   for (int i = threadIdx.x; i < args.vocab; i += kThreads) {
     const Key key = key_of(logits[i], i);

@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kNormThreads) norm(NormRow<T, kWide> row, T* o
   const int64_t token = blockIdx.x;
   const int first = blockIdx.y * row.size;
   out += token * row.C + first;
+  wait_for_launch_before();
   const float norm = row.weigh(token, first, kept);
   for (int c = threadIdx.x * kWide; c < row.size; c += blockDim.x * kWide) {
     Vector<T, kWide> result;

@@ -158,6 +158,8 @@ __global__ void __launch_bounds__(kChunkedThreads, 1) chunked_scan(const ScanArg
   const int64_t first_token = static_cast<int64_t>(blockIdx.z) * a.T;
   const int64_t first_row = (static_cast<int64_t>(blockIdx.z) * a.H + head) * a.N;
 
+  wait_for_launch_before();
+
   // The state: a warp has 16 rows.
   const int row0 = warp * 16;
   const auto row_of = [&](int i) { return row0 + g + i / 2 * 8; };

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
   State* to = static_cast<State*>(a.new_state) + state_at;
   float* tile = carried + state_at;
 
+  wait_for_launch_before();
   for (int t = 0; t < a.T; ++t) {
     const int64_t token = head.first_token + t;
     const float2 step = time_step(a, head, read<T>(a.dt, token * a.dt_stride + head.head));

@@ -89,6 +89,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Head head = head_of(a);
   const Chunk chunk(shared, chunk_tokens, rows, kColumns);
 
+  wait_for_launch_before();
+
   // The state first: its way from memory is the longest. Rows past N and columns past P are copies of the
   // last ones, with B, C and x zero: without a branch here nothing waits for the data before the barrier of publish().
   const State* state = static_cast<const State*>(a.state) + head.first_row * a.P;

@@ -68,6 +68,7 @@ void access(uintptr_t address, size_t size, Kind kind, bool aligned, const void*
     if (write) wrong("the buffer is read-only");
     return;
   }
+  if (!region->shared && !m.current->waited) wrong("the launch before was not waited for");
   if (atomic && !region->shared) m.acquired = true;
   const Warp& warp = m.warps[m.current->index / kWarp];
   const Accessor by{m.current->index, m.epoch,        warp.stamp,

@@ -129,6 +129,7 @@ void run_block(Machine& m) {
     fiber.position = {t % m.block.x, t / m.block.x % m.block.y, t / (m.block.x * m.block.y)};
     fiber.copies.clear();
     fiber.copy_group = 0;
+    fiber.waited = !m.dependent;
   }
   while (m.finished < m.threads) {
     bool progress = false;
@@ -221,6 +222,8 @@ void* shared_array(const void* declaration, size_t bytes, size_t alignment) {
   }
   return reinterpret_cast<void*>(region->begin);
 }
+
+void wait_for_launch_before() { active->current->waited = true; }
 
 void* dynamic_shared() { return active->arena; }
 
@@ -385,6 +388,8 @@ void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
 }
 
 // Host side.
+
+void dependent_launches(bool yes) { machine().dependent = yes; }
 
 const char* last_error() {
   static thread_local std::string text;

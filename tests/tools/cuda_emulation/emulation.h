@@ -21,7 +21,8 @@
 // - a barrier that not all threads of the block reach: one has left the kernel, or waits at another line (on
 //   a device those that left are not waited for; a kernel that relies on it is better written without);
 // - a collective whose mask lacks the caller, names a lane that left or never was, or a shuffle from outside it;
-// - data of copy_async16 read before copy_async_wait: the copy happens at the wait.
+// - data of copy_async16 read before copy_async_wait: the copy happens at the wait;
+// - with dependent_launches(true): global memory that is not read-only, before wait_for_launch_before.
 // A bad configuration (threads, grid, shared memory) is cudaErrorInvalidConfiguration, as on a device.
 //
 // Not modelled: order and timing (nothing runs at the same time: only the rules above find a race), caches,
@@ -62,6 +63,8 @@ enum class Contents { constant, written, uninitialised };  // read-only; read an
 // is for the reports.
 void add_buffer(const char* name, const void* data, size_t bytes, Contents contents);
 void clear_buffers();
+// Whether launches count as begun before the one before has ended.
+void dependent_launches(bool yes);
 // What the last failed launch of this OS thread did wrong; empty if none failed since the last call.
 const char* last_error();
 
@@ -87,6 +90,7 @@ unsigned ballot(unsigned mask, bool predicate);
 void mma_s8_16x8x32(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 void mma_f16_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 void load_matrices(unsigned (&out)[4], const void* row, bool transposed);
+void wait_for_launch_before();
 void copy_async(void* shared, const void* global, size_t bytes);
 void copy_async_commit();
 void copy_async_wait(int groups);

@@ -46,7 +46,7 @@ struct Fiber {
   enum State { ready, at_barrier, in_collective, done } state;
   jmp_buf context;
   char* stack = nullptr;
-  bool started = false;
+  bool started = false, waited = false;  // for the launch before
   int index;
   uint3 position;
   Collective* collective;
@@ -70,7 +70,8 @@ struct Machine {
   void (*call)(void*);
   void* parameters;
   size_t parameters_bytes;
-  int launches = 0;  // since they were last asked for
+  bool dependent = false;  // launches
+  int launches = 0;        // since they were last asked for
   bool failed = false, any_buffer = false;
   // The block.
   std::vector<std::unique_ptr<Fiber>> fibers;

@@ -82,6 +82,7 @@ void dfssm_trt_add_buffer(const char* name, const void* data, size_t bytes, int 
   emulation::add_buffer(name, data, bytes, static_cast<emulation::Contents>(contents));
 }
 void dfssm_trt_clear_buffers() { emulation::clear_buffers(); }
+void dfssm_trt_dependent_launches(int yes) { emulation::dependent_launches(yes); }
 int dfssm_trt_launches() { return std::exchange(emulation::machine().launches, 0); }
 const char* dfssm_trt_last_error() { return emulation::last_error(); }
 }
