@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from fake_device import FakeCuda, FakeEngine
 from polygraphy.exception import PolygraphyException
+from polygraphy.tools import main as polygraphy_main
 
 from dfssm.cli.main import dfssm
 from dfssm.compiler.pipeline import Request, compile_model
@@ -22,6 +23,8 @@ from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
 from dfssm.targets.bundle import DATA
 from dfssm.verify import polygraphy
+
+pytestmark = pytest.mark.filterwarnings("ignore:SelectableGroups")  # Polygraphy's look at entry points
 
 TOLERANCE = model_tolerance(tiny.CONFIG.n_layer, tiny.CONFIG.d_model).relative
 ONE_TOKEN = ["--input-shapes", "input_ids:[1,1]", "--val-range", f"input_ids:[0,{tiny.CONFIG.vocab_size - 1}]"]
@@ -38,10 +41,15 @@ def bundle(tmp_path_factory):
     return folder / "bundle"
 
 
-def run(*arguments) -> tuple[int, str]:
-    command = [Path(sys.executable).with_name("polygraphy"), "run", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
-    return done.returncode, done.stdout
+@pytest.fixture
+def run(capfd):
+    """run(*arguments): the exit status of `polygraphy run`, in this process, and what it says."""
+
+    def call(*arguments) -> tuple[int, str]:
+        status = polygraphy_main(["run", *map(str, arguments)])
+        return status, "".join(capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +64,30 @@ def golden(bundle):
 
 
 def test_kernels_bodies_and_runtime_agree(bundle):
-    """Three runners in one command: our kernels, ONNX Runtime's own ops, the bundle with states in place."""
+    """As a command, three runners in it: our kernels, ONNX Runtime's own ops, the bundle with states in place."""
     runners = ["--dfssm-ort", "--onnxrt", "--dfssm-engine"]
-    limits = ["--atol", TOLERANCE, "--check-error-stat", "max"]
-    status, out = run(bundle / "model.onnx", *runners, *ONE_TOKEN, *limits)
-    assert status == 0 and out.count("Pass Rate: 100.00%") == 2, out
+    limits = ["--atol", str(TOLERANCE), "--check-error-stat", "max"]
+    command = [
+        Path(sys.executable).with_name("polygraphy"),
+        "run",
+        bundle / "model.onnx",
+        *runners,
+        *ONE_TOKEN,
+        *limits,
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    out = done.stdout
+    assert done.returncode == 0 and out.count("Pass Rate: 100.00%") == 2, out
     assert "dfssm-ort vs. onnxrt" in out and "vs. dfssm-engine" in out and "ssm_state_out.1" in out
 
 
-def test_the_goldens_are_what_our_kernels_compute(bundle, golden):
+def test_the_goldens_are_what_our_kernels_compute(bundle, golden, run):
     runners = ["--dfssm-ort", "--dfssm-engine"]
     status, out = run(bundle / "model.onnx", *runners, *golden, "--atol", 0, "--rtol", 0)
     assert status == 0 and "dfssm-ort vs. dfssm-engine" in out and "dfssm-engine vs. golden" in out, out
 
 
-def test_an_edited_weight_is_found(bundle, golden, tmp_path):
+def test_an_edited_weight_is_found(bundle, golden, tmp_path, run):
     def edit(tensors):
         tensors["norm_f.weight"] *= 1.001
 
@@ -79,7 +96,7 @@ def test_an_edited_weight_is_found(bundle, golden, tmp_path):
     assert status == 1 and "FAILED | Output: 'logits'" in out, out
 
 
-def test_values_inside_may_be_outputs(bundle):
+def test_values_inside_may_be_outputs(bundle, run):
     """Polygraphy changes the graph then, and hands it over as bytes."""
     outputs = ["--onnx-outputs", "/layers.0/conv/y"]
     status, out = run(bundle / "model.onnx", "--dfssm-ort", *ONE_TOKEN, *outputs)
