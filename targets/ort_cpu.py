@@ -97,12 +97,15 @@ def why_not_run() -> str:
 
 
 def kernels(own: Path | None = None) -> str:
-    """The op library, its instruction set, ONNX Runtime."""
+    """The op library, its instruction set, ONNX Runtime, and what decides on expf and log1pf: the C library, which has
+    versions of them for the CPU.
+    """
     import onnxruntime
 
-    library = find_library(own)
-    digest = hashlib.sha256(library.read_bytes()).hexdigest()
-    return f"{CpuLibrary(library).isa()} of {LIBRARY} {digest[:16]}, onnxruntime {onnxruntime.__version__}"
+    path = find_library(own)
+    library, digest = CpuLibrary(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = [f"{library.isa()} of {LIBRARY} {digest[:16]}", f"onnxruntime {onnxruntime.__version__}"]
+    return ", ".join([*parts, " ".join(platform.libc_ver()), f"a CPU for {' '.join(library.isas())}"])
 
 
 def find_library(own: Path | None = None) -> Path:
