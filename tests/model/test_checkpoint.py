@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 
 import pytest
@@ -119,6 +120,8 @@ def test_wrong_format_version_and_configuration_are_named(tmp_path, tensors, nam
     assert "'rank_'" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"rank_": 1}))
     assert "headdim is 7" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"headdim": 7}))
     assert "config" in refused(raw_save(path, tensors, config=[1]))
+    limit = CONFIG.to_dict() | {"dt_limit": [0, 10**400]}
+    assert "dt_limit has a bound of over 300 digits" in refused(raw_save(path, tensors, config=limit))
 
 
 @pytest.mark.parametrize("name", SUFFIXES)
@@ -209,6 +212,18 @@ def test_a_number_that_is_repeated_without_end_is_refused(tmp_path, tensors, sha
     assert re.search(r"cannot be read \(its tensors have [\d,]{14,} bytes, the file [\d,]+\); ", refused(path))
     shared = tensors["layers.0.in_proj.bits"]
     load_student_tensors(raw_save(tmp_path / "model.pt", tensors | {"layers.1.in_proj.bits": shared}))
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**52])
+def test_a_pickle_that_asks_for_memory_is_refused(archive, size):
+    """52 bytes that took 2 GB, before anything was looked at."""
+    path, records = archive
+    asked = b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + struct.pack("<q", size) + b"\x85R."
+    contents = {r.filename: zipfile.ZipFile(path).read(r) for r in records}
+    with zipfile.ZipFile(path, "w") as changed:
+        for name, content in contents.items():
+            changed.writestr(name, asked if name.endswith("data.pkl") else content)
+    assert "cannot be read (it holds a bytearray); " in refused(path)
 
 
 def test_a_damaged_pickle_is_one_line(tmp_path):

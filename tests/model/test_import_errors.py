@@ -64,6 +64,17 @@ def test_tensors(folder, changes, message):
     assert message in refused(folder)
 
 
+def test_more_layers_than_tensors(folder):
+    """A list of the tensors of so many layers took all memory."""
+    edit_json(folder / "config.json", num_hidden_layers=10**6)
+    assert "has 20 tensors, too few for 1000000 layers" in refused(folder)
+
+
+def test_a_configuration_without_an_end(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "config.json: is not JSON (" in refused(folder)
+
+
 def test_an_untied_head_must_be_there(folder):
     edit_json(folder / "config.json", tie_word_embeddings=False)
     assert "tensor lm_head.weight is missing" in refused(folder)
@@ -174,6 +185,8 @@ def test_pickled_files(folder, tmp_path):
         save({"backbone.norm_f.weight": Touch(tmp_path / "touched")}, weights)
         assert "holds more than tensors, which is never loaded" in refused(folder)
         assert not (tmp_path / "touched").exists()
+    weights.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+    assert "cannot be read (it holds a bytearray)" in refused(folder)
     torch.save({"model": {"backbone.norm_f.weight": torch.ones(32)}}, weights)
     assert "is not a mapping of names to tensors" in refused(folder)
     torch.save({"backbone.norm_f.weight": torch.ones(32, device="meta")}, weights)

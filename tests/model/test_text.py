@@ -78,8 +78,9 @@ class TestJsonLines:
         (found,) = documents(write(r'{"text": "a\ud83d b"}', "a.jsonl"))
         assert found == "a? b" and tokenizer.encode(found).ids
 
-    def test_a_line_that_is_no_json_is_named(self, write):
-        path = write('{"text": "a"}\n\n{"text": "b"\n', "a.jsonl")
+    @pytest.mark.parametrize("line", ['{"text": "b"', "[" * 100_000])
+    def test_a_line_that_is_no_json_is_named(self, write, line):
+        path = write('{"text": "a"}\n\n' + line + "\n", "a.jsonl")
         found = documents(path)
         assert next(found) == "a"
         with pytest.raises(DfssmError, match=r"a.jsonl, line 3: is no JSON \(.*\); mend or remove the line"):

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import pickle
 import struct
 
@@ -257,3 +258,16 @@ def test_a_state_made_by_hand_is_looked_at_before_it_runs(engine):
             engine.step([1, 2], state)
         with pytest.raises(DfssmError, match=named):
             engine.new_state(2).copy_from(state)
+
+
+def test_the_name_of_a_saved_state_survives_a_power_cut(state, tmp_path, monkeypatch):
+    """Its folder is synced, too, once the name is there."""
+    synced, fsync = [], os.fsync
+
+    def note(handle):
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), (tmp_path / "a").exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    state.save(tmp_path / "a")
+    assert synced[-1] == (str(tmp_path), True) and len(synced) > 1

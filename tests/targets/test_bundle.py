@@ -51,6 +51,13 @@ def test_round_trip(bundle):
     check_files(bundle)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 10_000])
+def test_what_is_no_json_is_one_line(bundle, text):
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(DfssmError, match=r"^.*manifest.json cannot be read \(.*\): compile the model again$"):
+        read_manifest(bundle)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
