@@ -30,6 +30,7 @@ NOT_RUN = {
         "scripts/gpu_check.sh pack": CHECKOUT,
         "cd build/gpu_check": GPU,
         "dfssm verify batches": GPU,
+        "dfssm compare batches": GPU,
         "dfssm bench batches": GPU,
         "trtexec": SDK,
         "polygraphy run bundle/model.engine": GPU,

@@ -22,6 +22,7 @@ from dfssm.targets.trust import own_library
 
 from . import growth
 from .difference import Difference, tolerance_of_op
+from .engine import compare_engine
 from .graph import TAPPED, Feeds, Infer, Tap, calls_of, checked, inference, link_files, run, write_tapped, zero_states
 from .student import Compare, Follower
 
@@ -104,26 +105,23 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     """Compare `bundle` with the student in `model` over `tokens` tokens, layer by layer: as docs/json.md has it.
 
     A layer of the student gets the hidden state and the recurrent states that the bundle had there, so an error shows
-    in the layer where it arises; within a layer errors pass on. Raises DfssmError when the two are not of one config.
+    in the layer where it arises; within a layer errors pass on. Of an engine, which shows no values inside, logits and
+    states are compared: see `engine`. Raises DfssmError when the two are not of one config.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
     target = get_target(manifest.target)
+    steps = min(STEPS, tokens // 2)
+    calls = [tokens - steps] + [1] * steps
     if target.IS_ENGINE:
-        raise DfssmError(
-            f"{bundle} holds an engine, which shows no values inside: compare its logits with `dfssm eval perplexity "
-            f"{bundle} --reference {model}`, or the layers of the same model as --target ort-cpu"
-        )
+        return compare_engine(bundle, model, calls, SEED, progress)
     own = own_library(opened, target.LIBRARY, asked=False)
     student = load_student(model, manifest.state_dtype)
     if student.config.to_dict() != manifest.config:
         raise DfssmError(f"{bundle} was not compiled from {model}: their configs differ")
     found: dict[str, Difference] = {}
-
-    steps = min(STEPS, tokens // 2)
-    calls = [tokens - steps] + [1] * steps
 
     def compare(tap: Tap, output: str, ours: np.ndarray, bundle: np.ndarray) -> None:
         of_state = output in tap.outputs[1:]

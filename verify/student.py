@@ -54,7 +54,9 @@ class Follower:
         return np.concatenate(self.values[name], axis=1)
 
     def pass_on(self, tap: Tap, value: Tensor, held: bool) -> Tensor:
-        """Compare the student's `value` [1,T,...]; returns what the modules after it get."""
+        """Compare the student's `value` [1,T,...], if the bundle shows one; returns what the modules after it get."""
+        if tap.outputs[0] not in self.values:
+            return value
         bundle = self.tokens(tap.outputs[0])
         self.compare(tap, tap.outputs[0], value.numpy(), bundle)
         return torch.from_numpy(bundle) if held else value

@@ -68,6 +68,15 @@ def test_a_mismatch_is_one_line(bundle, changes, words):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("builder", devices.BUILDERS)
+def test_it_is_compared_with_its_student(builder, opened):
+    folder = opened(Device(builder), "fp16").folder
+    done = CliRunner().invoke(dfssm, ["compare", str(folder), str(DEMO), "--json"], catch_exceptions=False)
+    result = json.loads(done.stdout)
+    assert done.exit_code == 0 and result["passed"] and len(result["outputs"]) == 1 + 2 * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", devices.BUILDERS)
 def test_the_benchmark_runs(builder, opened):
     folder = opened(Device(builder), "fp16").folder
     command = ["bench", str(folder), "--rounds", "1", "--tokens", "4", "--prompt", "8", "--json"]

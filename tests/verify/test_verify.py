@@ -5,12 +5,9 @@ import onnx
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError
 from dfssm.opset.schema import DOMAIN
 from dfssm.opset.tolerances import Tolerance
 from dfssm.targets import get_target
-from dfssm.targets.bundle import ENGINE, Manifest, file_entry
-from dfssm.verify.bundle import compare_bundle
 from dfssm.verify.difference import MANY, Difference
 from dfssm.verify.graph import TAPPED, inference, run, write_tapped, zero_states
 
@@ -85,14 +82,3 @@ def test_every_op_but_the_head_is_tapped_and_the_graph_computes_the_same(tmp_pat
     for name, values in shipped.items():
         assert len(values) == 3 and all(map(np.array_equal, values, tapped[name])), name
     assert [value.shape[1] for value in tapped["/embed/mul/out"]] == [3, 1, 1]
-
-
-def test_an_engine_cannot_be_compared(tmp_path):
-    (tmp_path / ENGINE).write_bytes(b"engine")
-    manifest = Manifest("trt", {}, "fp16", 0, {ENGINE: file_entry(tmp_path / ENGINE)}, engine={"builder": "x"})
-    (tmp_path / "manifest.json").write_text(manifest.to_json())
-    words = (
-        "compare its logits with `dfssm eval perplexity .* --reference .*model.pt`, or the layers of the same model as"
-    )
-    with pytest.raises(DfssmError, match=f"holds an engine, which shows no values inside: {words} --target ort-cpu"):
-        compare_bundle(tmp_path, tmp_path / "model.pt", 8, lambda done, total: None)
