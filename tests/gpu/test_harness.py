@@ -90,6 +90,16 @@ def test_times_of_a_model_without_its_weights(library, tmp_path):
     assert six["floor_us"] == pytest.approx((weights + 4 * states) / 1e3)
 
 
+def test_times_of_torch_itself(monkeypatch):
+    """The copy and the int8 products, each checked before it is timed."""
+    assert speed.copy_bandwidth("cpu", 1 << 16) > 0
+    monkeypatch.setattr(speed, "PRODUCTS", ((16, 24), (40, 8)))
+    small, large = speed.int8_products("cpu", [32])
+    assert (small["M"], small["K"], large["M"], large["K"]) == (16, 24, 40, 8)
+    for record in (small, large):
+        assert record["tera_ops"] * record["us"] * 1e6 == pytest.approx(2 * 32 * record["M"] * record["K"])
+
+
 def test_the_baseline_is_mamba2():
     """Its Triton kernels in Triton's interpreter, beside plain torch; fp32, so that only the order of sums differs."""
     pytest.importorskip("triton")
