@@ -44,6 +44,14 @@ def test_every_op_case(library, tmp_path):
     assert count == 2 * sum(len(case["outputs"]) for case in cases)
 
 
+def test_the_largest_logits(library, tmp_path):
+    cases = packed(pack.choices(1500, 40), tmp_path)
+    assert checks.check_ops(library, cases) == (12, [])
+    for name, words in (("tokens", "other tokens"), ("values", "other logits")):
+        case = cases[0] | {name: cases[0][name] + 1}
+        assert checks.check_largest(library, case) == (2, [f"the 1 largest of 1500, distinct: {words}"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 @pytest.mark.skipif(not get_target("ort-cpu").probe().usable, reason="ort-cpu cannot be used here")

@@ -61,7 +61,7 @@ def device(place: Place) -> Iterator[Record]:
 def ops(place: Place) -> Iterator[Record]:
     from .checks import check_ops
 
-    for name in ("cases", "large"):
+    for name in ("cases", "large", "largest"):
         if (place.folder / f"{name}.pt").exists():
             yield {"table": name} | _findings(check_ops(place.library, place.read(name)))
 
@@ -93,6 +93,17 @@ def model(place: Place, state: str) -> Iterator[Record]:
         yield {"states": state} | record
 
 
+def overlap(place: Place) -> Iterator[Record]:
+    """Launches that begin before the one before has ended: the demo's checks, and times to put beside 1.3b_fp16."""
+    from .graph import Weights
+    from .speed import copy_bandwidth, measure
+
+    yield from demo(place)
+    bandwidth = copy_bandwidth(place.library.device)
+    weights = Weights(place.library, place.read("1.3b_fp16"))
+    yield from measure(weights, ((1, 1), (8, 1), (32, 1), (128, 1), (1, 512)), bandwidth)
+
+
 def baseline(place: Place) -> Iterator[Record]:
     import torch
 
@@ -117,12 +128,18 @@ STEPS: dict[str, tuple[int, Callable[[Place], Iterator[Record]]]] = {
     "ops": (90, ops),
     "demo": (60, demo),
     **{f"1.3b_{state}": (90, lambda place, state=state: model(place, state)) for state in ("fp16", "int8", "fp32")},
+    "overlap": (60, overlap),
     "baseline": (90, baseline),
     "int8": (45, int8),
     "memcheck": (75, calls),
     "racecheck": (75, calls),
 }
 """Name of a step -> its limit in seconds, what it does; in this order."""
+
+ENVIRONMENT = {
+    "overlap": {"DFSSM_TRT_OVERLAP": "1"},
+    **dict.fromkeys(("memcheck", "racecheck"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+}
 
 SANITIZERS: dict[str, list[str]] = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 """Tool of compute-sanitizer -> its options. Errors that CUDA's functions return are torch's trials; ours are raised."""
@@ -131,13 +148,12 @@ SANITIZERS: dict[str, list[str]] = {"memcheck": ["--report-api-errors", "no"], "
 def run_step(name: str, arguments: list[str], limit: float) -> Record:
     """The step in a process of its own: {"records", "seconds", "error"}, error "" where it came to its end."""
     command = [sys.executable, "-m", __package__, *arguments, "--steps", name, "--inside"]
-    environment = dict(os.environ)
+    environment = os.environ | ENVIRONMENT.get(name, {})
     if name in SANITIZERS:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(tool).exists():
             return {"records": [], "seconds": 0.0, "error": "not run: no compute-sanitizer here"}
         command = [tool, "--tool", name, "--error-exitcode", "9", *SANITIZERS[name], *command]
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     start = monotonic()
     records, said = [], []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}

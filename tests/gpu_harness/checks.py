@@ -68,7 +68,18 @@ def check_case(library: Library, case: dict[str, Any]) -> Findings:
 
 
 def check_ops(library: Library, cases: Iterable[dict[str, Any]]) -> Findings:
-    return _sum(check_case(library, case) for case in cases)
+    """Cases of plugins, or of `dfssm_largest`."""
+    return _sum(check_largest(library, case) if "logits" in case else check_case(library, case) for case in cases)
+
+
+def check_largest(library: Library, case: dict[str, Any]) -> Findings:
+    """The same tokens in the same order, and their logits, bit for bit."""
+    tokens, values = (tensor.cpu() for tensor in library.largest(library.put(case["logits"]), case["count"]))
+    name = f"the {case['count']} largest of {case['logits'].shape[1]}, {case['kind']}"
+    failed = [] if torch.equal(tokens, case["tokens"]) else [f"{name}: other tokens"]
+    if not torch.equal(values.view(torch.int32), case["values"].view(torch.int32)):
+        failed.append(f"{name}: other logits")
+    return 2, failed
 
 
 def check_demo(library: Library, demo: dict[str, Any]) -> Findings:

@@ -61,6 +61,15 @@ size_t bytes_of(const host::PluginTensorDesc& tensor) {
   return bytes;
 }
 
+// What a launch may touch is forgotten when it is over.
+struct Forget {
+  explicit Forget(const Library& library) : clear(library.clear_buffers) {}
+  ~Forget() {
+    if (clear) clear();
+  }
+  void (*clear)();
+};
+
 void announce(const Node& node, const void* const* in, void* const* out, const void* workspace) {
   const auto add = [&](const std::string& name, const void* data, size_t bytes, Contents contents) {
     if (bytes) node.library.add_buffer(name.c_str(), data, bytes, contents);
@@ -159,14 +168,30 @@ EXPORTED int harness_enqueue(const void* handle, const void* const* in, void* co
                              void* stream) {
   return guarded(-1, [&] {
     const auto& node = *static_cast<const Node*>(handle);
-    struct Forget {
-      void (*clear)();
-      ~Forget() {
-        if (clear) clear();
-      }
-    } forget{node.library.clear_buffers};
+    const Forget forget(node.library);
     if (node.library.add_buffer) announce(node, in, out, workspace);
     node.plugin.enqueue(node.inputs, node.outputs, in, out, workspace, static_cast<cudaStream_t>(stream));
+    return 0;
+  });
+}
+
+// The library's function beside the plugins: rows of `logits`, at `tokens` and `values` the `count` largest.
+EXPORTED int harness_largest(const void* handle, const float* logits, int64_t* tokens, float* values,
+                             void* stream, int32_t rows, int32_t vocab, int32_t count) {
+  return guarded(-1, [&] {
+    const auto& library = *static_cast<const Library*>(handle);
+    auto* largest = library.function<int(const float*, int64_t*, float*, void*, int32_t, int32_t, int32_t)>(
+        "dfssm_largest");
+    host::check(largest != nullptr, "dfssm_largest");
+    const Forget forget(library);
+    if (library.add_buffer) {
+      const size_t found = static_cast<size_t>(rows) * static_cast<size_t>(count);
+      library.add_buffer("logits", logits, static_cast<size_t>(rows) * static_cast<size_t>(vocab) * 4,
+                         kConstant);
+      library.add_buffer("tokens", tokens, 8 * found, kUninitialised);
+      library.add_buffer("values", values, 4 * found, kUninitialised);
+    }
+    host::check(largest(logits, tokens, values, stream, rows, vocab, count) == 0, "dfssm_largest");
     return 0;
   });
 }

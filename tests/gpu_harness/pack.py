@@ -35,6 +35,8 @@ from dfssm.opset import DOMAIN, OPS
 from dfssm.opset.cases import Case
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance, op_tolerance
+from dfssm.runtime.cuda import MOST_LARGEST
+from dfssm.runtime.sampling import largest
 from dfssm.targets import get_target
 from dfssm.targets.trt_build import LOGITS_AT
 from dfssm.targets.trt_lowering import lower
@@ -113,6 +115,21 @@ def large() -> list[Case | FusedCase]:
         *(Case("SelectiveScanStep", prompt | scan | dict(H=16, state=state)) for state in STATE_DTYPES.values()),
         Case("Int8MatMul", dict(B=3, T=1, K=c.d_model, M=1027)),
     ]
+
+
+def choices(vocab: int, most: int) -> list[dict[str, Any]]:
+    """Of `dfssm_largest`: distinct logits, ties, some that are no numbers."""
+    rng = np.random.default_rng(0)
+    rows = {"distinct": rng.standard_normal((2, vocab)), "ties": rng.integers(-2, 3, (2, vocab))}
+    rows["not finite"] = rng.choice([np.nan, np.inf, -np.inf, -1, 1], (2, vocab))
+    made = []
+    for kind, values in rows.items():
+        logits = values.astype(np.float32)
+        for count in (1, most):
+            tokens, values = map(np.stack, zip(*(largest(row, count) for row in logits), strict=True))
+            case = tensors_of({"logits": logits, "tokens": tokens, "values": values})
+            made.append({"kind": kind, "count": count} | case)
+    return made
 
 
 def export_graph(path: Path, synthetic: bool = False) -> dict[str, Any]:
@@ -215,6 +232,7 @@ def main() -> None:
         shutil.copy(arguments.library, folder)
     torch.save([export_case(case) for case in table()], folder / "cases.pt")
     torch.save([export_case(case) for case in large()], folder / "large.pt")
+    torch.save(choices(preset("mamba2-1.3b").vocab_size, MOST_LARGEST), folder / "largest.pt")
     for state_dtype in STATE_DTYPES:
         with tempfile.TemporaryDirectory() as place:
             torch.save(export_demo(state_dtype, Path(place)), folder / f"demo_{state_dtype}.pt")

@@ -37,6 +37,15 @@ class Library:
         """The stream that torch works on."""
         return c_void_p(torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None)
 
+    def largest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Queue dfssm_largest of logits f32[rows,vocab]: tokens i64[rows,count], values f32[rows,count]."""
+        rows, vocab = logits.shape
+        found = self.empty((rows, count), torch.int64), self.empty((rows, count), torch.float32)
+        where = (c_void_p(tensor.data_ptr()) for tensor in (logits, *found))
+        code = self.driver.harness_largest(self.handle, *where, self.stream(), rows, vocab, count)
+        self.check(code == 0, f"the {count} largest of {vocab}")
+        return found
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Room for a tensor, aligned as device memory is."""
         size = torch.Size(shape).numel() * dtype.itemsize
