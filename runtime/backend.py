@@ -12,6 +12,7 @@ from dfssm.targets.bundle import Bundle
 from dfssm.targets.trust import own_library
 
 from .config import require_config
+from .sampling import Sampling
 from .state import Layout, State
 
 
@@ -79,6 +80,17 @@ class Backend(Protocol):
 
     def bind(self, state: State) -> Pool:
         """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
+
+
+def choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
+    """The token that `sampling` takes after the `position` tokens that row `row` has read, and its logit."""
+    if sampling.count:
+        tokens, logits = pool.largest(row, sampling.count)
+        at = sampling.choose_among(logits, position)
+        return int(tokens[at]), float(logits[at])
+    logits = pool.logits[row]
+    token = sampling.choose(logits, position)
+    return token, float(logits[token])
 
 
 def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool = True) -> Backend:

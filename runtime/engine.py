@@ -19,7 +19,7 @@ from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.text import end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
-from .backend import Backend, Pool, open_backend
+from .backend import Backend, Pool, choose, open_backend
 from .generation import Generation
 from .memory import trim
 from .rows import Rows
@@ -197,13 +197,7 @@ class Engine:
 
     def choose(self, state: State, sampling: Sampling) -> tuple[int, float]:
         """The token that `sampling` takes after what `state` (batch 1) has read, and its logit."""
-        pool, row, position = self._pool(state), state.span.start, int(state.tokens[0])
-        if sampling.count:
-            tokens, logits = pool.largest(row, sampling.count)
-            at = sampling.choose_among(logits, position)
-            return int(tokens[at]), float(logits[at])
-        token = sampling.choose(pool.logits[row], position)
-        return token, float(pool.logits[row][token])
+        return choose(self._pool(state), state.span.start, sampling, int(state.tokens[0]))
 
     def require_finite(self, state: State) -> None:
         """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ import numpy as np
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.numbers import require_whole
 
+from .backend import choose
 from .rows import Rows
+from .sampling import Sampling
 from .state import State, require_model
 
 if TYPE_CHECKING:
@@ -112,6 +115,30 @@ class Slots:
         Raises DfssmError where some are NaN or infinite; their slots are then broken, the others have read theirs.
         Slots that do not lie side by side in this order are moved there first: run the same ones in the same order.
         """
+        span = self._run(slots, ids)
+        logits = self.pool.logits[span.start : span.stop].copy()
+        self.engine.check(self.pool, self.rows, span, logits)
+        return logits
+
+    def choose(
+        self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]], samplings: Sequence[Sampling]
+    ) -> list[int]:
+        """`run`, and the token that each slot's `Sampling` takes next. A device keeps the logits then, unless one
+        needs all of a row.
+        """
+        if len(samplings) != len(slots):
+            raise DfssmError(f"{len(slots)} slots and {len(samplings)} samplings: give each slot one")
+        span = self._run(slots, ids)
+        chosen = [
+            choose(self.pool, row, sampling, int(self.rows.tokens[row]))
+            for row, sampling in zip(span, samplings, strict=True)
+        ]
+        if not all(math.isfinite(logit) for _, logit in chosen):
+            self.engine.check(self.pool, self.rows, span, self.pool.logits[span.start : span.stop])
+        return [token for token, _ in chosen]
+
+    def _run(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> range:
+        """Returns the rows that they lie in."""
         ids = np.ascontiguousarray(self.engine.token_ids(ids))
         if ids.ndim != 2 or len(slots) != len(ids) or not ids.size:
             raise DfssmError(f"{len(slots)} slots and tokens {list(ids.shape)}: give each slot a row of one or more")
@@ -125,9 +152,7 @@ class Slots:
         start = slots[0].row
         span = range(start, start + len(ids))
         self.engine.run(self.pool, self.rows, span, ids)
-        logits = self.pool.logits[start : span.stop].copy()
-        self.engine.check(self.pool, self.rows, span, logits)
-        return logits
+        return span
 
     def _reset(self, row: int) -> None:
         self.rows.begin([row])

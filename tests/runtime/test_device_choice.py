@@ -96,6 +96,40 @@ def test_rows_of_a_batch_are_continued_each(engine):
     assert found[0] == found[1]
 
 
+def test_a_batch_of_slots_chooses(engine):
+    """Sequences with samplings of their own, which come and go, get the tokens that they get alone."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, engine.vocab_size, 4) for _ in SETTINGS]
+    samplings = [Sampling(**settings) for settings in SETTINGS]
+    expected = [tokens_of(engine, 6, prompt=prompt, **s) for prompt, s in zip(prompts, SETTINGS, strict=True)]
+    for run_by in (engine, on_device(engine, max_batch=len(SETTINGS))):
+        slots = run_by.slots(len(SETTINGS))
+        there = [slots.join() for _ in SETTINGS]
+        found = [slots.choose([slot], [p], [s]) for slot, p, s in zip(there, prompts, samplings, strict=True)]
+        for number in range(1, 6):
+            some = rng.permutation(len(SETTINGS)) if number == 3 else range(len(SETTINGS))
+            batch = [there[i] for i in some]
+            made = slots.choose(batch, [found[i][-1:] for i in some], [samplings[i] for i in some])
+            for i, token in zip(some, made, strict=True):
+                found[i].append(token)
+        assert found == expected
+    with pytest.raises(DfssmError, match="7 slots and 1 samplings: give each slot one"):
+        slots.choose(there, np.ones((7, 1), int), samplings[:1])
+
+
+@pytest.mark.parametrize("top_k, to_host", [(0, 12), (5, 60)], ids=["greedy", "top k"])
+def test_logits_of_a_batch_stay_on_the_device(engine, top_k, to_host):
+    device = on_device(engine)
+    slots, cuda = device.slots(3), device.backend.cuda
+    batch, sampling = [slots.join() for _ in range(3)], Sampling(0.9, top_k, seed=1) if top_k else Sampling()
+    tokens = [[1], [2], [3]]
+    for number in range(6):
+        before = cuda.copied["to host"], cuda.syncs
+        tokens = [[token] for token in slots.choose(batch, tokens, [sampling] * 3)]
+        if number > 1:
+            assert (cuda.copied["to host"] - before[0], cuda.syncs - before[1]) == (3 * to_host, 1)
+
+
 def test_logits_that_were_written_count(engine):
     """Whoever has looked at the logits may have changed them: the choice is from what is there."""
     device = on_device(engine)
