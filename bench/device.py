@@ -27,6 +27,7 @@ DRIVER_NAMES = {
     "A100 40GB": r"A100.*40GB",
     "L4": r"L4",
     "H100 SXM": r"H100 80GB HBM3",
+    "H200": r"H200",
     "RTX 4090": r"RTX 4090",
     "RTX 5090": r"RTX 5090",
     "Orin AGX": r"Orin",

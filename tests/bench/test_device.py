@@ -89,10 +89,19 @@ def test_copies_of_both_directions_are_counted(monkeypatch):
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H200", "H200"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
         ("Orin", "Orin AGX"),
-        *[(name, None) for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU")],
+        *[
+            (name, None)
+            for name in (
+                "NVIDIA A100-SXM4-80GB",
+                "NVIDIA H200 NVL",
+                "NVIDIA L40S",
+                "NVIDIA GeForce RTX 4090 Laptop GPU",
+            )
+        ],
     ],
 )
 def test_predicted_for_the_gpus_of_the_tables(name, known):

@@ -1,10 +1,16 @@
 """The prediction for GPUs against what it is made of: the ledger's bytes, and its own bounds."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from dfssm.bench import gpu
 from dfssm.model import ledger
 from dfssm.model.config import DFSSMConfig
+from dfssm.opset import DfssmError
+
+INSTANT = gpu.Gpu("bound by launches", 1e30, 1000, 1e30, 1e30)
 
 CONFIG = DFSSMConfig(vocab_size=50288, d_model=2048, n_layer=48, d_state=128, headdim=64, rank=16).to_dict()
 
@@ -29,18 +35,54 @@ def test_no_step_is_faster_than_its_bytes(device):
         assert seconds == sorted(seconds)
         for batch, time in zip(gpu.BATCHES, seconds, strict=True):
             moved = ledger.weight_bytes_of_step(CONFIG) + batch * 48 * gpu.scan_bytes(state)
-            assert time > moved / device.bandwidth
+            assert time > moved / (device.copied or device.bandwidth)
 
 
-@pytest.mark.parametrize(("batch", "nodes"), [(1, 5), (64, 5), (65, 6), (512, 6)])
-def test_nodes_of_a_layer(batch, nodes):
-    """On a GPU whose memory and cores take no time: what is left are the nodes, three of them after the layers."""
-    instant = gpu.Gpu("bound by launches", 1e30, 1, 1e30, 1e30)
+@pytest.mark.parametrize(("batch", "launches"), [(1, 3), (2, 5), (64, 5), (65, 6), (512, 6)])
+def test_launches_of_a_layer(batch, launches):
+    """On a GPU whose memory and cores take no time: what is left are launches, three of them after the layers. The
+    emulation counts the same (plugins_trt/test_fused.py)."""
     for state in gpu.SCAN:
-        assert gpu.step(instant, batch, state) == pytest.approx((48 * nodes + 3) * gpu.NODE)
+        assert gpu.step(INSTANT, batch, state) == pytest.approx((48 * launches + 3) * gpu.LAUNCH)
+        assert gpu.prefill(INSTANT, max(batch, 2), state) == pytest.approx((48 * 6 + 3) * gpu.LAUNCH)
 
 
 def test_more_tokens_than_a_pass_takes_cost_another_pass():
     slow = gpu.Gpu("bound by issue", 1e18, 1, 1e9, 1e9)
-    one, two = (gpu.product(slow, n, 2048, 8512, bits=True) - 2 * gpu.NODE for n in (32, 33))
+    one, two = (gpu.product(slow, n, 2048, 8512, bits=True) - 2 * gpu.LAUNCH for n in (32, 33))
     assert two == pytest.approx(2 * one)
+
+
+def test_an_sm_without_a_block_draws_nothing():
+    whole = gpu.Gpu("as many SMs as blocks", 1e12, 128, 1e30, 1e30)
+    half = replace(whole, sms=256)
+    times = [gpu.scan(device, 1, "fp32") - gpu.LAUNCH for device in (whole, half)]
+    assert times[1] == pytest.approx(2 * times[0])
+
+
+def test_a_measured_copy_goes_before_the_data_sheet():
+    sheet = gpu.Gpu("", 1e12, 1, 1e30, 1e30)
+    assert replace(sheet, copied=0.5e12).memory(1e9) == pytest.approx(2e-3)
+    assert sheet.memory(1e9) == pytest.approx(1e-3 / gpu.BANDWIDTH_SHARE)
+
+
+@pytest.mark.parametrize("device", gpu.GPUS, ids=lambda device: device.name)
+def test_each_change_is_predicted_to_help(device):
+    steps, prompts = (
+        [of(device, n, "fp16", design) for _, design in gpu.CHANGES] for of, n in ((gpu.step, 1), (gpu.prefill, 512))
+    )
+    small = device.sms < 8512 / 64 / gpu.ONE_TOKEN_WAVES
+    assert steps[0] == steps[1] and (steps[2] == steps[1] if small else steps[2] < steps[1])
+    assert prompts[0] > prompts[1] == prompts[2]
+
+
+@pytest.mark.parametrize("name", ["gpu.md", "jetson.md"])
+def test_documents_are_what_the_calculation_writes(name):
+    text = (Path(__file__).parents[2] / "docs" / name).read_text()
+    assert gpu.filled(text) == text
+    assert len(gpu.PLACE.findall(text)) == text.count("<!-- end -->") > 0
+
+
+def test_a_place_without_a_table():
+    with pytest.raises(DfssmError, match="there is no table 'none'"):
+        gpu.filled("<!-- predicted: none -->\n\n<!-- end -->")

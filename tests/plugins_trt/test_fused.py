@@ -36,6 +36,10 @@ def test_launches(kernels):
             kernels.launches()
             kernels.run(op, case.inputs())
             assert kernels.launches() == min(expected, most), case.id
+    narrow, wide = (FusedCase("GatedNormScaffoldAdd", dict(B=1, T=1, K=128, M=M, R=2)) for M in (24 * 16, 24 * 16 + 1))
+    for case, expected in ((narrow, 1), (wide, 2)):  # three blocks for each of the emulation's eight SMs, and one more
+        kernels.run(case.op, case.inputs())
+        assert kernels.launches() == expected
     scan = Case("SelectiveScanStep", dict(B=2, T=40, H=2, P=8, N=8, state="float32"))
     kernels.run(scan.op, scan.inputs())
     assert kernels.launches() == 1

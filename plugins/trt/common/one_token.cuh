@@ -105,9 +105,19 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   epilogue.store(p, 0, row, epilogue.finish(p, 0, row, y));
 }
 
-inline bool takes_one_token(const Product& p) {
-  return p.n == 1 && p.planes == 1 && p.row_bytes % 16 == 0 && p.R <= kOneTokenRank &&
-         p.x.steps * kStep <= kOneTokenColumns;
+// Blocks that share an SM repeat the reads after each other: on a small GPU two launches are faster.
+constexpr int kOneTokenWaves = 3;
+inline bool has_few_blocks(int blocks) {
+  int device, sms;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+         blocks <= kOneTokenWaves * sms;
+}
+
+template <int kTiles>
+bool takes_one_token(const Product& p) {
+  return p.n == 1 && has_few_blocks(tiles(p.M, kTiles * 16)) && p.planes == 1 && p.row_bytes % 16 == 0 &&
+         p.R <= kOneTokenRank && p.x.steps * kStep <= kOneTokenColumns;
 }
 
 template <class Weights, int kTiles, class Epilogue, class Row>

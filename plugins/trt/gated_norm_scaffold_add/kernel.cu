@@ -28,7 +28,7 @@ using namespace of_gated_norm_scaffold_add;
 cudaError_t gated_norm_scaffold_add(const NormArgs& norm, const ScaffoldArgs& args, const void* residual,
                                     void* workspace, cudaStream_t stream) {
   const Product product = scaffold_product(args, workspace);
-  if (takes_one_token(product)) {
+  if (takes_one_token<1>(product)) {
     return with_norm_row(norm, nullptr, [&](const auto& x) {
       return one_token<Bits, 1>(product, Add(residual), x, args.K, args.down, args.down_scale, stream);
     });

@@ -84,7 +84,7 @@ cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& args, C
                                void* workspace, cudaStream_t stream) {
   if (conv.W < 2 || conv.W > 4) return cudaErrorInvalidValue;
   const Product product = scaffold_product(args, workspace);
-  if (takes_one_token(product)) {
+  if (takes_one_token<4>(product)) {
     return with_norm_row(norm, nullptr, [&](const auto& x) {
       return one_token<Bits, 4>(product, Convolve(conv, x_start), x, args.K, args.down, args.down_scale,
                                 stream);
