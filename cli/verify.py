@@ -68,10 +68,9 @@ def _text(result: dict) -> str:
     lines += [table(rows, right={1, 2}), ""]
     tokens = f"{result['tokens']} tokens in {len(result['calls'])} calls"
     if first := result["first"]:
-        lines.append(
-            f"FAILED after token {first['token']}: {first['output']} is off by {first['rms_rel']:.3g} of its size, "
-            f"allowed is {first['tolerance']:.3g} ({first['reason']})"
-        )
+        name, error, allowed = (first[key] for key in ("output", "rms_rel", "tolerance"))
+        off = f"is off by {error:.3g} of its size, allowed is {allowed:.3g}" if error > allowed else "has other bits"
+        lines.append(f"FAILED after token {first['token']}: {name} {off} ({first['reason']})")
     else:
         same = "the same bits as" if result["identical"] else "within what float noise moves of"
         lines.append(f"passed: over {tokens}, {same} the verified graph")

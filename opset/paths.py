@@ -143,7 +143,7 @@ def _look(path: str | Path, give: str) -> tuple[Path, int]:
         raise DfssmError(f"{path} is {odd}: give {give}")
     rights = os.R_OK | os.X_OK if stat.S_ISDIR(mode) else os.R_OK
     if not os.access(path, rights, effective_ids=True):
-        raise DfssmError(f"{path} cannot be read (Permission denied): have its owner run chmod a+rX {_quoted(path)}")
+        raise DfssmError(f"{path} cannot be read (Permission denied): have its owner run chmod a+rX {quoted(path)}")
     return path, mode
 
 
@@ -192,7 +192,7 @@ def _way(kind: str, place: str, wanted: tuple[str, ...]) -> tuple[str, str, str]
     for step in kinds[kinds.index(kind) + 1 : min(map(kinds.index, wanted)) + 1]:
         word, command, left = _STEPS[step]
         words.append(word)
-        commands.append(command.format(_quoted(result)))
+        commands.append(command.format(quoted(result)))
         result = left
     return " and ".join(words), " && ".join(commands), result
 
@@ -224,13 +224,13 @@ def _output(path: str | Path, what: str, *kinds: int) -> Path:
     if mode is None and not into.is_dir():
         if into.exists():
             raise DfssmError(f"cannot write {path}: {into} is a file; give another place")
-        raise DfssmError(f"cannot write {path}: there is no folder {into}; create it first: mkdir -p {_quoted(into)}")
+        raise DfssmError(f"cannot write {path}: there is no folder {into}; create it first: mkdir -p {quoted(into)}")
     if not os.access(into, os.W_OK | (os.X_OK if into.is_dir() else 0), effective_ids=True):
         raise DfssmError(f"cannot write {path}: {into} is closed to you (Permission denied); give another place")
     return path
 
 
-def _quoted(path: str | Path) -> str:
+def quoted(path: str | Path) -> str:
     """As a shell reads it back."""
     return shlex.quote(os.fspath(path))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.paths import GOLDEN, quoted
 from dfssm.opset.threads import default_threads
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
@@ -72,7 +73,10 @@ class Engine:
         target = get_target(engine.manifest.target)
         if target.IS_ENGINE and not recorded(run_of(engine.manifest, target.kernels()), VERIFIED):
             why = f"{path} holds an engine that was never verified on this machine"
-            warnings.warn(f"{why}: run `dfssm verify {path}` once", RuntimeWarning, stacklevel=2)
+            remedy = f"run `dfssm verify {quoted(path)}{' --trust' if trust else ''}` once"
+            if GOLDEN not in engine.manifest.files:
+                remedy = f"it has no {GOLDEN}, compile it again without --no-verify"
+            warnings.warn(f"{why}: {remedy}", RuntimeWarning, stacklevel=2)
         return engine
 
     @cached_property

@@ -99,7 +99,7 @@ class Golden:
     def _require_whole(self, vocab: Any) -> None:
         count, names = len(self.calls), len(self.names)
         shapes = {
-            "ids": (int(self.calls.sum()),), "calls": (count,), "digests": (count, names, SUMS),
+            "ids": (sum(self.calls.tolist()),), "calls": (count,), "digests": (count, names, SUMS),
             "hashes": (count, names, 8), "drift": (names,), "logits": (2, vocab),
         }  # fmt: skip
         for name, shape in shapes.items():
@@ -108,6 +108,8 @@ class Golden:
                 raise ValueError(f"{name} is {value.dtype}{list(value.shape)}")
         if not count or self.calls.min() < 1 or not 0 <= self.ids.min() <= self.ids.max() < vocab:
             raise ValueError("its tokens are none of the model's")
+        if not (self.drift >= 0).all():
+            raise ValueError("its drift is no number of 0 or more")
 
 
 _DTYPES = {

@@ -120,6 +120,15 @@ def test_one_edited_number_is_found_by_the_same_kernels(name, index, first, toke
     assert status == 1 and f"FAILED after token {token}: {first} is off by " in text
 
 
+def test_bits_that_no_digest_shows(compiled, tmp_path):
+    folder = shutil.copytree(compiled("ort-cpu"), tmp_path / "b")
+    with Bundle(folder) as bundle:
+        made = Golden.of(bundle)
+    made.hashes[1, 2, 7] ^= 1
+    replace(folder, GOLDEN, made.to_bytes())
+    assert "FAILED after token 32: conv_state.1 has other bits (" in verify(folder)[1]
+
+
 @pytest.mark.parametrize("state_dtype", ["fp16", "int8"])
 def test_a_wrong_matrix_is_found_by_other_kernels(state_dtype, compiled, tmp_path):
     def edit(tensors):
@@ -149,10 +158,10 @@ def device(compiled, monkeypatch):
     return folder, session, gpus
 
 
-def warned(folder):
+def warned(folder, **options):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        Engine.load(folder)
+        Engine.load(folder, **options)
     return [str(warning.message) for warning in said]
 
 
@@ -171,6 +180,18 @@ def test_an_engine_says_that_it_was_never_verified_here_until_it_was(device, tmp
     assert len(warned(folder)) == 1, "that was on another machine"
     gpus[0] = cuda.Device("GPU", 86)
     assert warned(folder) == []
+
+
+def test_the_warning_names_what_can_be_done(device, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = shutil.copytree(device[0], tmp_path / "a b")
+    (said,) = warned(folder, trust=True)
+    assert said.endswith(f": run `dfssm verify '{folder}' --trust` once")
+    document = json.loads((folder / MANIFEST).read_text())
+    del document["files"][GOLDEN], document["manifest_sha256"]
+    (folder / MANIFEST).write_text(sealed(document))
+    (said,) = warned(folder)
+    assert said.endswith(": it has no golden.safetensors, compile it again without --no-verify")
 
 
 def test_a_wrong_kernel_is_found_and_the_record_withdrawn(device, tmp_path, monkeypatch):
@@ -260,7 +281,10 @@ def test_damaged_goldens_are_one_line(damage, words, compiled, tmp_path):
         ("ids", np.full(33, -1)),
         ("calls", np.array([34, -1])),
         ("calls", np.array([], np.int64)),
+        ("calls", np.array([2**63 - 1, 2**63 - 1, 35])),  # 33, modulo 2**64
         ("drift", np.zeros(3, np.float32)),
+        ("drift", np.full(5, np.nan, np.float32)),
+        ("drift", np.full(5, -1, np.float32)),
         ("logits", np.zeros((2, tiny.CONFIG.vocab_size))),
     ],
 )
