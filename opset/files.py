@@ -75,6 +75,8 @@ def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -
     with ExitStack() as stack:
         with writing(target):
             target = target.resolve()
+            if not replace and target.is_dir() and any(target.iterdir()):
+                raise DfssmError(f"{target} exists and is not empty: choose another output")
             if parents:
                 stack.enter_context(_made(target.parent))
             draft = stack.enter_context(_draft(target))

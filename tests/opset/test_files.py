@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,8 +116,11 @@ def test_a_librarys_own_error_on_a_full_disk_is_that_of_the_disk(tmp_path, monke
 
 def test_a_folder_replaces_only_what_it_may(tmp_path):
     make(tmp_path / "b", "one", replace=False)
-    with pytest.raises(DfssmError, match="b exists now: another program made it"):
+    with pytest.raises(DfssmError, match="b exists and is not empty: choose another output"):
         make(tmp_path / "b", "two", replace=False)
+    with pytest.raises(DfssmError, match="c exists now: another program made it"), new_folder(tmp_path / "c"):
+        make(tmp_path / "c", "two", replace=False)
+    shutil.rmtree(tmp_path / "c")
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty", "three", replace=False)
     assert contents(tmp_path / "b")["model"] == "one" and contents(tmp_path / "empty")["model"] == "three"
