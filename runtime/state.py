@@ -41,7 +41,7 @@ class State:
         logits: f32[batch, vocab], of the last token; a device that has them copies them when they are asked for.
         tokens: i64[batch], how many tokens each row has read.
         recent: i64[batch, RECENT], the last of them, -1 where there were fewer: text goes on where it was cut.
-        model: identity of the model: sha256 of its weights. An engine refuses a state of another model.
+        model: identity of the model: sha256 of its weights as they lie in the bundle. An engine refuses any other's.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ def require_model(state: State, model: str, layout: Layout, vocab: int) -> None:
         raise DfssmError(f"the state cannot be run ({flaw}): make one with new_state")
     if state.model != model:
         raise DfssmError(
-            f"the state is of another model (weights {state.model[:12]}, here {model[:12]}): "
+            f"the state is of a bundle with other weights or --isa (sha256 {state.model[:12]}, here {model[:12]}): "
             "use the bundle that it was made with"
         )
     differing = next((name for name in {**layout, **state.layout} if layout.get(name) != state.layout.get(name)), None)

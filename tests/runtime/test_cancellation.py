@@ -217,7 +217,7 @@ class TestOneAtATime:
         state = engine.new_state()
         other = engine.new_state()
         other.model = "another"
-        with pytest.raises(DfssmError, match="another model"):
+        with pytest.raises(DfssmError, match="other weights"):
             list(engine.generate("a", state=other))
         for wrong in ({"max_tokens": -1}, {"prompt": []}):
             with pytest.raises(DfssmError):

@@ -118,7 +118,7 @@ def test_a_state_of_other_weights_is_refused(engine, state, cpu_target, tmp_path
     other = Engine.load(tiny.write_bundle(tmp_path / "b", target=cpu_target, state_dtype=kind, seed=1))
     state.save(tmp_path / "a.state")
     for use in (lambda: other.load_state(tmp_path / "a.state"), lambda: other.step([1], state)):
-        with pytest.raises(DfssmError, match="the state is of another model"):
+        with pytest.raises(DfssmError, match="the state is of a bundle with other weights or --isa"):
             use()
 
 
