@@ -271,9 +271,8 @@ def test_workspace_of_the_fused(built, kernels, op):
 def test_the_script_of_the_documents_gives_polygraphy_the_plugins(built, tmp_path):
     """docs/trt.md's with_plugins.py; to convert is what needs no GPU."""
     text = (Path(__file__).parents[2] / "docs" / "trt.md").read_text()
-    (tmp_path / "with_plugins.py").write_text(
-        re.search(r"(?m)^( {4}import os, sys\n(?: {4}.*\n)+)", text)[1].replace("    ", "")
-    )
+    (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_library" in block)
+    (tmp_path / "with_plugins.py").write_text(script)
     student(tmp_path / "student", "plain")
     links = trt_child._environment("tensorrt-rtx", tmp_path)  # the parser wants them, see engines.py
     command = [sys.executable, "with_plugins.py", engines.library(), "convert", "student/lowered.onnx", "--convert-to"]
