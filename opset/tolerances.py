@@ -93,6 +93,16 @@ def drift_tolerance(layers: int, d_model: int, drift: float) -> Tolerance:
     return Tolerance(min(SPREAD * drift, UNRELATED), f"{SPREAD:.0f} times what float noise moves in this model")
 
 
+def half_tolerance(n_layer: int) -> Tolerance:
+    """Logits of a whole model whose activations are stored as fp16, a share of the largest, besides `model_tolerance`.
+
+    Rounding moves an activation by up to 2^-11 of itself, 0.06 steps of its int8 code where that is 127: on average one
+    code in 30 changes by 1. Of |q| ~ 127/4 rms that is sqrt(1/30) / 32 of a product's output. Allowed: four sigma of a
+    random walk over the 2 n_layer + 1 products; as there, for shallow models only.
+    """
+    return Tolerance(4 * (2 * n_layer + 1) ** 0.5 * 30**-0.5 / 32, "activations rounded to fp16 change codes of int8")
+
+
 def model_tolerance(n_layer: int, d_model: int) -> Tolerance:
     """Logits of a whole model between two backends, teacher-forced, as a share of the largest |logit|.
 

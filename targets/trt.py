@@ -134,7 +134,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         files.append(LIBRARY)
     version = plugins.version if plugins else ""
     only_last = plan.profiles[-1].logits == 1
-    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering, version, only_last)
+    changed = lower_graph(folder / MODEL, folder / LOWERED, choice.lowering, version, only_last, choice.activations)
     built = build_engine(_request(plan, sm, folder), progress)
     found, missing = weights_in(folder / LOWERED, folder / ENGINE)
     # Plugins take weights as they are; of a graph without them TensorRT may fold some, and stripped ones are gone.
@@ -148,6 +148,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         "sm": list(sm),
         "plugins": {"version": plugins.version, "sm": list(plugins.sm)} if plugins else None,
         "lowering": choice.lowering,
+        "activations": choice.activations,
         "passes": {name: len(names) for name, names in changed.items()},
         "refused": {name: names.refused for name, names in changed.items() if isinstance(names, Changes)},
         "version_compatible": choice.version_compatible,

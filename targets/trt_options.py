@@ -13,6 +13,7 @@ from .target import Option
 from .trt_build import MODULES, Profile, known_sms
 
 LOWERINGS = ("plugin", "native")
+ACTIVATIONS = ("fp32", "fp16")
 BUILDERS = ("auto", *MODULES)
 PACKAGES = {
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
@@ -48,6 +49,9 @@ class Options:
     max_logits: int = _option(64, "largest number of tokens per call whose logits are given; 1: the last.", metavar="N")
     lowering: str = _option(
         "plugin", "plugin (our kernels) or native (no plugins, one token per call).", metavar="NAME"
+    )
+    activations: str = _option(
+        "fp32", "fp32 or fp16, between the plugins; logits and states do not change.", metavar="DTYPE"
     )
     timing_cache: str | Path | None = _option(None, "file of kernel timings to read and write.", metavar="FILE")
     version_compatible: bool = _option(False, "the engine also runs in later versions of TensorRT.")
@@ -97,6 +101,10 @@ def resolve(options: Options) -> Plan:
         raise DfssmError(f"unknown builder '{options.builder}': choose one of {', '.join(BUILDERS)}")
     if options.lowering not in LOWERINGS:
         raise DfssmError(f"unknown lowering '{options.lowering}': choose one of {', '.join(LOWERINGS)}")
+    if options.activations not in ACTIVATIONS:
+        raise DfssmError(f"unknown activations '{options.activations}': choose one of {', '.join(ACTIVATIONS)}")
+    if options.activations != "fp32" and options.lowering == "native":
+        raise DfssmError("--activations fp16: a native engine computes in fp32; leave one of both out")
     for name in ("max_batch", "max_tokens", "max_logits"):
         if getattr(options, name) < 1:
             raise DfssmError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")

@@ -26,7 +26,7 @@ from dfssm.opset import DfssmError
 from dfssm.opset.files import writing
 from dfssm.opset.paths import GOLDEN
 from dfssm.opset.threads import default_threads
-from dfssm.opset.tolerances import Tolerance, drift_tolerance, rms_error
+from dfssm.opset.tolerances import Tolerance, drift_tolerance, half_tolerance, rms_error
 from dfssm.runtime.backend import open_backend
 from dfssm.runtime.engine import Engine
 from dfssm.runtime.sampling import Sampling
@@ -222,7 +222,10 @@ def _tolerance(name: str, manifest: Manifest, golden: Golden, exact: bool) -> To
     if exact:
         return Tolerance(0.0, "the kernels that made the goldens give the same bits again")
     layers = manifest.config["n_layer"] if name == "logits" else int(name.rpartition(".")[2]) + 1
-    return drift_tolerance(layers, manifest.config["d_model"], float(golden.drift[golden.names.index(name)]))
+    bound = drift_tolerance(layers, manifest.config["d_model"], float(golden.drift[golden.names.index(name)]))
+    if (manifest.engine or {}).get("activations") == "fp16":
+        return Tolerance(bound.relative + half_tolerance(layers).relative, f"{bound.reason}; activations in fp16")
+    return bound
 
 
 def _names(states: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,9 +23,14 @@ LOWERINGS = {
 """Name of a lowering -> its passes. `plugin` has our ops, some fused, for libdfssm_trt.so; `native` none of them."""
 
 
-def passes(lowering: str, version: str = "", only_last: bool = False) -> dict[str, Callable[[gs.Graph], list[str]]]:
-    """The passes of `lowering` by name, in order; `version` and `only_last` as in `lower`."""
-    found = {name: import_module(f".{name}", __name__).run for name in LOWERINGS[lowering]}
+def passes(
+    lowering: str, version: str = "", only_last: bool = False, activations: str = "fp32"
+) -> dict[str, Callable[[gs.Graph], list[str]]]:
+    """The passes of `lowering` by name, in order; the other arguments as in `lower`."""
+    names = list(LOWERINGS[lowering])
+    if activations == "fp16":
+        names.insert(names.index("plugin_attributes"), "half")
+    found = {name: import_module(f".{name}", __name__).run for name in names}
     if lowering == "plugin":
         found["plugin_attributes"] = partial(found["plugin_attributes"], version=version)
         found["logits_at"] = partial(found["logits_at"], only_last=only_last)
@@ -33,17 +38,22 @@ def passes(lowering: str, version: str = "", only_last: bool = False) -> dict[st
 
 
 def lower(
-    model: Path, output: Path, lowering: str = "plugin", version: str = "", only_last: bool = False
+    model: Path,
+    output: Path,
+    lowering: str = "plugin",
+    version: str = "",
+    only_last: bool = False,
+    activations: str = "fp32",
 ) -> dict[str, list[str]]:
     """Lower the step graph `model` and write it to `output`, in the same folder, over the same data file. `version`:
     that of the plugins (`trt_plugins.build_of`), by which TensorRT finds them; `only_last`: the logits are those of the
-    last token.
+    last token; `activations`: what they are stored as between the plugins, fp32 or fp16.
 
     Returns what each pass changed. Raises ValueError when what came out is not the graph that went in: that is a bug
     of a pass. DfssmError where plugins cannot update a state in place.
     """
     graph = load(model)
-    changed = {name: run(graph) for name, run in passes(lowering, version, only_last).items()}
+    changed = {name: run(graph) for name, run in passes(lowering, version, only_last, activations).items()}
     save(graph, output)
     written = load(output)
     check_lowered(load(model), written, lowering)

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from dfssm.targets.trt_plugins import PLUGINS
 
 from .graph import ours
+from .half import is_activation
 
 
 def run(graph: gs.Graph) -> list[str]:
@@ -27,8 +28,9 @@ def run(graph: gs.Graph) -> list[str]:
             changed.append(name)
     for node in ours(graph):
         for spec, tensor in zip(PLUGINS[node.op].outputs, node.outputs, strict=False):
-            if np.dtype(tensor.dtype).name not in spec.dtypes:
-                raise ValueError(f"{node.name}: output '{spec.name}' is {tensor.dtype}, expected {spec.dtypes}")
+            allowed = (*spec.dtypes, "float16") if is_activation(spec) else spec.dtypes
+            if np.dtype(tensor.dtype).name not in allowed:
+                raise ValueError(f"{node.name}: output '{spec.name}' is {tensor.dtype}, expected {allowed}")
     return changed
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import student_ref
 from plugins_trt import adapter
 from trt_graphs import step, write_step
 
+from dfssm.opset.tolerances import half_tolerance
 from dfssm.targets.trt_lowering import LOWERINGS, check, fuse, lower, passes
 from dfssm.targets.trt_lowering.graph import load, node_named, ours, read, save
 from dfssm.targets.trt_plugins import FUSED
@@ -268,6 +270,37 @@ def test_check_sees_what_the_pass_got_wrong(harm, words, plain, tmp_path):
 
 
 @pytest.mark.skipif(bool(adapter.missing()), reason=str(adapter.missing()))
+@pytest.mark.parametrize("name, fused", [("demo", True), ("plain", True), ("odd", False), ("planes2", True)])
+def test_half_activations(name, fused, tmp_path, monkeypatch):
+    """A prompt of more than a chunk and steps with the emulated plugins: logits and states stay fp32, within the
+    tolerance of fp16 and not equal; every activation between our nodes is fp16, and nothing else."""
+    config, _ = write_step(tmp_path, name, "fp32")
+    if not fused:
+        monkeypatch.setitem(LOWERINGS, "plugin", tuple(p for p in LOWERINGS["plugin"] if p != "fuse"))
+    sessions = []
+    for activations in ("fp32", "fp16"):
+        changed = lower(
+            tmp_path / "model.onnx", tmp_path / f"{activations}.onnx", only_last=True, activations=activations
+        )
+        sessions.append(adapter.session(tmp_path / f"{activations}.onnx"))
+    lowered = load(tmp_path / "fp16.onnx")
+    half = {tensor.name for tensor in lowered.tensors().values() if tensor.dtype == np.float16}
+    assert half == set(changed["half"]) and len(half) > 2 * config.n_layer
+    assert sum(node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT16 for node in lowered.nodes) == 1
+    bound = half_tolerance(config.n_layer)  # the same kernels: nothing else differs
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 38))
+    states = [student_ref.zero_states(config, 1, "fp32")] * 2
+    for call in np.split(ids, [34, 36, 37], axis=1):
+        (expected, wanted), (logits, new) = (step(*pair) for pair in zip(sessions, [call] * 2, states, strict=True))
+        assert logits.dtype == np.float32 and (logits != expected).any()
+        bound.check(logits, expected, "logits")
+        for key in wanted:
+            assert new[key].dtype == np.float32
+            bound.check(new[key], wanted[key], key)
+        states = [wanted, new]
+
+
+@pytest.mark.skipif(bool(adapter.missing()), reason=str(adapter.missing()))
 @pytest.mark.parametrize(
     "name, state_dtype", [("plain", "fp32"), ("planes2", "int8"), ("odd", "fp16"), ("limits", "fp32")]
 )
@@ -277,7 +310,7 @@ def test_fused_graph_is_the_graph(name, state_dtype, tmp_path, monkeypatch):
     sessions = []
     for lowering in (LOWERINGS["plugin"], tuple(p for p in LOWERINGS["plugin"] if p != "fuse")):
         monkeypatch.setitem(LOWERINGS, "plugin", lowering)
-        lower(tmp_path / "model.onnx", tmp_path / "lowered.onnx")
+        lower(tmp_path / "model.onnx", tmp_path / "lowered.onnx", only_last=True)
         assert bool(list(ours(load(tmp_path / "lowered.onnx"), *FUSED))) == ("fuse" in lowering)
         sessions.append(adapter.session(tmp_path / "lowered.onnx"))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 7))

@@ -90,6 +90,13 @@ def test_sm_is_a_list(machine):
     [
         ({"builder": "onnx"}, BOTH, [], "unknown builder 'onnx': choose one of auto, tensorrt-rtx, tensorrt"),
         ({"lowering": "both"}, BOTH, [], "unknown lowering 'both': choose one of plugin, native"),
+        ({"activations": "bf16"}, BOTH, [], "unknown activations 'bf16': choose one of fp32, fp16"),
+        (
+            {"activations": "fp16", "lowering": "native"},
+            BOTH,
+            [],
+            "--activations fp16: a native engine computes in fp32",
+        ),
         ({"max_batch": 0}, BOTH, [], "--max-batch is 0: give 1 or more"),
         ({"sm": "86,90"}, BOTH, [], "tensorrt-rtx 1.7.1 builds no engine for SM 90, only for 75, 80, 86, 89, 120, 121"),
         ({"sm": "75", "lowering": "native"}, BOTH, [], "builds no native engine for SM 75, only for 80, 86, 89, 120"),

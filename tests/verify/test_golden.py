@@ -2,6 +2,7 @@
 it does not. Engines run over the stand-in for a device.
 """
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -21,7 +22,7 @@ from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
 from dfssm.opset import DfssmError
 from dfssm.opset.paths import GOLDEN
-from dfssm.opset.tolerances import drift_tolerance, model_tolerance, rms_error
+from dfssm.opset.tolerances import drift_tolerance, half_tolerance, model_tolerance, rms_error
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, get_target, trt
 from dfssm.targets.bundle import MANIFEST, Bundle, file_entry, open_bundle, read_manifest, sealed
@@ -90,6 +91,18 @@ def test_other_kernels_are_right_within_the_drift(compiled, tmp_path):
     assert done.status == 0 and result["passed"] and not result["exact"] and result["kernels"].startswith("scalar of")
     assert all(entry["rms_rel"] <= entry["tolerance"] < 0.1 for entry in result["outputs"].values())
     assert {"torch", "onnx", "polygraphy"} & set(done.heavy) == set(), "it runs where bundles run"
+
+
+def test_fp16_activations_are_allowed_what_they_cost(compiled):
+    """Besides the drift of the goldens, what rounding does to the codes of as many layers."""
+    with open_bundle(compiled("ort-cpu")) as bundle:
+        goldens, engine = Golden.of(bundle), Engine.load(bundle.folder)
+        plain = compare_with_golden(engine, goldens, False, lambda *_: None)["outputs"]
+        engine.manifest = dataclasses.replace(engine.manifest, engine={"activations": "fp16"})
+        half = compare_with_golden(engine, goldens, False, lambda *_: None)["outputs"]
+    for name, layers in (("logits", tiny.CONFIG.n_layer), ("ssm_state.0", 1)):
+        more = half[name]["tolerance"] - plain[name]["tolerance"]
+        assert more == pytest.approx(half_tolerance(layers).relative) and "fp16" in half[name]["reason"]
 
 
 X = tiny.CONFIG.d_inner + 3
