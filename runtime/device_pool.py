@@ -53,7 +53,7 @@ class DevicePool:
         self._graphs: dict[tuple[int, int], Any] = {}  # first row and number of rows -> their step, recorded
         self._stale = self._ahead = False  # the host's copies are behind the device, or before it
         self._behind = NOWHERE  # the rows whose logits are on the device alone
-        self._next: tuple[range, np.ndarray] | None = None  # rows, and their tokens that a step left in `_ids`
+        self._next: np.ndarray | None = None  # the tokens that a step left in `_ids`
         self._top: _Largest | None = None  # of a step, where they were asked for; and those of `_behind`
         self._found: _Largest | None = None
 
@@ -213,7 +213,7 @@ class DevicePool:
         """Read one token a row, ids [n], into `rows`."""
         key = rows.start, len(rows)
         with self._bound(rows) as (read, written):
-            self._feed(ids, rows)
+            self._feed(ids)
             if graph := self._graphs.get(key):
                 self._cuda.launch(graph)
             else:
@@ -229,13 +229,13 @@ class DevicePool:
                     self._graphs[key] = self._cuda.end_capture()
         self._behind, self._found = rows, self._top
         if self._top and self._top.on_device[0] == self._ids:
-            self._next = rows, self._top.tokens[: len(rows), 0]
+            self._next = self._top.tokens[: len(rows), 0]
 
-    def _feed(self, ids: np.ndarray, rows: range) -> None:
+    def _feed(self, ids: np.ndarray) -> None:
         """Queue a copy of the ids of a step, unless they are those that the last one left there."""
-        if self._next is None or self._next[0] != rows or not np.array_equal(self._next[1], ids):
-            self._given_ids[: len(rows)] = ids
-            self._cuda.to_device(self._ids, self._given_ids[: len(rows)])
+        if self._next is None or not np.array_equal(self._next, ids):
+            self._given_ids[: len(ids)] = ids
+            self._cuda.to_device(self._ids, self._given_ids[: len(ids)])
         self._next = None
 
     def _queue_step(self, context: Any, read: dict[str, int], written: dict[str, int], rows: int) -> None:

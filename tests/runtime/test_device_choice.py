@@ -81,6 +81,21 @@ def test_another_token_than_the_chosen_is_read(engine):
     assert ours.logits.tolist() == theirs.logits.tolist() and ours.recent.tolist() == theirs.recent.tolist()
 
 
+def test_what_a_step_left_is_not_taken_for_what_a_prompt_left(engine):
+    """Neither the choice of the last step, nor its token, which lay where the next one is read."""
+    found = []
+    for run in (engine, on_device(engine)):
+        slots, state, token = run.slots(1), run.new_state(), 1
+        slot, made = slots.join(), []
+        for _ in range(3):
+            (token,) = slots.choose([slot], [[token]], [Sampling()])
+        for ids in ([9, 8, 7], [token]):
+            made += slots.choose([slot], [ids], [Sampling()])
+        slots.save(slot, state)
+        found.append((made, state.logits.tolist()))
+    assert found[0] == found[1]
+
+
 def test_rows_of_a_batch_are_continued_each(engine):
     """Rows of one pool in turn: logits of one stay where they are, or come to the host, while another runs."""
     device = on_device(engine)
