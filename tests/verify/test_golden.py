@@ -89,7 +89,9 @@ def test_other_kernels_are_right_within_the_drift(compiled, tmp_path):
     (done,) = run_commands([["dfssm", "verify", folder, "--json"]], tmp_path, DFSSM_ISA="scalar")
     result = json.loads(done.out)
     assert done.status == 0 and result["passed"] and not result["exact"] and result["kernels"].startswith("scalar of")
-    assert all(entry["rms_rel"] <= entry["tolerance"] < 0.1 for entry in result["outputs"].values())
+    outputs = result["outputs"]
+    assert all(entry["rms_rel"] <= entry["tolerance"] < 0.1 for entry in outputs.values())
+    assert outputs["conv_state.0"]["tolerance"] < outputs["logits"]["tolerance"], "first layers are held closer"
     assert {"torch", "onnx", "polygraphy"} & set(done.heavy) == set(), "it runs where bundles run"
 
 
@@ -195,11 +197,12 @@ def test_an_engine_says_that_it_was_never_verified_here_until_it_was(device, tmp
     assert warned(folder) == []
 
 
-def test_the_warning_names_what_can_be_done(device, tmp_path, monkeypatch):
+def test_the_warning_names_what_can_be_done_and_is_of_one_bundle(device, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     folder = shutil.copytree(device[0], tmp_path / "a b")
     (said,) = warned(folder, trust=True)
     assert said.endswith(f": run `dfssm verify '{folder}' --trust` once")
+    assert verify(folder)[0] == 0 and warned(folder) == []
     document = json.loads((folder / MANIFEST).read_text())
     del document["files"][GOLDEN], document["manifest_sha256"]
     (folder / MANIFEST).write_text(sealed(document))
@@ -358,6 +361,16 @@ def test_a_tolerance_is_what_the_model_drifts_and_no_less_than_a_few_flips():
     assert deep.relative == pytest.approx(0.8) and "float noise" in deep.reason
     ones = np.ones(9)
     assert drift_tolerance(48, 64, 5.0).relative < rms_error(0 * ones, ones) == 1, "nothing is not allowed"
+
+
+def test_logits_that_are_not_finite_are_an_error(compiled, tmp_path):
+    def edit(tensors):
+        tensors["norm_f.weight"][0] = np.nan
+
+    edited = tiny.write_bundle(tmp_path / "b", target="ort-cpu", state_dtype="fp16", edit=edit)
+    replace(edited, GOLDEN, (compiled("ort-cpu") / GOLDEN).read_bytes())
+    with pytest.raises(DfssmError, match="not finite"):
+        verify_here(edited)
 
 
 def test_numbers_that_are_not_finite_are_off(compiled):
