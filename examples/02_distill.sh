@@ -5,7 +5,7 @@
 #
 # Two folders, then options of `dfssm distill`. After an interruption the same line with --resume goes on.
 set -eu
-teacher=$1 output=$2
+teacher=${1:?give two folders: of the teacher, and for the student} output=${2:?give a folder for the student, too}
 shift 2
 # Rank 2 at a width of 256 is 1 % of the weights of the projections, as 16 is at 2048.
 dfssm distill "$teacher" -o "$output" --rank 2 --tokens 256 "$@"
