@@ -60,7 +60,7 @@ def project() -> str:
         raise SystemExit("lock: pyproject.toml has no line requires-python")
     return f"""{text}
 [tool.uv]
-constraint-dependencies = ["torch=={torch_version()}"]
+constraint-dependencies = ["torch=={torch_version()}", "tritonclient<2.70"]  # newer ones hold ml-dtypes back
 environments = ["sys_platform == 'linux'"]
 
 [[tool.uv.dependency-metadata]]

@@ -37,7 +37,9 @@ MISSING = {
     "dfssm convert teacher -o new.pt": STUDENT,
     "dfssm inspect model.pt": STUDENT,
     "dfssm compare b model.pt": lacks("torch", "onnx", "polygraphy", install="'dfssm[compile]'"),
-    "dfssm bench b --peer stock-ort": lacks("onnx", install="'dfssm[compile]'"),
+    "dfssm verify b --bisect": lacks("onnx", install="'dfssm[compile]'"),
+    "dfssm verify b --polygraphy new": lacks("polygraphy", install="'dfssm[compile]'"),
+    "dfssm bench b --peer stock-ort": lacks("onnx", "onnx-ir", install="'dfssm[compile]'"),
     DISTILL: lacks("torch", install="'dfssm[distill]'"),
     "dfssm distill teacher --data a.txt --data more -o new": lacks("torch", "pyarrow", install="'dfssm[distill]'"),
     "dfssm distill teacher --data hf:a -o new --tensorboard --wandb p": lacks(
