@@ -10,6 +10,7 @@ from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 from dfssm.opset.hashing import sha256
+from dfssm.opset.layouts import LAYOUTS
 
 from .options import json_option, megabytes, print_result, table
 
@@ -37,6 +38,7 @@ def _bundle(folder: Path) -> dict:
         "path": str(folder),
         "target": manifest.target,
         "state_dtype": manifest.state_dtype,
+        "layout": manifest.layout,
         "config": DFSSMConfig.from_dict(manifest.config).to_dict(),
         "sizes": model_bytes(manifest.config, manifest.layout),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
@@ -62,6 +64,7 @@ def _model(path: Path) -> dict:
         "path": str(path),
         "target": None,
         "state_dtype": None,
+        "layout": None,
         "config": config.to_dict(),
         "sizes": sizes,
         "files": {path.name: path.stat().st_size},
@@ -77,6 +80,7 @@ def _text(result: dict) -> str:
     kind, digest = "student", result["model_sha256"]
     if result["target"]:
         kind = f"bundle for {result['target']} on {result['machine'] or 'any machine'}, {result['state_dtype']} states"
+        kind += f", layout {LAYOUTS[result['layout']].name}"
     shape = (
         f"{config['n_layer']} layers, d_model {config['d_model']}, d_state {config['d_state']}, "
         f"vocabulary {config['vocab_size']}, rank {config['rank']}, planes {config['planes']}"

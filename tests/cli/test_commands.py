@@ -10,6 +10,7 @@ import tiny
 from dfssm.cli.main import COMMANDS
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.opset import DfssmError
+from dfssm.opset.layouts import LAYOUTS
 from dfssm.targets.bundle import file_entry, read_manifest, sealed
 
 
@@ -120,10 +121,11 @@ class TestInspect:
         assert model["model_sha256"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
         manifest = read_manifest(tiny_bundle)
         assert (bundle["machine"], bundle["model_sha256"]) == (manifest.machine, manifest.model_sha256)
-        assert model["target"] is None and bundle["target"] == read_manifest(tiny_bundle).target
+        assert model["target"] is None and bundle["target"] == manifest.target
+        assert model["layout"] is None and bundle["layout"] == manifest.layout
         assert model["files"] == {"model.pt": tiny_model.stat().st_size}
         assert bundle["files"]["model.onnx.data"] == (tiny_bundle / "model.onnx.data").stat().st_size
-        # the bundle's layout pads rows to 16; everything else weighs the same
+        # the bundle's layout pads rows; everything else weighs the same
         assert {role for role, size in model["sizes"].items() if size != bundle["sizes"][role]} <= {
             "scaffold",
             "low rank",
@@ -140,7 +142,8 @@ class TestInspect:
 
     def test_a_picture_for_people(self, invoke, tiny_bundle):
         text = invoke("inspect", tiny_bundle).stdout
-        assert "█" in text and "scaffold" in text and "fp16 states" in text
+        layout = LAYOUTS[read_manifest(tiny_bundle).layout].name
+        assert "█" in text and "scaffold" in text and f"fp16 states, layout {layout}\n" in text
         assert f"student's sha256 {read_manifest(tiny_bundle).model_sha256}" in text
 
     def test_a_missing_path_is_named(self, invoke, tmp_path):

@@ -194,7 +194,7 @@ void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t b
 // it is an index to the 16 sums that there are. scaffold_pack writes these tables, one a group of four columns, of
 // v = sum of the chosen q - sum of min(q, 0), which is 0 to 508, as the low five bits and the rest, bytes each. So a
 // VPSHUFB looks up 32 rows at once, and bytes are added: 8 groups of the low parts, at most 248, and 16 of the high
-// ones, at most 240, before they are widened. Twice the weights a cycle of layout 1, which multiplies.
+// ones, at most 240, before they are widened.
 
 // Columns whose v an uint16 can add: 128 * 508 = 65024.
 constexpr int64_t kGroups = 128, kGroupBytes = 32, kBlockColumns = 4 * kGroups;
