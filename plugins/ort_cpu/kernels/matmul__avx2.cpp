@@ -224,7 +224,7 @@ struct PairSums {
 // columns; nibbles(pair of groups, half) gives two vectors of indices, of 32 rows each.
 template <int NT, class Nibbles>
 inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Nibbles& nibbles,
-                    __m256i (&sums)[NT][8]) {
+                    __m256i (*sums)[8]) {
   PairSums low_sums[NT][2], high_sums[NT][2];
   for (int64_t g = 0; g < groups;) {
     __m256i high[NT][2];
@@ -330,7 +330,7 @@ void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* 
         of[0] = load(p);
         of[1] = load(p + kBlockRows);
       },
-      *reinterpret_cast<__m256i(*)[NT][8]>(sums));
+      sums);
 }
 
 void look_up_many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1) {
