@@ -230,10 +230,15 @@ __global__ void __launch_bounds__(kChunkedThreads, 1) chunked_scan(const ScanArg
     constexpr int kParts = kChunkedThreads / kColumns;
     float (&state)[kMostRows][kColumns] = reinterpret_cast<float (&)[kMostRows][kColumns]>(s.h);
     float (&partial)[kParts][kColumns] = reinterpret_cast<float (&)[kParts][kColumns]>(s.CB);
+    // Neighbours as float2: CUDA 13's compiler joins single ones in some builds and not in others.
+    const auto two_of = [&](int i) -> float2& {
+      return *reinterpret_cast<float2*>(&state[row_of(i % 2 * 2)][column_of(i / 2, 0)]);
+    };
     const int part = tid / kColumns, column = tid % kColumns;
     const bool live = slice + column < a.P;
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) state[row_of(i % 4)][column_of(i / 4, i % 4)] = h[i / 4][i % 4];
+    for (int i = 0; i < 2 * kTiles; ++i)
+      two_of(i) = make_float2(h[i / 2][i % 2 * 2], h[i / 2][i % 2 * 2 + 1]);
     __syncthreads();
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
@@ -258,7 +263,10 @@ __global__ void __launch_bounds__(kChunkedThreads, 1) chunked_scan(const ScanArg
       __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) h[i / 4][i % 4] = state[row_of(i % 4)][column_of(i / 4, i % 4)];
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float2 two = two_of(i);
+      h[i / 2][i % 2 * 2] = two.x, h[i / 2][i % 2 * 2 + 1] = two.y;
+    }
   };
 
   fetch(0);
