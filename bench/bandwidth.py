@@ -1,50 +1,65 @@
-"""What the memory gives: the bandwidth of reading, and of reading and writing in place."""
+"""What the memory gives: the bandwidth of reading, and of reading and writing in place, each by its best pattern."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
-from dfssm.targets.ort_cpu import installed_library
+from dfssm.targets.cpu_library import CpuLibrary
+from dfssm.targets.ort_cpu import find_library
 
-REPEATS = 5
+
+class Probes:
+    """Figures of one kind of probe, f64[P] a time, and which of its P patterns they make the best.
+
+    The best is the pattern of the highest median: the highest single figures would be those of lucky moments.
+    """
+
+    def __init__(self, patterns: list[str]):
+        self._patterns = patterns
+        self._rounds: list[np.ndarray] = []
+
+    def add(self, *probes: np.ndarray) -> None:
+        """A round's probes, of which the mean counts."""
+        self._rounds.append(np.mean(probes, axis=0))
+
+    @property
+    def best(self) -> int:
+        return int(np.median(self._rounds, axis=0).argmax())
+
+    @property
+    def pattern(self) -> str:
+        return self._patterns[self.best]
+
+    @property
+    def rates(self) -> np.ndarray:
+        """GB/s of the best pattern, f64[rounds]."""
+        return np.array(self._rounds)[:, self.best]
 
 
 class Bandwidth:
     """Probes over `size` bytes by `threads` threads. With the size of the weights, as much of it is cached.
 
-    A probe is the median of a few repetitions, in GB/s. "Read and write" counts both directions.
+    A probe passes once over the memory with every pattern: one stream, four far from each other or eight neighbouring
+    pages, with and without software prefetch, pages of 4 kB and of 2 MB, the widest loads of this CPU.
     """
 
     def __init__(self, size: int, threads: int):
-        self._memory = np.ones(max(size, 1 << 24) // 8, np.int64)
-        self._parts = np.array_split(self._memory, threads)
-        self._pool = ThreadPoolExecutor(threads)
-        self.threads = threads
-        self._library = installed_library()  # without it NumPy measures, some percent lower
+        self._size, self._threads = max(size, 1 << 24), threads
+        self._library = CpuLibrary(find_library())
+        self.patterns = self._library.memory_patterns()
         self.read()  # the first time touches the pages
 
-    def read(self) -> float:
-        """GB/s of reading the memory once."""
-        if self._library:
-            size = self._memory.nbytes
-            return float(np.median([self._library.read_bandwidth(size, self.threads) for _ in range(REPEATS)]))
-        return self._rate(np.bitwise_or.reduce, self._memory.nbytes)
+    def read(self) -> np.ndarray:
+        """GB/s of reading the memory once, f64[P]."""
+        return self._probe(writes=False)
 
-    def read_write(self) -> float:
-        """GB/s of updating the memory in place."""
-        return self._rate(lambda part: np.add(part, 1, out=part), 2 * self._memory.nbytes)
+    def read_write(self) -> np.ndarray:
+        """GB/s of updating the memory in place, both directions counted, f64[P]."""
+        return self._probe(writes=True)
+
+    def _probe(self, writes: bool) -> np.ndarray:
+        patterns = range(len(self.patterns))
+        return np.array([self._library.memory_bandwidth(self._size, self._threads, p, writes) for p in patterns])
 
     def close(self) -> None:
-        self._pool.shutdown()
-
-    def _rate(self, work: Callable, moved: int) -> float:
-        seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            list(self._pool.map(work, self._parts))
-            seconds.append(time.perf_counter() - start)
-        return moved / float(np.median(seconds)) / 1e9
+        """Nothing to do: the library keeps the memory for the next probe."""

@@ -17,7 +17,7 @@ from dfssm.runtime.machine import instruction_sets, machine, packages
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
 
-from .bandwidth import Bandwidth
+from .bandwidth import Bandwidth, Probes
 from .child import follow_script, run_child
 from .device import CopyBandwidth, bench_batches, first_gpu, tokens_a_second
 
@@ -61,7 +61,7 @@ def bench(
         for peer in peers:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
             runners |= _open_peer(peer, engine, Path(folder))
-        series = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
+        series, reads, writes = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
     backend = engine.backend
 
     gpu, batches = None, []
@@ -70,15 +70,17 @@ def bench(
         batches = bench_batches(engine, backend, tokens, rounds, progress)
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
-    floor_seconds = weights / (series["read_gb_s"] * 1e9) + 2 * state / (series["read_write_gb_s"] * 1e9)
+    floor_seconds = weights / (reads.rates * 1e9) + 2 * state / (writes.rates * 1e9)
     rates = tokens_a_second(series["tok_s"])
     return {
         **rates,
         "gb_s": rates["tok_s"] * (weights + 2 * state) / 1e9,
         "floor_tok_s": float(np.median(1 / floor_seconds)),
         "floor_share": float(np.median(series["tok_s"] * floor_seconds)),
-        "read_gb_s": float(np.median(series["read_gb_s"])),
-        "read_write_gb_s": float(np.median(series["read_write_gb_s"])),
+        "read_gb_s": float(np.median(reads.rates)),
+        "read_pattern": reads.pattern,
+        "read_write_gb_s": float(np.median(writes.rates)),
+        "read_write_pattern": writes.pattern,
         "step_bytes": {"weights": weights, "state_read": state, "state_written": state},
         **{f"prefill_{name}": value for name, value in tokens_a_second(series["prefill_tok_s"]).items()},
         "peers": {
@@ -126,12 +128,18 @@ def check_outputs(bundle: str | Path, engine: Engine) -> dict:
     return {"reference": reference, "rms_rel": error, "allowed": WRONG}
 
 
-def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress: Progress) -> dict[str, np.ndarray]:
-    """Name -> f64[rounds]: GB/s of the probes, tokens a second of everything else."""
+def _run_rounds(
+    engine: Engine, runners: dict[str, Callable], prompt: int, tokens: int, rounds: int, progress: Progress
+) -> tuple[dict[str, np.ndarray], Probes, Probes]:
+    """Name -> tokens a second, f64[rounds]; the probes of reading, and of reading and writing, around each round."""
     size, backend = weight_bytes_of_step(engine.config, engine.manifest.layout), engine.backend
     # Of the memory that the bundle runs from.
-    on_gpu = isinstance(backend, TensorRTBackend)
-    bandwidth = CopyBandwidth(backend.cuda, size) if on_gpu else Bandwidth(size, engine.threads)
+    bandwidth: Bandwidth | CopyBandwidth
+    if isinstance(backend, TensorRTBackend):
+        bandwidth = CopyBandwidth(backend.cuda, size)
+    else:
+        bandwidth = Bandwidth(size, engine.threads)
+    reads, writes = Probes(bandwidth.patterns), Probes(bandwidth.patterns)
     ids = np.random.default_rng(1).integers(0, engine.vocab_size, prompt)
     state = engine.new_state()
     series: dict[str, list[float]] = {}
@@ -143,20 +151,22 @@ def _run_rounds(engine, runners, prompt: int, tokens: int, rounds: int, progress
     _decode(engine, state, 4)  # warm: pages, threads, clocks
     for index in range(rounds):
         time.sleep(REST)
-        record("read_gb_s", bandwidth.read())
-        record("read_write_gb_s", bandwidth.read_write())
+        before = bandwidth.read(), bandwidth.read_write()
         state.reset()
         start = time.perf_counter()
         engine.prefill(ids, state)
         record("prefill_tok_s", prompt / (time.perf_counter() - start))
         record("tok_s", tokens / _decode(engine, state, tokens))
+        time.sleep(REST)
+        reads.add(before[0], bandwidth.read())
+        writes.add(before[1], bandwidth.read_write())
         for name, decode in runners.items():
             time.sleep(REST)
             decode(2)
             record(name, tokens / decode(tokens))
         progress(index + 1, rounds)
     bandwidth.close()
-    return {name: np.array(values) for name, values in series.items()}
+    return {name: np.array(values) for name, values in series.items()}, reads, writes
 
 
 def _isa(engine: Engine) -> str | None:

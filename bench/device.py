@@ -40,12 +40,14 @@ class CopyBandwidth:
     `bench.Bandwidth` for a device: there is one probe, as reads alone would take a kernel of our own.
     """
 
+    patterns = ["copy"]
+
     def __init__(self, device, size: int):
         self._device, self._size = device, max(size, 1 << 26)
         self._addresses = [device.allocate(self._size) for _ in range(2)]
         self.read()  # the first copy is slower
 
-    def read(self) -> float:
+    def read(self) -> np.ndarray:
         seconds = []
         for _ in range(REPEATS):
             self._device.synchronize()
@@ -54,7 +56,7 @@ class CopyBandwidth:
                 self._device.copy(*self._addresses, self._size)
             self._device.synchronize()
             seconds.append(time.perf_counter() - start)
-        return 2 * COPIES * self._size / float(np.median(seconds)) / 1e9
+        return np.array([2 * COPIES * self._size / float(np.median(seconds)) / 1e9])
 
     read_write = read
 
@@ -97,7 +99,7 @@ def _bench(engine: Engine, probe: CopyBandwidth, batch: int, tokens: int, rounds
     moved = weight_bytes_of_step(engine.config, engine.manifest.layout) + 2 * state.nbytes
     rates, floors = np.empty(rounds), np.empty(rounds)
     for index in range(rounds):
-        floors[index] = batch * probe.read() * 1e9 / moved
+        floors[index] = batch * probe.read()[0] * 1e9 / moved
         start = time.perf_counter()
         for step in range(tokens):
             state.pool.compute(ids[step % len(ids)].reshape(-1, 1))

@@ -2,9 +2,9 @@
 
 Every kernel runs on the shapes of the 1.3B model, all 48 layers in one call (one tall matrix, one large batch
 of states), so that nothing it streams stays in a cache. Its output is checked before it is timed. Rounds are
-interleaved: each round times every kernel once, with a plain read of memory before and after it. A share is a
-kernel's GB/s over the mean of those two reads, because on a shared machine that ratio holds still while both
-numbers move. A kernel that writes as much as it reads can pass 100 %. Medians over rounds; the spread is the
+interleaved: each round times every kernel once, with plain reads of memory before and after it. A share is a
+kernel's GB/s over the mean of those two reads by the best pattern, because on a shared machine that ratio holds still
+while both numbers move. A kernel that writes as much as it reads can pass 100 %. Medians over rounds; the spread is the
 middle half.
 """
 
@@ -27,13 +27,14 @@ from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.reference import binary_scaffold_matmul_ref, int8_matmul_ref
 from dfssm.opset.tolerances import op_tolerance
 from dfssm.targets import ort_cpu
-from dfssm.targets.cpu_library import CpuLibrary
+
+from .bandwidth import Bandwidth, Probes
 
 F32 = np.float32
 LAYERS, D_MODEL, D_INNER, HEADS, HEADDIM, D_STATE, VOCABULARY, RANK = 48, 2048, 4096, 64, 64, 128, 50288, 16
 CHANNELS = D_INNER + 2 * D_STATE
 D_IN_PROJ = 2 * D_INNER + 2 * D_STATE + HEADS
-READ_BYTES = 256 << 20
+READ_BYTES = 1 << 28
 
 
 @dataclass
@@ -185,21 +186,21 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
     for kernel in kernels:
         kernel.check()
         kernel.run()
-    read_bandwidth = CpuLibrary(ort_cpu.find_library()).read_bandwidth
-    read_bandwidth(READ_BYTES, threads)
-    seconds, reads = np.empty((len(kernels), rounds)), np.empty((len(kernels), rounds, 2))
+    bandwidth = Bandwidth(READ_BYTES, threads)
+    reads = [Probes(bandwidth.patterns) for _ in kernels]
+    seconds = np.empty((len(kernels), rounds))
     for one in range(rounds):
         for i, kernel in enumerate(kernels):
-            reads[i, one, 0] = read_bandwidth(READ_BYTES, threads)
+            before = bandwidth.read()
             start = time.perf_counter()
             kernel.run()
             seconds[i, one] = time.perf_counter() - start
-            reads[i, one, 1] = read_bandwidth(READ_BYTES, threads)
+            reads[i].add(before, bandwidth.read())
     return {
         "isa": isa,
         "threads": threads,
         "rounds": rounds,
-        "read_gb_s": _quartiles(reads),
+        "read_gb_s": _quartiles(np.array([probes.rates for probes in reads])),
         "kernels": [
             {
                 "name": k.name,
@@ -208,7 +209,7 @@ def measure(isa: str, threads: int, rounds: int, names: list[str], seed: int = 0
                 "ms": _quartiles(1e3 * took),
                 "gb_s": _quartiles(1e-9 * k.bytes / took),
                 "gop_s": _quartiles(1e-9 * k.operations / took),
-                "share_of_read": _quartiles(1e-9 * k.bytes / took / around.mean(axis=1)),
+                "share_of_read": _quartiles(1e-9 * k.bytes / took / around.rates),
             }
             for k, took, around in zip(kernels, seconds, reads, strict=True)
         ],

@@ -17,9 +17,11 @@ class CpuLibrary:
             self._isas, self._isa, self._error = (
                 _function(library, f"dfssm_cpu_{name}", ctypes.c_char_p) for name in ("isas", "isa", "error")
             )
-            self._read_bandwidth = _function(
-                library, "dfssm_read_bandwidth", ctypes.c_double, ctypes.c_int64, ctypes.c_int
+            self._patterns = _function(library, "dfssm_memory_patterns", ctypes.c_char_p)
+            self._bandwidth = _function(
+                library, "dfssm_memory_bandwidth", ctypes.c_double, ctypes.c_int64, *3 * [ctypes.c_int]
             )
+            self._clock = _function(library, "dfssm_cpu_clock", ctypes.c_double)
         except OSError as error:
             raise DfssmError(f"{path} does not load: {error}") from None
         except AttributeError:
@@ -37,14 +39,26 @@ class CpuLibrary:
             raise DfssmError(f"{self._error().decode()}; unset DFSSM_ISA or name one of them")
         return name.decode()
 
-    def read_bandwidth(self, size: int, threads: int) -> float:
-        """GB/s of reading `size` bytes of memory (at least 1 MiB) once with `threads` threads."""
-        rate: float = self._read_bandwidth(size, threads)
+    def memory_patterns(self) -> list[str]:
+        """Ways to go through memory, by the numbers that `memory_bandwidth` takes."""
+        patterns: bytes = self._patterns()
+        return patterns.decode().split(";")
+
+    def memory_bandwidth(self, size: int, threads: int, pattern: int, writes: bool = False) -> float:
+        """GB/s of one pass over `size` bytes of memory (at least 1 MiB) with `threads` threads: reading, or updating in
+        place, both directions counted.
+        """
+        rate: float = self._bandwidth(size, threads, pattern, writes)
         if rate <= 0:
             raise DfssmError(
                 f"{size} bytes of memory could not be read with {threads} threads: free some, or give less"
             )
         return rate
+
+    def clock(self) -> float:
+        """Cycles a second of a core, now."""
+        cycles: float = self._clock()
+        return cycles
 
 
 def _function(library: ctypes.CDLL, name: str, result: type, *arguments: type) -> Callable[..., Any]:

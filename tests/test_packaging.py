@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {path.name for path in (ROOT / "dfssm").iterdir() if path.is_symlink()}
 NOT_SHIPPED = {"dfssm/bench/kernels.py"}  # needs dfssm._native
-EXPORTS = ["RegisterCustomOps", "dfssm_cpu_error", "dfssm_cpu_isa", "dfssm_cpu_isas", "dfssm_read_bandwidth"]
+EXPORTS = ["RegisterCustomOps", *(f"dfssm_cpu_{name}" for name in ("clock", "error", "isa", "isas"))]
+EXPORTS += ["dfssm_memory_bandwidth", "dfssm_memory_patterns"]
 
 pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
 

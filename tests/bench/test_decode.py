@@ -7,7 +7,7 @@ import tiny
 from click.testing import CliRunner
 
 from dfssm.bench import decode
-from dfssm.bench.bandwidth import Bandwidth
+from dfssm.bench.bandwidth import Bandwidth, Probes
 from dfssm.bench.child import follow_script, run_child
 from dfssm.cli.main import dfssm
 from dfssm.opset import DfssmError
@@ -78,12 +78,17 @@ def test_the_machine_states_itself():
     assert memory["rss_bytes"] == memory["file_bytes"] + memory["anonymous_bytes"] <= memory["peak_rss_bytes"]
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "numpy"])
-def test_the_probes_measure_what_memory_can_do(native, monkeypatch):
-    if not native:
-        monkeypatch.setattr("dfssm.bench.bandwidth.installed_library", lambda: None)
-    probe = Bandwidth(1 << 24, threads=2)
-    assert 0.05 < probe.read() < 2000 and 0.05 < probe.read_write() < 2000
+def test_the_probes_measure_what_memory_can_do():
+    bandwidth = Bandwidth(1 << 24, threads=2)
+    for probe in (bandwidth.read(), bandwidth.read_write()):
+        assert len(probe) == len(bandwidth.patterns) and 0.05 < probe.min() <= probe.max() < 2000
+
+
+def test_the_best_pattern_is_that_of_the_highest_median():
+    probes = Probes(["steady", "lucky once"])
+    for before, after in (([5, 1], [7, 1]), ([6, 2], [6, 2]), ([4, 90], [6, 90])):
+        probes.add(np.array(before), np.array(after))
+    assert probes.pattern == "steady" and probes.rates.tolist() == [6, 6, 5]
 
 
 def test_the_bundle_without_its_tokenizer_can_be_measured(cpu_target, tmp_path):

@@ -40,14 +40,24 @@ def test_the_environment_forces_an_isa(isa):
 
 
 def test_bandwidth_is_that_of_memory(installed):
-    for threads in (1, 3):
-        assert 0.05 < installed.read_bandwidth(1 << 22, threads) < 2000
+    patterns = installed.memory_patterns()
+    assert len(set(patterns)) == 12
+    for pattern in range(len(patterns)):
+        for threads, writes in ((1, False), (3, False), (2, True)):
+            assert 0.05 < installed.memory_bandwidth(1 << 22, threads, pattern, writes) < 2000
 
 
-@pytest.mark.parametrize(("size", "threads"), [((1 << 20) - 1, 1), (1 << 62, 1), (1 << 22, 0)])
-def test_what_cannot_be_read_is_an_error(installed, size, threads):
+def test_the_clock_is_that_of_a_core(installed):
+    assert 0.05e9 < installed.clock() < 20e9
+
+
+@pytest.mark.parametrize(
+    ("size", "threads", "pattern"),
+    [((1 << 20) - 1, 1, 0), (1 << 62, 1, 0), (1 << 22, 0, 0), (1 << 22, 1, 12), (1 << 22, 1, -1)],
+)
+def test_what_cannot_be_read_is_an_error(installed, size, threads, pattern):
     with pytest.raises(DfssmError, match=f"{size} bytes of memory could not be read with {threads} threads"):
-        installed.read_bandwidth(size, threads)
+        installed.memory_bandwidth(size, threads, pattern)
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path):
