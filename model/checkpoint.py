@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfssm.opset import paths
+from dfssm.opset import paths, tensorfile
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
 from dfssm.opset.hashing import on_threads, pieces
@@ -86,14 +86,18 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
     header = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
     if path.suffix == ".safetensors":
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config.to_dict())}
-        write_file(path, lambda draft: save_file(tensors, draft, metadata))
+
+        def write(draft: Path) -> None:
+            save_file(tensors, draft, metadata)
+            with draft.open("r+b") as file:
+                tensorfile.order(file)
     else:
 
         def write(draft: Path) -> None:
             with draft.open("wb") as file:  # given a path, torch would write the temporary name into the file
                 torch.save(header | {"tensors": tensors}, file)
 
-        write_file(path, write)
+    write_file(path, write)
 
 
 def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ length.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from dfssm.opset import paths
+from dfssm.opset import paths, tensorfile
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
 from dfssm.opset.numbers import require_whole
@@ -161,11 +162,14 @@ class State:
         self.rows.end(self.span)
 
     def to_bytes(self) -> bytes:
-        """The state as `save` writes it."""
+        """The state as `save` writes it: equal states are equal bytes."""
         self.require_sound()
         arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self.model}
-        return safetensors.numpy.save(arrays, metadata | {"recent": json.dumps(self.recent.tolist())})
+        metadata |= {"recent": json.dumps(self.recent.tolist())}
+        file = io.BytesIO(safetensors.numpy.save(arrays, metadata))
+        tensorfile.order(file)
+        return file.getvalue()
 
     def save(self, path: str | Path) -> None:
         """Write the state to `path`, a .safetensors file: whole, or not at all."""

@@ -60,6 +60,15 @@ def test_round_trip(tmp_path, name, change):
 
 
 @pytest.mark.parametrize("name", SUFFIXES)
+def test_one_student_is_one_file(tmp_path, tensors, name):
+    contents = set()
+    for _ in range(10):  # safetensors orders the metadata at random: six orders of three keys
+        save_student(tmp_path / name, CONFIG, tensors)
+        contents.add((tmp_path / name).read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
 def test_only_what_fp16_holds_exactly_is_stored_as_fp16(tmp_path, tensors, name):
     fine = tensors["layers.0.gated_norm.weight"] + 2.0**-20  # needs more digits than fp16 has
     tensors = tensors | {"layers.0.gated_norm.weight": fine}

@@ -46,14 +46,10 @@ def test_a_state_file_is_safetensors(engine, state, tmp_path):
     assert all((tensors[name] == tensor).all() for name, tensor in state.tensors.items())
 
 
-def sort(header):
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-
-
 def test_bytes_are_the_file(engine, state, tmp_path):
     state.save(tmp_path / "a.state")
     data, saved = state.to_bytes(), (tmp_path / "a.state").read_bytes()
-    assert rewritten(data, sort) == rewritten(saved, sort)  # safetensors writes the metadata in any order
+    assert {data, saved} == {state.clone().to_bytes() for _ in range(10)}  # safetensors orders metadata at random
     (tmp_path / "b.state").write_bytes(data)
     three = State.from_bytes(data), State.from_bytes(saved), State.load(tmp_path / "b.state")
     assert [follow(engine, found) for found in three] == [follow(engine, state)] * 3
