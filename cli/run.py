@@ -38,12 +38,15 @@ from .options import SEED, bundle_argument, json_option, print_result, real, thr
 @click.option(
     "--eos", multiple=True, type=whole(0), metavar="ID", help="Stop at this token, not at the model's own. Repeatable."
 )
+@click.option(
+    "--speculate", is_flag=True, help="Guess tokens from what was there before, and check them together: the same text."
+)
 @click.option("--load-state", type=click.Path(), metavar="FILE", help="Continue from a state that was saved.")
 @click.option("--save-state", type=click.Path(), metavar="FILE", help="Save the state at the end.")
 @threads_option
 @trust_option
 @json_option
-def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **settings) -> None:
+def run(bundle, prompt, eos, speculate, load_state, save_state, threads, as_json, **settings) -> None:
     """Generate text with BUNDLE. It streams to stdout; a line with the speed follows on stderr."""
     bundle = paths.bundle(bundle)
     if load_state is not None:
@@ -55,10 +58,12 @@ def run(bundle, prompt, eos, load_state, save_state, threads, as_json, **setting
     for text in (prompt, *settings["stop"]):
         require_utf8(text)
     from dfssm.runtime import Engine
+    from dfssm.runtime.speculation import MOST
 
     engine = Engine.load(bundle, threads=threads)
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
-    generation = engine.generate(prompt, state=state, eos=eos or None, **settings)
+    most = MOST if speculate else 0
+    generation = engine.generate(prompt, state=state, eos=eos or None, speculate=most, **settings)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     for piece in generation:
@@ -87,7 +92,12 @@ def _figures(generation, engine) -> dict:
         "prefill_tok_s": _rate(generation.prompt_tokens, generation.prefill_seconds),
         "tok_s": _rate(generation.steps, generation.decode_seconds),
         "threads": engine.threads,
+        "speculation": _speculation(generation.speculation),
     }
+
+
+def _speculation(counts) -> dict | None:
+    return counts and {"runs": counts.runs, "drafted": counts.drafted, "kept": counts.kept}
 
 
 def _rate(count: int, seconds: float) -> float | None:
@@ -100,4 +110,6 @@ def _speed(figures: dict) -> str:
         parts.append(f"prompt {figures['prompt_tokens']} tokens, {figures['prefill_tok_s']:.1f} tok/s")
     if figures["tok_s"]:
         parts.append(f"text {figures['new_tokens']} tokens, {figures['tok_s']:.1f} tok/s")
+    if counts := figures["speculation"]:
+        parts.append(f"{counts['kept']} of {counts['drafted']} drafts right, {counts['runs']} runs")
     return f"[{' | '.join([*parts, figures['finish_reason']])} | {figures['threads']} threads]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,24 @@ from dfssm.targets.trust import own_library
 from .config import require_config
 from .sampling import Sampling
 from .state import Layout, State
+
+
+class Ahead(Protocol):
+    """One row of a pool that reads drafts of its next tokens, and keeps those that turn out right. Bit for bit, the row
+    is at any time what it would be had it read what it keeps token by token.
+    """
+
+    def run(self, ids: Sequence[int], done: Callable[[], object]) -> int:
+        """Read ids[0], then as many of the others, which are drafts, as a run takes: returns how many those are. The
+        row keeps ids[0]; `logits` are those after it, `done` as in `Pool.run`.
+        """
+
+    @property
+    def draft(self) -> int | None:
+        """The first draft of the last run that the row does not keep; None where there is none."""
+
+    def keep(self) -> None:
+        """The row keeps that one, too; `logits` are those after it."""
 
 
 class Pool(Protocol):
@@ -34,6 +52,9 @@ class Pool(Protocol):
 
     def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
         """`run` that returns the logits of all tokens, f32[n,T,V]; T is at most the backend's `max_logits`."""
+
+    def ahead(self, row: int) -> Ahead:
+        """Row `row`, to read ahead. DfssmError where a run of several tokens has not the bits of runs of one."""
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`sampling.largest` of the logits of row `row`. A device that is asked for so many finds them itself from the

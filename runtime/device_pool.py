@@ -16,6 +16,7 @@ from dfssm.targets.trt_build import LOGITS_AT
 from .sampling import largest
 
 if TYPE_CHECKING:
+    from .backend import Ahead
     from .tensorrt import TensorRTBackend
 
 ALIGNMENT = 256
@@ -115,6 +116,12 @@ class DevicePool:
             self._host_logits[start : start + len(ids)] = out[:, -1]
         done()
         return out
+
+    def ahead(self, row: int) -> Ahead:
+        raise DfssmError(
+            "speculation needs runs of several tokens with the bits of runs of one, which TensorRT does not promise: "
+            "use a bundle of target ort-cpu, or leave it out"
+        )
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         count = min(count, self._backend.vocab_size)

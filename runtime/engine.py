@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.numbers import require_whole
 from dfssm.opset.paths import GOLDEN, quoted
 from dfssm.opset.threads import default_threads
 from dfssm.targets import get_target
@@ -20,12 +21,13 @@ from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.text import end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
-from .backend import Backend, Pool, choose, open_backend
+from .backend import Ahead, Backend, Pool, choose, open_backend
 from .generation import Generation
 from .memory import trim
 from .rows import Rows
 from .sampling import Sampling
 from .slots import Slots
+from .speculation import MOST, Draft, PromptLookup
 from .state import State, require_model
 
 if TYPE_CHECKING:
@@ -172,13 +174,17 @@ class Engine:
         stop: str | Iterable[str] | None = (),
         eos: int | Iterable[int] | None = None,
         state: State | None = None,
+        speculate: int = 0,
+        draft: Draft | None = None,
     ) -> Generation:
         """Continue `prompt`: an iterator over pieces of text, made as they are asked for.
 
         Args: `state` (batch 1) continues what it has read, with a `prompt` that may then be empty; it ends up
             having read everything generated. `stop`: strings that end the text and are not part of it. `eos`: ids
             that end it, instead of the model's own; () is none. The sampling arguments are those of `Sampling`;
-            temperature 0 is greedy.
+            temperature 0 is greedy. `speculate`: up to so many tokens (at most 7), which `draft` guesses, are read
+            together with the last one, and kept as far as they are those that are chosen: the text is the same, bit for
+            bit, and sooner there where guesses are right. By default they come from the prompt and the text so far.
         Raises DfssmError for an empty prompt without a state, an id that the model does not know, or a setting out of
         range.
         """
@@ -192,12 +198,17 @@ class Engine:
             ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
         else:
             ends = set(self.token_ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
-        return Generation(self, prompt, max_tokens, sampling, stops, ends, state)
+        require_whole("speculate", speculate, 0, MOST, "drafts of a run")
+        return Generation(self, prompt, max_tokens, sampling, stops, ends, state, speculate, draft or PromptLookup())
 
     def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray) -> None:
         """Read ids i64[n,T] into the rows `span` of `pool`, of which `rows` keeps the books."""
         self._require_batch(len(ids))
         pool.run(ids, span.start, rows.begin_run(span, ids))
+
+    def ahead(self, state: State) -> Ahead:
+        """`state` (batch 1) as a row that reads ahead. DfssmError where this bundle cannot."""
+        return self._pool(state).ahead(state.span.start)
 
     def choose(self, state: State, sampling: Sampling) -> tuple[int, float]:
         """The token that `sampling` takes after what `state` (batch 1) has read, and its logit."""

@@ -13,6 +13,7 @@ from dfssm.opset.numbers import require_whole
 from dfssm.targets.text import encode
 
 from .sampling import Sampling
+from .speculation import Draft, Speculation
 from .state import State
 from .text import StopFilter, TextStream
 
@@ -32,7 +33,8 @@ class Generation:
         finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string), "cancelled" (closed before its
             end, or an error was raised) or None (not finished).
         prompt_tokens: how many tokens the prompt had. prefill_seconds: time of reading it.
-        steps, decode_seconds: steps of one token after it, and their time with the choice of the token.
+        steps, decode_seconds: tokens read after it, and the time of that and of choosing them.
+        speculation: of drafts, where they were asked for: `runs` of the model, drafts that were read and `kept`.
         state: the caller's, or one of its own, which need not have read the last token. A character of which it has
             read a part is shown by the generation that completes it; only where none can follow is that part shown,
             as U+FFFD (see `flush`).
@@ -49,6 +51,8 @@ class Generation:
         stop: list[str],
         ends: set[int],
         state: State | None,
+        speculate: int,
+        draft: Draft,
     ):
         require_whole("max_tokens", max_tokens)
         if state is not None:
@@ -69,6 +73,7 @@ class Generation:
         self._tokenizer = engine.tokenizer
         self._ends, self._owns_state = ends, state is None
         self.state = engine.new_state() if state is None else state
+        self.speculation = Speculation(engine, self.state, speculate, draft) if speculate else None
         self._stream: TextStream | None = None
         self._filter = StopFilter(stop)
         self.tokens: list[int] = []
@@ -153,6 +158,9 @@ class Generation:
 
     def _start(self) -> TextStream:
         """Read the prompt."""
+        if self.speculation:
+            before = self.state.recent[0]
+            self.speculation.begin([*before[before >= 0].tolist(), *self._prompt.tolist()])
         if self.prompt_tokens:
             start = time.perf_counter()
             self._engine.prefill(self._prompt, self.state)
@@ -163,7 +171,10 @@ class Generation:
 
     def _read(self, token: int) -> None:
         start = time.perf_counter()
-        self._engine.advance(np.array([token]), self.state)
+        if self.speculation:
+            self.speculation.read(token, self._max_tokens - len(self.tokens) - 1)
+        else:
+            self._engine.advance(np.array([token]), self.state)
         self.steps += 1
         self.decode_seconds += time.perf_counter() - start
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from dfssm.opset.errors import DfssmError
 from dfssm.targets.session import run_error
 
+from .ahead import RowAhead
 from .memory import trim
 from .sampling import largest
 from .state import Layout, State
@@ -66,65 +69,103 @@ class OrtPool:
         in_place: bool,
     ):
         self.session, self.tensors, self.logits = session, tensors, logits
-        self._written = {} if in_place else {name: np.empty_like(tensor) for name, tensor in tensors.items()}
-        self._batches: dict[tuple[int, int], _Batch] = {}  # first row and number of rows -> them, bound
+        self._in_place = in_place
+        self._written = tensors if in_place else {name: np.empty_like(tensor) for name, tensor in tensors.items()}
+        self._batches: dict[tuple[int, int], Batch] = {}  # first row and number of rows -> them, bound
+        self._ahead: RowAhead | None = None
 
     def run(self, ids: np.ndarray, start: int, done: Callable[[], object], release_memory: bool = False) -> None:
+        self._settle(start, len(ids))
         self._batch(start, len(ids)).run(ids, done, release_memory)
 
     def run_all_logits(self, ids: np.ndarray, start: int, done: Callable[[], object]) -> np.ndarray:
+        self._settle(start, len(ids))
         return self._batch(start, len(ids)).run_all_logits(ids, done)
+
+    def ahead(self, row: int) -> RowAhead:
+        """For one row at a time: another one is settled."""
+        if self._ahead is None or self._ahead.row != row:
+            if not self._in_place or not all(tensor.dtype == np.float32 for tensor in self.tensors.values()):
+                raise DfssmError(
+                    "speculation needs a bundle of target ort-cpu with fp32 states, of which a run of several tokens "
+                    "has the bits of runs of one: compile with --target ort-cpu --state-dtype fp32"
+                )
+            self.pull()
+            at = slice(row, row + 1)
+            logits = self.logits[at]
+            bind = partial(Batch, self.session, logits)
+            self._ahead = RowAhead(row, {name: tensor[at] for name, tensor in self.tensors.items()}, logits, bind)
+        return self._ahead
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return largest(self.logits[row], count)
 
     def reset(self, row: int) -> None:
+        self._forget(row)
         for tensor in (*self.tensors.values(), self.logits):
             tensor[row] = 0
 
     def copy(self, source: int, to: int) -> None:
+        self._settle(source)
+        self._forget(to)
         for tensor in (*self.tensors.values(), self.logits):
             tensor[to] = tensor[source]
 
     def read(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        self._settle(row)
         for name, tensor in tensors.items():
             tensor[0] = self.tensors[name][row]
 
     def write(self, row: int, tensors: Mapping[str, np.ndarray]) -> None:
+        self._forget(row)
         for name, tensor in tensors.items():
             self.tensors[name][row] = tensor[0]
 
     def pull(self) -> None:
-        """Nothing to do: the session works in the state's own arrays."""
+        """The session works in the state's own arrays, but for a row that reads ahead."""
+        if self._ahead is not None:
+            self._ahead.settle()
 
     def pull_logits(self) -> None:
         """Nothing to do."""
 
     def push(self) -> None:
-        """Nothing to do."""
+        if self._ahead is not None:
+            self._ahead.forget()
 
-    def _batch(self, start: int, count: int) -> _Batch:
+    def _settle(self, start: int, count: int = 1) -> None:
+        """Rows that are to be read are in their own memory."""
+        if self._ahead is not None and start <= self._ahead.row < start + count:
+            self._ahead.settle()
+
+    def _forget(self, row: int) -> None:
+        """The row is to be written."""
+        if self._ahead is not None and self._ahead.row == row:
+            self._ahead.forget()
+
+    def _batch(self, start: int, count: int) -> Batch:
         if (start, count) not in self._batches:
             if len(self._batches) > 2 * len(self.logits):  # more than all that begin in row 0, and each row alone
                 self._batches.clear()
             rows = slice(start, start + count)
             read = {name: tensor[rows] for name, tensor in self.tensors.items()}
             written = {name: tensor[rows] for name, tensor in self._written.items()}
-            self._batches[start, count] = _Batch(self.session, read, written, self.logits[rows])
+            self._batches[start, count] = Batch(self.session, self.logits[rows], read, written, not self._in_place)
         return self._batches[start, count]
 
 
-class _Batch:
-    """Rows bound to `session`: the states that it reads, by name, those that it writes where they are others, and the
-    logits f32[n,V].
+class Batch:
+    """Rows bound to `session`: their logits f32[n,V], and the states, by name, that it reads and that it writes. With
+    `copy_back` what it wrote becomes what it reads.
     """
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        read: dict[str, np.ndarray],
-        written: dict[str, np.ndarray],
         logits: np.ndarray,
+        read: Mapping[str, np.ndarray],
+        written: Mapping[str, np.ndarray],
+        copy_back: bool = False,
     ):
         self._session, self._io = session, session.io_binding()
         # What `session.run_with_iobinding` calls: itself it is Python, in which Ctrl-C may come at any line.
@@ -140,15 +181,15 @@ class _Batch:
         for name, tensor in read.items():
             kind, layer = name.split(".")
             self._bind("bind_input", name, tensor)
-            self._bind("bind_output", f"{kind}_out.{layer}", written.get(name, tensor))
-        self._written_back = [(read[name], tensor) for name, tensor in written.items()]
+            self._bind("bind_output", f"{kind}_out.{layer}", written[name])
+        self._written_back = [(read[name], tensor) for name, tensor in written.items()] if copy_back else []
 
     def run(self, ids: np.ndarray, done: Callable[[], object], release_memory: bool = False) -> None:
         """Run ids i64[n,T]: states and logits are then in their buffers. `done` as in `Pool.run`."""
         if ids.shape[1] == 1:
             self._token[:] = ids
             ids = self._token
-        self._call(ids, self._logits, done, _SHRINK if release_memory and self._has_arena else None)
+        self.call(ids, self._logits, done, _SHRINK if release_memory and self._has_arena else None)
         if release_memory:
             trim()
 
@@ -160,11 +201,12 @@ class _Batch:
             self._logits[:, 0] = out[:, -1]
             done()
 
-        self._call(ids, out, keep_last)
+        self.call(ids, out, keep_last)
         self._use(self._token, self._logits)  # nothing else holds these two any longer
         return out
 
-    def _call(self, ids: np.ndarray, out: np.ndarray, done: Callable[[], object], options: Any = None) -> None:
+    def call(self, ids: np.ndarray, out: np.ndarray, done: Callable[[], object], options: Any = None) -> None:
+        """Run ids i64[n,T] with the logits of all of them to `out` f32[n,T,V], which is kept until the next run."""
         if ids is not self._ids or out is not self._out:
             self._use(ids, out)
         ran: list[None] = []

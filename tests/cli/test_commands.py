@@ -48,6 +48,15 @@ class TestRun:
         assert drawn == text("--temperature", 3, "--seed", 1) != text("--temperature", 3, "--seed", 2)
         assert text("--temperature", 3, "--top-k", 1) == text() == text("--temperature", 3, "--top-p", 1e-6)
 
+    def test_speculation_is_the_same_text_in_fewer_runs(self, invoke, cpu_target, tmp_path):
+        run = "run", tiny.write_bundle(tmp_path / "b", target=cpu_target), "-p", "hello", "-n", 200, "--eos", 1
+        plain, found = loads(invoke(*run, "--json")), loads(invoke(*run, "--json", "--speculate"))
+        counts = found["speculation"]
+        assert plain["speculation"] is None and found["tokens"] == plain["tokens"]
+        assert 0 < counts["kept"] <= counts["drafted"] and counts["runs"] + counts["kept"] == len(plain["tokens"]) - 1
+        line = f"| {counts['kept']} of {counts['drafted']} drafts right, {counts['runs']} runs |"
+        assert line in invoke(*run, "--speculate").stderr
+
     def test_stop(self, invoke, tiny_bundle):
         free = loads(invoke("run", tiny_bundle, "-p", "hello", "-n", 20, "--json"))["text"]
         stop = free[5:7]
