@@ -20,6 +20,7 @@ from dfssm.targets import get_target
 from .bandwidth import Bandwidth, Probes
 from .child import follow_script, run_child
 from .device import CopyBandwidth, bench_batches, first_gpu, tokens_a_second
+from .speculation import bench_speculation
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
 # matter; the scalar kernels take seconds a token at 1.3B.
@@ -45,15 +46,18 @@ def bench(
     tokens: int = 32,
     rounds: int = 7,
     peers: tuple[str, ...] = (),
+    speculate: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict:
     """Measure `bundle`; the result is that of docs/json.md, docs/bench.md says how to read it.
 
     Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, and
     lets each peer decode as many; on a GPU, larger batches follow. Raises DfssmError when the outputs are not
-    right: a wrong kernel's speed means nothing.
+    right: a wrong kernel's speed means nothing. `speculate`: speculation in rounds of its own.
     """
     engine = Engine.load(bundle, threads=threads)
+    if speculate:
+        engine.ahead(engine.new_state())  # refused before anything is timed
     check = check_outputs(bundle, engine)
     process = run_child(bundle, engine.threads, prompt, tokens)
     with ExitStack() as stack:
@@ -89,6 +93,7 @@ def bench(
         },
         "gpu": gpu,
         "batches": batches,
+        "speculation": bench_speculation(engine, prompt, tokens, rounds, progress) if speculate else None,
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,

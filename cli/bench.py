@@ -34,6 +34,7 @@ from .options import (
     type=click.Choice(["stock-ort"]),
     help="Also time ONNX Runtime's own 2-bit operators, in the same rounds.",
 )
+@click.option("--speculate", is_flag=True, help="Also time speculation, by the share of drafts that are right.")
 @json_option
 def bench(bundle: str, as_json: bool, **settings) -> None:
     """Measure the speed of BUNDLE on this machine.
@@ -72,6 +73,15 @@ def _text(result: dict) -> str:
     for name, peer in result["peers"].items():
         rows.append([name, f"{peer['tok_s']:.1f} tok/s", f"this bundle is {peer['ratio']:.2f} times as fast"])
     rows += [[f"batch {batch['batch']}", f"{batch['tok_s']:,.0f} tok/s", _beside(batch)] for batch in result["batches"]]
+    for entry in result["speculation"] or []:
+        rows.append(
+            [
+                f"speculation, {entry['right']:.0%}",
+                f"{entry['tok_s']:.1f} tok/s",
+                f"{entry['ratio']:.2f} times plain decode, {entry['tokens_per_run']:.2f} tokens a run; "
+                "so many of the drafts are right",
+            ]
+        )
     rows += [
         ["memory", megabytes(result["rss_bytes"]), _memory(result)],
         ["load", f"{result['load_seconds']:.2f} s", "hashes of all files checked"],
