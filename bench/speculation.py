@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def bench_speculation(
         plain_seconds.append(plain()[0])
         for rate in RATES:
             speculation = Speculation(engine, state, MOST, _forced(text, rate, index, engine.vocab_size))
-            taken, found = decode(lambda token, read=speculation.read: read(token, tokens))
+            taken, found = decode(partial(speculation.read, left=tokens))
             if found != text:
                 raise AssertionError(f"speculation chose other tokens: {found} in place of {text}")
             seconds[rate].append(taken)
