@@ -51,7 +51,7 @@ struct Tensor {
 enum DType : uint8_t { kFloat32 = 1, kFloat16 = 2, kBFloat16 = 4, kInt8 = 8, kUInt8 = 16 };
 
 // A dimension: a symbol, or what `operation` makes of it and of another symbol or, where that is -1, of a
-// number: '*', '/', '-', or 'p': padded to whole tiles of the layout.
+// number: '*', '/', '-', '+', or 'p': padded to whole tiles of the layout.
 struct Dim {
   const char* text;
   int symbol;
@@ -212,6 +212,8 @@ inline bool known(int64_t size) { return size >= 0; }
       return size / other;
     case '-':
       return size - other;
+    case '+':
+      return size + other;
     default:
       return padded(size, other);
   }

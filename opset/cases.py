@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import Array
-from .ops import OPS
+from .ops import DEFERRED_OPS, OPS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     def inputs(self) -> dict[str, Array]:
         """The op's inputs by name, absent optional ones left out. Columns that the op must not read are NaN."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
-        inputs = OPS[self.op].draw(rng, self.attributes, self.kind, **self.sizes)
+        inputs = (OPS | DEFERRED_OPS)[self.op].draw(rng, self.attributes, self.kind, **self.sizes)
         return {name: _in_wider(value, self.attributes.get(f"{name}_start", -1)) for name, value in inputs.items()}
 
 
@@ -49,9 +49,12 @@ def _in_wider(value: Array, start: int) -> Array:
 
 
 CASES: list[Case] = [Case(op.name, *row) for op in OPS.values() for row in op.cases()]
-"""Every case of every op."""
+"""Every case of every op that all targets have."""
+
+DEFERRED_CASES: list[Case] = [Case(op.name, *row) for op in DEFERRED_OPS.values() for row in op.cases()]
+"""Those of the ops of a deferred state."""
 
 
 def cases(op: str) -> list[Case]:
     """The cases of one op."""
-    return [case for case in CASES if case.op == op]
+    return [case for case in CASES + DEFERRED_CASES if case.op == op]

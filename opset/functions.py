@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from onnx import helper, parser
 
-from .ops import FUSED, OPS
+from .ops import DEFERRED_OPS, FUSED, OPS
 from .schema import DOMAIN, VERSION, Op, Tensor, Value, in_wider
 
 ONNX_OPSET = 21
@@ -59,11 +59,11 @@ def function_proto(name: str, state_dtype: str = "float32", **attributes: Value)
     SelectiveScanStep. An input that is read as a range of columns is called `<name>_all` in the body.
     The body of a fused op has nodes of the others; whoever uses it adds theirs.
     """
-    op = (OPS | FUSED)[name]
+    op = (OPS | DEFERRED_OPS | FUSED)[name]
     resolved = op.resolve(attributes)
     wanted = [t for t in op.inputs if not t.optional or state_dtype == "int8"]
     made = [t for t in op.outputs if not t.optional or state_dtype == "int8"]
-    wider = [t for t in wanted if name in OPS and in_wider(t, resolved)]
+    wider = [t for t in wanted if name not in FUSED and in_wider(t, resolved)]
     body = "".join(_columns(op, t) for t in wider) + op.body(resolved, state_dtype)
     inputs = ", ".join(f"{t.name}_all" if t in wider else t.name for t in wanted)
     outputs = ", ".join(t.name for t in made)
@@ -79,5 +79,5 @@ def make_node(name: str, inputs: list[str], outputs: list[str], node_name: str, 
     """A node of op `name` with every attribute written out: onnx's ReferenceEvaluator does not fill the defaults of
     attributes that a function body refers to.
     """
-    written: dict[str, Any] = {**OPS[name].resolve(attributes)}
+    written: dict[str, Any] = {**(OPS | DEFERRED_OPS)[name].resolve(attributes)}
     return helper.make_node(name, inputs, outputs, node_name, domain=DOMAIN, **written)

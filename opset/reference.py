@@ -6,9 +6,11 @@ raises DfssmError naming op, input, expected and got.
 """
 
 from .arithmetic import HALF_MAX, TINY, columns_ref, half_ref, integer_matmul_ref, quantize_activations_ref, silu_ref
-from .ops import OPS
+from .ops import DEFERRED_OPS, OPS
 from .ops.binary_scaffold_matmul import binary_scaffold_matmul_ref
 from .ops.causal_conv1d_step import causal_conv1d_step_ref
+from .ops.deferred_conv1d_step import deferred_conv1d_step_ref
+from .ops.deferred_scan_step import deferred_scan_step_ref
 from .ops.gated_rms_norm import gated_rms_norm_ref
 from .ops.int8_matmul import int8_matmul_ref
 from .ops.rms_norm import rms_norm_ref
@@ -21,6 +23,8 @@ __all__ = [
     "binary_scaffold_matmul_ref",
     "causal_conv1d_step_ref",
     "columns_ref",
+    "deferred_conv1d_step_ref",
+    "deferred_scan_step_ref",
     "gated_rms_norm_ref",
     "half_ref",
     "int8_matmul_ref",
@@ -33,5 +37,5 @@ __all__ = [
     "softplus_ref",
 ]
 
-REFERENCES = {name: op.reference for name, op in OPS.items()}
+REFERENCES = {name: op.reference for name, op in (OPS | DEFERRED_OPS).items()}
 """Op name -> reference; call it with the op's input names and attributes as keywords."""

@@ -5,8 +5,9 @@ with `Op.check`, the ONNX bodies take their signatures from it, and `header.py` 
 the bindings, which check the same things in the same words.
 
 Shapes are written as in the docs, one token a dimension: `B` binds a symbol to the size of the first tensor that has
-it, `H * P`, `K / 8` and `W - 1` are checked once every symbol is bound, and `Mp` is M in whole tiles of the layout
-(layouts.py). Attributes may be used as symbols; a leading dimension named by an attribute of value 1 is not there.
+it, `H * P`, `K / 8`, `W - 1` and `W + 15` are checked once every symbol is bound, and `Mp` is M in whole tiles of the
+layout (layouts.py). Attributes may be used as symbols; a leading dimension named by an attribute of value 1 is not
+there.
 
 Some inputs may be a range of columns of a wider tensor, so that a product's output need not be split. The attribute
 that `Tensor.start` names says where the range begins: -1, the default, is the tensor itself, exactly as wide as its
@@ -36,7 +37,14 @@ DOMAIN = "ai.dfssm"
 VERSION = 1
 
 STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-"""`--state-dtype` name -> NumPy dtype name of the stored SSM state."""
+"""`--state-dtype` name -> NumPy dtype name of the stored SSM state, which every call updates."""
+
+DEFERRED = "-deferred"
+STATE_FORMS = STATE_DTYPES | {name + DEFERRED: dtype for name, dtype in STATE_DTYPES.items()}
+"""All `--state-dtype`s: those, and those of a stored state that is updated a block of tokens at a time."""
+
+BLOCK = 8
+"""Tokens by which a deferred state is updated."""
 
 TINY = 1e-30
 """A row of activations or of int8 state whose largest magnitude is below this counts as zero."""
@@ -73,7 +81,7 @@ class Dim:
     def parse(cls, text: str) -> Dim:
         if text == "Mp":
             return cls("M", "pad", "layout")
-        match = re.fullmatch(r"(\w+)(?: ([*/-]) (\w+))?", text)
+        match = re.fullmatch(r"(\w+)(?: ([*/+-]) (\w+))?", text)
         assert match, f"'{text}' is no dimension"
         symbol, operator, other = match.groups()
         return cls(symbol, operator or "", int(other) if (other or "").isdigit() else other or 0)
@@ -100,6 +108,8 @@ class Dim:
                 return size // other
             case "-":
                 return size - other
+            case "+":
+                return size + other
             case "pad":
                 return LAYOUTS[other].padded(size)
         return size
@@ -340,7 +350,7 @@ def in_wider(spec: Tensor, attributes: Mapping[str, Value]) -> bool:
 
 def tensor(name: str, dtypes: str, shape: str, **more: str | None) -> Tensor:
     """`tensor("x", "float32", "B T H * P")`: dtypes separated by bars, dimensions by blanks."""
-    tokens = re.findall(r"\w+(?: [*/-] \w+)?", shape)
+    tokens = re.findall(r"\w+(?: [*/+-] \w+)?", shape)
     return Tensor(name, tuple(dtypes.split("|")), tuple(map(Dim.parse, tokens)), **more)
 
 

@@ -5,8 +5,8 @@ where the reference has NaN, the same infinities, and else the reference's numbe
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from nodes import ALL_OPS
 
-from dfssm.opset import OPS
 from dfssm.opset.cases import Case
 from dfssm.opset.cases import cases as table
 from dfssm.opset.tolerances import Tolerance, op_tolerance
@@ -39,6 +39,12 @@ CASES = [
             (1, 7, 5, {"dt_min": 0.01, "dt_max": 0.2}),  # no kernel of many elements an access takes 7
             (3, 33, 4, {}),
         )
+    ),
+    Case("DeferredConv1dStep", dict(B=2, T=3, C=17, W=3, count=6), {"x_start": 2}),
+    *(
+        Case("DeferredScanStep", dict(B=2, T=T, H=2, P=P, N=N, count=count, state=state), attributes)
+        for state in ("float32", "float16", "int8")
+        for T, P, N, count, attributes in ((1, 32, 6, 8, {}), (5, 7, 17, 4, {"ngroups": 2}))
     ),
     Case("RMSNorm", dict(B=1, T=2, C=20)),
     Case("GatedRMSNorm", dict(B=1, T=2, C=36), {"groups": 4}),
@@ -94,11 +100,11 @@ def check(case: Case, run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray
     failures = []
     with np.errstate(all="ignore"):
         for where, given in inputs(case):
-            expected = OPS[case.op].reference(**given, **case.attributes)
+            expected = ALL_OPS[case.op].reference(**given, **case.attributes)
             expected = expected if isinstance(expected, tuple) else (expected,)
-            sizes = OPS[case.op].check(given, case.attributes) | {"state": case.state_dtype}
+            sizes = ALL_OPS[case.op].check(given, case.attributes) | {"state": case.state_dtype}
             try:
-                for spec, got, wanted in zip(OPS[case.op].outputs, run(given), expected, strict=False):
+                for spec, got, wanted in zip(ALL_OPS[case.op].outputs, run(given), expected, strict=False):
                     assert got.dtype == wanted.dtype
                     bound = max(op_tolerance(case.op, sizes, spec.name).relative, CANCELLED)
                     _same(got, wanted, Tolerance(bound, "fp32 sums in which one term dwarfs the others"), spec.name)

@@ -5,14 +5,18 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from dfssm.opset import DOMAIN, OPS, VERSION
+from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.cases import Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
+from dfssm.opset.ops import DEFERRED_OPS, OPS
 from dfssm.opset.reference import REFERENCES
 from dfssm.opset.tolerances import op_tolerance
 
-ACTIVATIONS = {"x", "y", "z", "dt", "B", "C", "state", "state_scale"}
+STATES = {"state", "state_scale", "window", "pending_x", "pending_B", "pending_decay", "pending_count"}
+ACTIVATIONS = {"x", "y", "z", "dt", "B", "C"} | STATES
 """Inputs that change from call to call; all others are weights."""
+
+ALL_OPS = OPS | DEFERRED_OPS
 
 
 def expected_outputs(case: Case, inputs: dict | None = None) -> list[np.ndarray]:
@@ -23,7 +27,7 @@ def expected_outputs(case: Case, inputs: dict | None = None) -> list[np.ndarray]
 
 def output_names(case: Case) -> list[str]:
     """The outputs that the case's node has: the scale of a state only where the state is int8."""
-    return [t.name for t in OPS[case.op].outputs if not t.optional or case.state_dtype == "int8"]
+    return [t.name for t in ALL_OPS[case.op].outputs if not t.optional or case.state_dtype == "int8"]
 
 
 def feeds(inputs: dict) -> dict:
@@ -35,9 +39,9 @@ def check_outputs(case: Case, actual: list[np.ndarray], inputs: dict | None = No
     """AssertionError unless `actual` is the reference's result within the op's tolerance."""
     inputs = inputs or case.inputs()
     expected = expected_outputs(case, inputs)
-    sizes = OPS[case.op].check(inputs, case.attributes) | {"state": case.state_dtype}
+    sizes = ALL_OPS[case.op].check(inputs, case.attributes) | {"state": case.state_dtype}
     assert len(actual) == len(expected)
-    for spec, got, wanted in zip(OPS[case.op].outputs, actual, expected, strict=False):
+    for spec, got, wanted in zip(ALL_OPS[case.op].outputs, actual, expected, strict=False):
         assert got.dtype == wanted.dtype
         op_tolerance(case.op, sizes, spec.name).check(got, wanted, spec.name)
 
@@ -79,7 +83,7 @@ def node_model(case: Case, constants=False, body=False, types=True, attributes=N
 def check_state_in_place(case: Case, session: onnxruntime.InferenceSession) -> None:
     """Two calls on bound buffers, the state's input and output one and the same, each against the reference."""
     inputs = case.inputs()
-    state = {name: inputs[name].copy() for name in ("state", "state_scale") if name in inputs}
+    state = {t.over: inputs[t.over].copy() for t in ALL_OPS[case.op].outputs if t.over in inputs}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in state.items()}
     binding = session.io_binding()
     for name, value in feeds(inputs).items():

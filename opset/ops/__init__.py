@@ -1,6 +1,6 @@
 """The ops of `ai.dfssm`, version 1, and those fused of them: one module each, which holds all there is to know.
 
-OPS and FUSED are made, and the modules imported, when they are first asked for: a program that runs bundles needs only
+The tables are made, and the modules imported, when they are first asked for: a program that runs bundles needs only
 the names.
 """
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..schema import Op
 
     OPS: dict[str, Op]
+    DEFERRED_OPS: dict[str, Op]
     FUSED: dict[str, FusedOp]
 
 MODULES = {
@@ -23,12 +24,16 @@ MODULES = {
         "GatedRMSNorm": "gated_rms_norm",
         "RMSNorm": "rms_norm",
     },
+    "DEFERRED_OPS": {  # in the place of CausalConv1dStep and SelectiveScanStep where the state is deferred; CPU only
+        "DeferredConv1dStep": "deferred_conv1d_step",
+        "DeferredScanStep": "deferred_scan_step",
+    },
     "FUSED": {  # chains of those and of ONNX's Add; no model file has them
         "NormScaffoldConv": "norm_scaffold_conv",
         "GatedNormScaffoldAdd": "gated_norm_scaffold_add",
     },
 }
-"""Op name -> its module, of each of the two tables."""
+"""Op name -> its module, of each of the tables."""
 
 
 def __getattr__(name: str) -> object:

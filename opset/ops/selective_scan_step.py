@@ -19,6 +19,12 @@ def softplus_ref(x: Array) -> Array:
     return (np.maximum(x, F32(0)) + np.log1p(np.exp(-np.abs(x)))).astype(F32)
 
 
+def discretize_ref(dt: Array, A_log: Array, dt_bias: Array, dt_min: float, dt_max: float) -> tuple[Array, Array]:
+    """The step d = clamp(softplus(dt + dt_bias), dt_min, dt_max) and the decay exp(-exp(A_log) d): f32 [B,T,H] both."""
+    delta = np.clip(softplus_ref(dt + dt_bias), F32(dt_min), F32(dt_max))
+    return delta, np.exp(-np.exp(A_log) * delta)
+
+
 def quantize_state_ref(state: Array) -> tuple[Array, Array]:
     """SSM state to int8, one scale a row of headdim: f32 [B,H,N,P] -> i8 [B,H,N,P], f32 [B,H,N].
 
@@ -56,8 +62,7 @@ def selective_scan_step_ref(
     repeat = heads // ngroups
     B = B.reshape(batch, tokens, ngroups, d_state).repeat(repeat, axis=2)  # [B, T, H, N]
     C = C.reshape(batch, tokens, ngroups, d_state).repeat(repeat, axis=2)
-    delta = np.clip(softplus_ref(dt + dt_bias), F32(dt_min), F32(dt_max))
-    decay = np.exp(-np.exp(A_log) * delta)
+    delta, decay = discretize_ref(dt, A_log, dt_bias, dt_min, dt_max)
     h = state.astype(F32)
     if state_scale is not None:
         h = h * state_scale[..., None]
@@ -70,6 +75,33 @@ def selective_scan_step_ref(
     if state_scale is not None:
         return y, *quantize_state_ref(h)
     return y, half_ref(h) if state.dtype == np.float16 else h
+
+
+DISCRETIZE = """
+  raw = Add (dt, dt_bias)
+  raw_magnitude = Abs (raw)
+  raw_minus = Neg (raw_magnitude)
+  e = Exp (raw_minus)
+  u = Add (one, e)
+  u_1 = Sub (u, one)
+  lost = Equal (u_1, zero)
+  u_1_safe = Where (lost, one, u_1)
+  log_u = Log (u)
+  log_e = Mul (log_u, e)
+  log_ratio = Div (log_e, u_1_safe)
+  log1p = Where (lost, e, log_ratio)
+  raw_positive = Max (raw, zero)
+  softplus = Add (raw_positive, log1p)
+  lower = Constant <value_float: float = @dt_min> ()
+  upper = Constant <value_float: float = @dt_max> ()
+  delta_low = Max (softplus, lower)
+  delta = Min (delta_low, upper)
+  A = Exp (A_log)
+  A_delta = Mul (A, delta)
+  exponent = Neg (A_delta)
+  decay = Exp (exponent)
+"""
+"""`delta` and `decay` as discretize_ref; after NUMBERS."""
 
 
 def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
@@ -102,28 +134,7 @@ def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
     return f"""
   {NUMBERS}
   one_1 = Constant <value_ints = [1]> ()
-  raw = Add (dt, dt_bias)
-  raw_magnitude = Abs (raw)
-  raw_minus = Neg (raw_magnitude)
-  e = Exp (raw_minus)
-  u = Add (one, e)
-  u_1 = Sub (u, one)
-  lost = Equal (u_1, zero)
-  u_1_safe = Where (lost, one, u_1)
-  log_u = Log (u)
-  log_e = Mul (log_u, e)
-  log_ratio = Div (log_e, u_1_safe)
-  log1p = Where (lost, e, log_ratio)
-  raw_positive = Max (raw, zero)
-  softplus = Add (raw_positive, log1p)
-  lower = Constant <value_float: float = @dt_min> ()
-  upper = Constant <value_float: float = @dt_max> ()
-  delta_low = Max (softplus, lower)
-  delta = Min (delta_low, upper)
-  A = Exp (A_log)
-  A_delta = Mul (A, delta)
-  exponent = Neg (A_delta)
-  decay = Exp (exponent)
+  {DISCRETIZE}
   delta_T = Transpose <perm = [1, 0, 2]> (delta)
   decay_T = Transpose <perm = [1, 0, 2]> (decay)
   tokens = Shape <start = 0, end = 2> (x)
@@ -169,7 +180,7 @@ def _body(attributes: Mapping[str, Value], state_dtype: str) -> str:
 """
 
 
-def _draw(
+def draw(
     rng: np.random.Generator, attributes: Mapping[str, Any], kind: str, B: int, T: int, H: int, P: int, N: int,
     state: str = "float32",
 ) -> dict[str, Array]:  # fmt: skip
@@ -253,7 +264,7 @@ OP = Op(
     requires=(Multiple("H", "ngroups"),),
     reference=selective_scan_step_ref,
     body=_body,
-    draw=_draw,
+    draw=draw,
     cases=_cases,
     tolerance=_tolerance,
 )

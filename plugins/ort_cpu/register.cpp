@@ -31,6 +31,7 @@ OrtCustomOpDomain* make_domain() {
   check(api->CreateCustomOpDomain(opset::kDomain, &domain));
 #define ADD(name) check(api->CustomOpDomain_Add(domain, custom_op<opset::name>()));
   DFSSM_OPS(ADD)
+  DFSSM_DEFERRED_OPS(ADD)
 #undef ADD
   log_choice();
   return domain;

@@ -5,10 +5,9 @@ import numpy as np
 import onnxruntime
 import pytest
 from each import check_each
-from nodes import node_model
+from nodes import ALL_OPS, node_model
 from onnx.reference import ReferenceEvaluator
 
-from dfssm.opset import OPS
 from dfssm.opset.reference import half_ref, quantize_activations_ref, quantize_state_ref, rms_norm_ref
 
 F32 = np.float32
@@ -54,6 +53,6 @@ def reference_evaluator(case):
 
 
 @pytest.mark.parametrize("runtime", [reference_evaluator, stock_onnxruntime])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_bodies(op, runtime):
     check_each(extremes.cases(op), lambda case: extremes.check(case, runtime(case)))

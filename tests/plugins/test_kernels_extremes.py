@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from each import check_each
 from kernel_calls import F32, each_isa, run
-
-from dfssm.opset import OPS
+from nodes import ALL_OPS
 
 
 @each_isa
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_kernels(op, isa):
     def check(case):
         extremes.check(case, lambda inputs: run(op, isa, inputs, **case.attributes))

@@ -10,12 +10,12 @@ import pytest
 from each import check_each
 from onnx.reference import ReferenceEvaluator
 
-from dfssm.opset import OPS
-from dfssm.opset.cases import CASES, Case, cases
+from dfssm.opset.cases import Case, cases
 
 ONE_OF_EACH = [
-    *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in OPS],
+    *[next(case for case in cases(op) if case.sizes["T"] > 1) for op in nodes.ALL_OPS],
     *[next(case for case in cases("SelectiveScanStep") if case.state_dtype == d) for d in ("float16", "int8")],
+    next(case for case in cases("DeferredScanStep") if case.state_dtype == "int8" and case.sizes["T"] > 8),
     next(case for case in cases("BinaryScaffoldMatMul") if case.attributes == {"layout": 1}),
     *[  # ranges of columns
         next(case for case in cases(op) if start in case.attributes and case.sizes["T"] > 1)
@@ -38,6 +38,9 @@ LARGE = [  # enough work for several chunks on the thread pool
     Case("SelectiveScanStep", dict(B=1, T=1, H=24, P=64, N=128)),
     Case("SelectiveScanStep", dict(B=2, T=17, H=6, P=33, N=40, state="int8"), {"ngroups": 2}),
     Case("SelectiveScanStep", dict(B=2, T=2, H=12, P=64, N=128), {"x_start": 1, "B_start": 768, "C_start": 896}),
+    Case("DeferredConv1dStep", dict(B=2, T=40, C=1100, W=4, count=9), {"x_start": 1001}),
+    Case("DeferredScanStep", dict(B=1, T=1, H=24, P=64, N=128, count=8, state="int8")),
+    Case("DeferredScanStep", dict(B=2, T=17, H=6, P=33, N=40, count=5, state="float16"), {"ngroups": 2}),
     Case("GatedRMSNorm", dict(B=2, T=40, C=1000), {"groups": 4}),
     Case("GatedRMSNorm", dict(B=2, T=40, C=1000), {"groups": 4, "z_start": 7}),
     Case("RMSNorm", dict(B=2, T=80, C=1000)),
@@ -46,10 +49,10 @@ IDS = dict(ids=lambda case: case.id)
 
 
 def op_case(op: str, **sizes) -> Case:
-    return next(c for c in CASES if c.op == op and sizes.items() <= c.sizes.items())
+    return next(c for c in cases(op) if sizes.items() <= c.sizes.items())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", nodes.ALL_OPS)
 def test_op_is_the_reference(library, op):
     def check(case):
         model = nodes.node_model(case, constants=True)
@@ -90,9 +93,9 @@ def test_threads_do_not_change_a_bit(library, case):
         np.testing.assert_array_equal(a, c)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", nodes.ALL_OPS)
 def test_one_session_takes_any_batch_and_length(default_library, op):
-    base = ONE_OF_EACH[list(OPS).index(op)]
+    base = ONE_OF_EACH[list(nodes.ALL_OPS).index(op)]
     session = default_library.session(nodes.node_model(base, constants=True))
     weights = {k: v for k, v in base.inputs().items() if k not in nodes.ACTIVATIONS}
     for batch, tokens in ((1, 1), (3, 4), (1, 40), (2, 1), (1, 1)):
@@ -104,7 +107,11 @@ def test_one_session_takes_any_batch_and_length(default_library, op):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(
     "base",
-    [op_case("CausalConv1dStep", W=4), *(c for c in ONE_OF_EACH if c.op == "SelectiveScanStep")],
+    [
+        op_case("CausalConv1dStep", W=4),
+        op_case("DeferredConv1dStep", W=4),
+        *(c for c in ONE_OF_EACH if c.op.endswith("ScanStep")),
+    ],
     **IDS,
 )
 def test_state_in_place(library, base, tokens):
@@ -117,7 +124,7 @@ ORT_VERSION = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
 # ONNX Runtime before 1.24 is not trusted with optional inputs, see ort.h.
-INFERRED = [case for case in ONE_OF_EACH if case.op != "SelectiveScanStep" or ORT_VERSION >= (1, 24)]
+INFERRED = [case for case in ONE_OF_EACH if not case.op.endswith("ScanStep") or ORT_VERSION >= (1, 24)]
 
 
 @pytest.mark.parametrize(

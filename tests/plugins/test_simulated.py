@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import simulated_avx512
 from kernel_calls import F32, KNOWN, isas_to_test, native, run
+from nodes import ALL_OPS
 
 from dfssm import _native
-from dfssm.opset import OPS
 from dfssm.opset.cases import cases
 
 REAL, SIMULATED = "avx512vnni", simulated_avx512.NAME
@@ -30,7 +30,7 @@ def test_no_instruction_needs_avx():
 
 
 @where_real
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_simulated_is_real(op):
     """Not only the integers: a simulated lane does the real one's float operations, in the same order."""
     for case in cases(op):

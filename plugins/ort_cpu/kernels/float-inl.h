@@ -160,18 +160,39 @@ inline void store_some_columns(float* p, int64_t count, const F32 (&columns)[S])
 // tokens go by in rows of 16 vectors, a stretch of memory that the prefetchers can follow.
 constexpr int kPanel = 16 * kLanes;
 
+// The W weights of `count` channels as rows.
+template <int W>
+inline void load_panel(const float* weight, int64_t count, float (&rows)[W][kPanel]) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    F32 weights[W];
+    load_some_columns<W>(weight + i * W, count - i, weights);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) store(rows[w] + i, weights[w], Full{});
+  }
+}
+
+// One token of `count` channels, of which `window` is the rows with the newest last.
+template <int W>
+inline void conv_token(const float* const (&window)[W], const float (&weight)[W][kPanel], const float* bias,
+                       bool activated, float* out, int64_t count) {
+  for_vectors(count, [&](int64_t i, auto lanes) {
+    F32 y = load(bias + i, lanes);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) y = fma(load(weight[w] + i, lanes), load(window[w] + i, lanes), y);
+    store(out + i, activated ? silu(y) : y, lanes);
+  });
+}
+
 // `count` <= kPanel channels from c on, one batch row, all tokens.
 template <int W>
 void conv_panel(const ConvArgs& a, int64_t b, int64_t c, int64_t count) {
   constexpr int kHistory = W - 1;
   float weight[W][kPanel], history[kHistory][kPanel];
   const float* state = a.state + (b * a.C + c) * kHistory;
+  load_panel<W>(a.weight + c * W, count, weight);
   for (int64_t i = 0; i < count; i += kLanes) {
-    F32 weights[W], states[kHistory];
-    load_some_columns<W>(a.weight + (c + i) * W, count - i, weights);
+    F32 states[kHistory];
     load_some_columns<kHistory>(state + i * kHistory, count - i, states);
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) store(weight[w] + i, weights[w], Full{});
 #pragma GCC unroll 4
     for (int w = 0; w < kHistory; ++w) store(history[w] + i, states[w], Full{});
   }
@@ -179,14 +200,8 @@ void conv_panel(const ConvArgs& a, int64_t b, int64_t c, int64_t count) {
   for (int w = 0; w < kHistory; ++w) window[w] = history[w];
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t token = b * a.T + t;
-    float* out = a.y + token * a.C + c;
     window[kHistory] = a.x + token * a.x_stride + c;
-    for_vectors(count, [&](int64_t i, auto lanes) {
-      F32 y = load(a.bias + c + i, lanes);
-#pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) y = fma(load(weight[w] + i, lanes), load(window[w] + i, lanes), y);
-      store(out + i, a.silu ? silu(y) : y, lanes);
-    });
+    conv_token<W>(window, weight, a.bias + c, a.silu, a.y + token * a.C + c, count);
     for (int w = 0; w < kHistory; ++w) window[w] = window[w + 1];
   }
   float* new_state = a.new_state + (b * a.C + c) * kHistory;
@@ -376,6 +391,11 @@ void step_and_quantize(const Step& all, int64_t tokens, const In* in, float* til
 
 float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
+float discretize(const ScanArgs& a, int64_t token, int64_t head) {
+  const float delta = softplus(a.dt[token * a.dt_stride + head] + a.dt_bias[head]);
+  return delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
+}
+
 // Floats of scratch: dB [kTokens, N], row factors [N], and the tile: [N, P] between tokens, or a block of
 // rows on the way to int8.
 size_t selective_scan_bytes(const ScanArgs& a) {
@@ -413,8 +433,7 @@ void scan_heads(const ScanArgs& a, int64_t i0, int64_t i1, float* scratch) {
       s.N = a.N;
       s.P = a.P;
       for (int64_t j = 0; j < tokens; ++j) {
-        const float delta = softplus(a.dt[(token + j) * a.dt_stride + head] + a.dt_bias[head]);
-        const float d = delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
+        const float d = discretize(a, token + j, head);
         const float* B = a.Bm + (token + j) * a.B_stride + group * a.N;
         s.decay[j] = expf(rate * d);
         for_vectors(a.N, [&](int64_t n, auto lanes) {
@@ -456,6 +475,8 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
       return scan_heads<int8_t>(a, i0, i1, floats);
   }
 }
+
+#include "deferred-inl.h"
 
 }  // namespace
 

@@ -26,6 +26,14 @@ inline constexpr float kTiny = 1e-30f;
 // The largest binary16, where states of that type saturate; opset's HALF_MAX. NaN stays NaN.
 inline constexpr float kHalfMax = 65504.0f;
 
+// Tokens by which a deferred state is updated, opset's BLOCK, and the pending tokens that it has room for.
+inline constexpr int64_t kBlock = 8, kSlots = 2 * kBlock;
+// How many tokens from the stored state on a call moves it over, where `count` were pending; opset's pending.kept.
+inline int64_t kept_tokens(int64_t count, int64_t tokens) {
+  const int64_t accepted = count + tokens - kBlock;
+  return (accepted > count ? accepted : count) / kBlock * kBlock;
+}
+
 // The scaffold's layouts with tiles, whose rows are padded to whole ones: 1 has tiles of so many rows and columns, 2 has
 // blocks of so many rows.
 inline constexpr int64_t kTileRows = 16, kTileColumns = 32, kBlockRows = 64;
@@ -105,6 +113,28 @@ struct ScanArgs {
   StateType state_type;
 };
 
+// DeferredConv1dStep, always in place. 2 <= W <= 4.
+struct DeferredConvArgs {
+  const float* x;                // [B, T, C] with x_stride
+  float* window;                 // [B, W-1+kSlots, C]
+  const float* weight;           // [C, W]
+  const float* bias;             // [C]
+  const uint8_t* pending_count;  // [B], each below kSlots
+  float* y;                      // [B, T, C]
+  int64_t x_stride;
+  int64_t B, T, C, W;
+  bool silu;
+};
+
+// DeferredScanStep, always in place, so `state` is `new_state` and `state_scale` is `new_state_scale`. pending_B and
+// pending_count, which all heads read, are left as they were: the caller brings them up to date.
+struct DeferredScanArgs : ScanArgs {
+  float* pending_x;        // [B, kSlots, H*P]
+  float* pending_B;        // [B, kSlots, G*N]
+  float* pending_decay;    // [B, kSlots, H]
+  uint8_t* pending_count;  // [B], each below kSlots
+};
+
 // GatedRMSNorm: v = y * silu(z); out = v * rsqrt(mean over each of `groups` equal parts of v^2 + eps) *
 // weight; NaN where a part's squares overflow. RMSNorm: z == nullptr, v = y. In place: out == y.
 struct NormArgs {
@@ -144,14 +174,30 @@ struct KernelTable {
   size_t (*selective_scan_bytes)(const ScanArgs& args);
   void (*selective_scan)(const ScanArgs& args, int64_t i0, int64_t i1, void* scratch);
 
+  // Channels and pairs of the deferred forms, likewise.
+  void (*deferred_conv1d)(const DeferredConvArgs& args, int64_t c0, int64_t c1);
+  size_t (*deferred_scan_bytes)(const DeferredScanArgs& args);
+  void (*deferred_scan)(const DeferredScanArgs& args, int64_t i0, int64_t i1, void* scratch);
+
   // Tokens [t0, t1).
   void (*rms_norm)(const NormArgs& args, int64_t t0, int64_t t1);
 };
 
 // The table of a namespace that has the kernels by the names of their entries.
-#define DFSSM_KERNELS(name)                                                                  \
-  {name,        quantize_activations, scaffold_pack_bytes,  scaffold_pack,  scaffold_matmul, \
-   int8_matmul, causal_conv1d,        selective_scan_bytes, selective_scan, rms_norm}
+#define DFSSM_KERNELS(name) \
+  {name,                    \
+   quantize_activations,    \
+   scaffold_pack_bytes,     \
+   scaffold_pack,           \
+   scaffold_matmul,         \
+   int8_matmul,             \
+   causal_conv1d,           \
+   selective_scan_bytes,    \
+   selective_scan,          \
+   deferred_conv1d,         \
+   deferred_scan_bytes,     \
+   deferred_scan,           \
+   rms_norm}
 
 // The table chosen at the first call: DFSSM_ISA if it is set, otherwise the best this CPU can run.
 // kernels_error() is nullptr, or one line saying that DFSSM_ISA names no usable table and which names are

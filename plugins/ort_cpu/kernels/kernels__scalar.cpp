@@ -105,38 +105,42 @@ void causal_conv1d(const ConvArgs& a, int64_t c0, int64_t c1) {
 
 float softplus(float x) { return std::fmax(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
 
+float discretize(const ScanArgs& a, int64_t token, int64_t head) {
+  const float delta = softplus(a.dt[token * a.dt_stride + head] + a.dt_bias[head]);
+  return delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
+}
+
 size_t selective_scan_bytes(const ScanArgs& a) { return a.N * a.P * sizeof(float); }
 
-void load_state(const ScanArgs& a, int64_t i, float* h) {
+// The state of pair i, of a.state_type, and its scales to fp32.
+void load_state(const ScanArgs& a, const void* state, const float* scale, int64_t i, float* h) {
   const int64_t size = a.N * a.P;
   for (int64_t j = 0; j < size; ++j) {
     switch (a.state_type) {
       case StateType::f32:
-        h[j] = static_cast<const float*>(a.state)[i * size + j];
+        h[j] = static_cast<const float*>(state)[i * size + j];
         break;
       case StateType::f16:
-        h[j] = half_to_float(static_cast<const uint16_t*>(a.state)[i * size + j]);
+        h[j] = half_to_float(static_cast<const uint16_t*>(state)[i * size + j]);
         break;
       case StateType::i8:
-        h[j] = static_cast<float>(static_cast<const int8_t*>(a.state)[i * size + j]) *
-               a.state_scale[i * a.N + j / a.P];
+        h[j] = static_cast<float>(static_cast<const int8_t*>(state)[i * size + j]) * scale[i * a.N + j / a.P];
     }
   }
 }
 
-void store_state(const ScanArgs& a, int64_t i, const float* h) {
+void store_state(const ScanArgs& a, void* state, float* scale, int64_t i, const float* h) {
   const int64_t size = a.N * a.P;
   if (a.state_type == StateType::i8) {
     for (int64_t n = 0; n < a.N; ++n) {
-      int8_t* row = static_cast<int8_t*>(a.new_state) + i * size + n * a.P;
-      a.new_state_scale[i * a.N + n] = quantize_row(h + n * a.P, a.P, row);
+      int8_t* row = static_cast<int8_t*>(state) + i * size + n * a.P;
+      scale[i * a.N + n] = quantize_row(h + n * a.P, a.P, row);
     }
     return;
   }
   for (int64_t j = 0; j < size; ++j) {
-    if (a.state_type == StateType::f32) static_cast<float*>(a.new_state)[i * size + j] = h[j];
-    if (a.state_type == StateType::f16)
-      static_cast<uint16_t*>(a.new_state)[i * size + j] = float_to_half(h[j]);
+    if (a.state_type == StateType::f32) static_cast<float*>(state)[i * size + j] = h[j];
+    if (a.state_type == StateType::f16) static_cast<uint16_t*>(state)[i * size + j] = float_to_half(h[j]);
   }
 }
 
@@ -144,14 +148,13 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
   float* state = static_cast<float*>(scratch);  // [N, P]
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t b = i / a.H, head = i % a.H, group = head / (a.H / a.G);
-    load_state(a, i, state);
+    load_state(a, a.state, a.state_scale, i, state);
     for (int64_t t = 0; t < a.T; ++t) {
       const int64_t token = b * a.T + t;
       const float* x = a.x + token * a.x_stride + head * a.P;
       const float* B = a.Bm + token * a.B_stride + group * a.N;
       const float* C = a.Cm + token * a.C_stride + group * a.N;
-      const float delta = softplus(a.dt[token * a.dt_stride + head] + a.dt_bias[head]);
-      const float d = delta < a.dt_min ? a.dt_min : delta > a.dt_max ? a.dt_max : delta;  // NaN stays NaN
+      const float d = discretize(a, token, head);
       const float decay = std::exp(-std::exp(a.A_log[head]) * d);
       for (int64_t p = 0; p < a.P; ++p) {
         float y = 0.0f;
@@ -162,7 +165,103 @@ void selective_scan(const ScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
         a.y[(token * a.H + head) * a.P + p] = y + a.D[head] * x[p];
       }
     }
-    store_state(a, i, state);
+    store_state(a, a.new_state, a.new_state_scale, i, state);
+  }
+}
+
+void deferred_conv1d(const DeferredConvArgs& a, int64_t c0, int64_t c1) {
+  const int64_t history = a.W - 1;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int64_t count = a.pending_count[b], held = history + count, kept = kept_tokens(count, a.T);
+    for (int64_t c = c0; c < c1; ++c) {
+      float* window = a.window + b * (history + kSlots) * a.C + c;
+      const auto at = [&](int64_t i) {
+        return i < held ? window[i * a.C] : a.x[(b * a.T + i - held) * a.x_stride + c];
+      };
+      for (int64_t t = 0; t < a.T; ++t) {
+        float y = a.bias[c];
+        for (int64_t w = 0; w < a.W; ++w) y += a.weight[c * a.W + w] * at(count + t + w);
+        a.y[(b * a.T + t) * a.C + c] = a.silu ? silu(y) : y;
+      }
+      for (int64_t i = kept; i < held + a.T; ++i) window[(i - kept) * a.C] = at(i);
+    }
+  }
+}
+
+// Floats: the state [N, P], and of each token of the window d * x [P] and the decay. Behind them the state as stored.
+size_t deferred_scan_bytes(const DeferredScanArgs& a) {
+  return sizeof(float) * (2 * a.N * a.P + (kSlots + a.T) * (a.P + 1) + a.N);
+}
+
+void deferred_scan(const DeferredScanArgs& a, int64_t i0, int64_t i1, void* scratch) {
+  float* h = static_cast<float*>(scratch);
+  float* xs = h + a.N * a.P;
+  float* decays = xs + (kSlots + a.T) * a.P;
+  float* scales = decays + kSlots + a.T;
+  void* stored = scales + a.N;
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t b = i / a.H, head = i % a.H, group = head / (a.H / a.G);
+    const int64_t count = a.pending_count[b], length = count + a.T, kept = kept_tokens(count, a.T);
+    const auto slot = [&](int64_t j) { return b * kSlots + j; };
+    const auto token = [&](int64_t j) { return b * a.T + j - count; };
+    const auto x_at = [&](int64_t j) { return a.x + token(j) * a.x_stride + head * a.P; };
+    for (int64_t j = 0; j < length; ++j) {
+      const float d = j < count ? 0.0f : discretize(a, token(j), head);
+      for (int64_t p = 0; p < a.P; ++p) {
+        xs[j * a.P + p] = j < count ? a.pending_x[(slot(j) * a.H + head) * a.P + p] : d * x_at(j)[p];
+      }
+      decays[j] = j < count ? a.pending_decay[slot(j) * a.H + head] : std::exp(-std::exp(a.A_log[head]) * d);
+    }
+    const auto B_at = [&](int64_t j) {
+      return j < count ? a.pending_B + (slot(j) * a.G + group) * a.N
+                       : a.Bm + token(j) * a.B_stride + group * a.N;
+    };
+    load_state(a, a.state, a.state_scale, i, h);
+    for (int64_t t = 0; t < length; ++t) {
+      if (t > 0 && t % kBlock == 0) {
+        float weight[kBlock], total = 1.0f;
+        for (int64_t j = kBlock - 1; j >= 0; --j) {
+          weight[j] = total;
+          total *= decays[t - kBlock + j];
+        }
+        for (int64_t n = 0; n < a.N; ++n) {
+          for (int64_t p = 0; p < a.P; ++p) {
+            float& value = h[n * a.P + p];
+            value *= total;
+            for (int64_t j = 0; j < kBlock; ++j) {
+              value += B_at(t - kBlock + j)[n] * (weight[j] * xs[(t - kBlock + j) * a.P + p]);
+            }
+          }
+        }
+        store_state(a, stored, scales, 0, h);
+        if (t == kept) store_state(a, a.new_state, a.new_state_scale, i, h);
+        load_state(a, stored, scales, 0, h);
+      }
+      if (t < count) continue;
+      const float* C = a.Cm + token(t) * a.C_stride + group * a.N;
+      float* out = a.y + (token(t) * a.H + head) * a.P;
+      const int64_t first = t / kBlock * kBlock;
+      float share[kBlock], total = 1.0f;
+      for (int64_t j = t; j >= first; --j) {
+        float dot = 0.0f;
+        for (int64_t n = 0; n < a.N; ++n) dot += C[n] * B_at(j)[n];
+        share[j - first] = total * dot;
+        total *= decays[j];
+      }
+      for (int64_t p = 0; p < a.P; ++p) {
+        float y = 0.0f;
+        for (int64_t n = 0; n < a.N; ++n) y += C[n] * h[n * a.P + p];
+        y *= total;
+        for (int64_t j = first; j <= t; ++j) y += share[j - first] * xs[j * a.P + p];
+        out[p] = y + a.D[head] * x_at(t)[p];
+      }
+    }
+    for (int64_t j = kept; j < length; ++j) {
+      for (int64_t p = 0; p < a.P; ++p) {
+        a.pending_x[(slot(j - kept) * a.H + head) * a.P + p] = xs[j * a.P + p];
+      }
+      a.pending_decay[slot(j - kept) * a.H + head] = decays[j];
+    }
   }
 }
 

@@ -71,6 +71,7 @@ void run(Call& call, const typename S::Attributes& a, const typename S::Sizes& s
   template <>       \
   void run<opset::op>(Call & call, const opset::op::Attributes& a, const opset::op::Sizes& s);
 DFSSM_OPS(DECLARE)
+DFSSM_DEFERRED_OPS(DECLARE)
 #undef DECLARE
 
 // Pieces of work at the head of a parallel section that all of it needs: each thread that arrives takes
@@ -117,7 +118,7 @@ inline void* thread_scratch(size_t bytes) noexcept {
 }
 
 // What kernels, which include no header of the opset, have from it.
-static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax);
+static_assert(kTiny == opset::kTiny && kHalfMax == opset::kHalfMax && kBlock == opset::kBlock);
 static_assert(kTileRows == opset::kTileRows[opset::kRow16] && kBlockRows == opset::kTileRows[opset::kRow64]);
 
 }  // namespace dfssm

@@ -245,5 +245,6 @@ PYBIND11_MODULE(_native, m) {
         "x f32 [n,K] -> q i8 [n,K], s f32 [n], sum i32 [n].");
 #define DEFINE(op) define<opset::op>(m);
   DFSSM_OPS(DEFINE)
+  DFSSM_DEFERRED_OPS(DEFINE)
 #undef DEFINE
 }
