@@ -38,9 +38,9 @@ LAYOUTS = {
     # row of 16 lanes of `up` takes one multiply-add a rank. Byte counts equal the canonical ones, padded.
     #        split into (blk, lane, c, j, b), stored as (blk, c, lane, b, j)
     LAYOUT_ROW16: Layout("row16", rows=16, columns=32, split=(8, 4), order=(0, 2, 1, 4, 3)),
-    # For AVX2. In the tile (blk, c), byte `lane` is row 64*blk + lane, its bit j column 8*c + j. So a nibble is four
-    # columns of one row, which VPSHUFB looks up for 32 rows at once in a table of the 16 sums that four activations
-    # have. Tiles of one block of 64 rows are consecutive.
+    # For AVX2 and Arm. In the tile (blk, c), byte `lane` is row 64*blk + lane, its bit j column 8*c + j. So a nibble is
+    # four columns of one row, which VPSHUFB or TBL looks up for 32 or 16 rows at once in a table of the 16 sums that
+    # four activations have. Tiles of one block of 64 rows are consecutive.
     #        split into (blk, lane, c, j), stored as (blk, c, lane, j)
     LAYOUT_ROW64: Layout("row64", rows=64, columns=8, split=(8,), order=(0, 2, 1, 3)),
 }

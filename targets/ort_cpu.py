@@ -1,6 +1,6 @@
 """Target `ort-cpu`: ONNX Runtime with our op library, bits as the kernels of one instruction set stream them.
 
-Built for AVX-512 VNNI and AVX2; any other CPU, Arm for one, runs the scalar kernels: right, and slow.
+Built for AVX-512 VNNI, AVX2, and Arm with the dot product; any other CPU runs the scalar kernels: right, and slow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 NAME = "ort-cpu"
 SUMMARY = "ONNX Runtime with our CPU kernels"
 
-_LAYOUT_OF = {"avx512vnni": LAYOUT_ROW16, "avx2": LAYOUT_ROW64, "scalar": LAYOUT_ROW16}
+_LAYOUT_OF = {
+    "avx512vnni": LAYOUT_ROW16,
+    "avx2": LAYOUT_ROW64,
+    "i8mm": LAYOUT_ROW64,
+    "dotprod": LAYOUT_ROW64,
+    "scalar": LAYOUT_ROW16,
+}
 LAYOUTS = (LAYOUT_ROW16, LAYOUT_ROW64)
 
 # Decode is bound by bytes moved, and the state is read and written at every token: fp16 halves the largest item of the

@@ -1,12 +1,15 @@
 """Calling the kernels of dfssm._native by op name, and arrays in awkward places.
 
-Where the CPU lacks AVX-512 VNNI those kernels are simulated (simulated_avx512.py), as isa "avx512vnni-simulated".
+Where the CPU lacks AVX-512 VNNI those kernels are simulated (simulated_avx512.py), as isa "avx512vnni-simulated". Those
+for Arm run in an emulator (arm.py) where the machine is none.
 """
 
 import ctypes
 import mmap
+import platform
 from pathlib import Path
 
+import arm
 import numpy as np
 import pytest
 import simulated_avx512
@@ -30,15 +33,20 @@ def isas_to_test(usable: list[str], simulate: bool) -> list[str]:
 
 
 def native(isa: str):
-    """The module that has the kernels of that instruction set, real or simulated: its functions take `isa` first."""
+    """What has the kernels of that instruction set, real, simulated or emulated: its functions take `isa` first."""
+    if isa in EMULATED:
+        return arm.native(isa)
     return simulated_avx512.native() if isa == simulated_avx512.NAME else _native
+
+
+EMULATED = [] if platform.machine() == "aarch64" else list(arm.CPUS)
 
 
 ISAS = [
     pytest.param(
         isa,
         marks=pytest.mark.skipif(
-            isa not in [*_native.isas(), simulated_avx512.NAME], reason=f"this CPU cannot run {isa} kernels"
+            isa not in [*_native.isas(), simulated_avx512.NAME, *EMULATED], reason=f"this CPU cannot run {isa} kernels"
         ),
     )
     for isa in isas_to_test(_native.isas(), simulated_avx512.forced())

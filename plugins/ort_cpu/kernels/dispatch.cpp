@@ -1,8 +1,12 @@
-// Chooses a kernel table from CPUID and DFSSM_ISA. Compiled for the baseline of the architecture.
+// Chooses a kernel table from what the CPU has and DFSSM_ISA. Compiled for the baseline of the architecture.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
+
+#ifdef __aarch64__
+#include <sys/auxv.h>  // and with it HWCAP_*
+#endif
 
 #include "tables.h"
 
@@ -15,7 +19,8 @@ struct Tables {
   const KernelTable* chosen = nullptr;
 
   Tables() {
-    // libgcc's CPUID probe; it also asks whether the operating system saves the wide registers.
+    // On x86 libgcc's CPUID probe, which also asks whether the operating system saves the wide registers; on Arm what the
+    // kernel tells a process.
 #define DFSSM_ISA(isa, cpu_runs_it) \
   if (cpu_runs_it) usable.push_back(&isa::kTable);
 #include "isas.h"

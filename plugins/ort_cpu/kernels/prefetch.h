@@ -1,12 +1,16 @@
-// Software prefetch of a long sequential stream, shared by the x86 kernels.
+// Software prefetch of a long sequential stream.
 #pragma once
 
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 
 namespace dfssm {
 namespace {
+
+#ifdef __x86_64__
 
 // One core that reads memory from end to end keeps one page busy at a time: its prefetchers run ahead within
 // a page only, and the fill buffers alone do not hold enough lines to cover a memory access. So the window of
@@ -33,6 +37,17 @@ class Ahead {
   static constexpr uint64_t kLine = 64, kPage = 4096, kPages = 8, kWindow = kPages * kPage;
   uintptr_t line_;  // an integer, as windows may lie past the end of the array
 };
+
+#else
+
+// No other machine was there to measure on: its own prefetchers have the stream.
+class Ahead {
+ public:
+  explicit Ahead(const void*) {}
+  void next() {}
+};
+
+#endif
 
 }  // namespace
 }  // namespace dfssm

@@ -12,24 +12,34 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 set_source_files_properties(${DFSSM_KERNEL_SOURCES} PROPERTIES COMPILE_OPTIONS "${DFSSM_KERNEL_FLAGS}")
 
-# dfssm_isa(NAME FEATURE...): the kernel table NAME, made by float__NAME.cpp and matmul__NAME.cpp, for CPUs with
-# these features, as gcc names them: -mFEATURE compiles for one, __builtin_cpu_supports("FEATURE") asks for it.
+# dfssm_isa(NAME FLAGS TEST): the kernel table NAME, of its files float__NAME.cpp and matmul__NAME.cpp. They are compiled
+# with FLAGS; TEST, in C++, is whether this CPU runs them. A set that adds integer products alone has no float file: its
+# table is in that of the set it extends.
 set(isas "// Written by kernels/sources.cmake: DFSSM_ISA(name, whether this CPU can run it), the plainest first.\n")
-macro(dfssm_isa name)
-  set(DFSSM_SOURCES_${name} "${DFSSM_KERNEL_DIR}/float__${name}.cpp" "${DFSSM_KERNEL_DIR}/matmul__${name}.cpp")
-  set(flags ${ARGN})
-  list(TRANSFORM flags PREPEND "-m")
+macro(dfssm_isa name flags test)
+  file(GLOB DFSSM_SOURCES_${name} "${DFSSM_KERNEL_DIR}/*__${name}.cpp")
   set_source_files_properties(${DFSSM_SOURCES_${name}} PROPERTIES COMPILE_OPTIONS "${DFSSM_KERNEL_FLAGS};${flags}")
   list(APPEND DFSSM_KERNEL_SOURCES ${DFSSM_SOURCES_${name}})
-  set(supported ${ARGN})
-  list(TRANSFORM supported REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")")
-  list(JOIN supported " && " supported)
-  string(APPEND isas "DFSSM_ISA(${name}, ${supported})\n")
+  string(APPEND isas "DFSSM_ISA(${name}, ${test})\n")
+endmacro()
+
+# dfssm_x86_isa(NAME FEATURE...): for CPUs with these features, as gcc names them: -mFEATURE compiles for one,
+# __builtin_cpu_supports("FEATURE") asks for it.
+macro(dfssm_x86_isa name)
+  set(features ${ARGN})
+  list(TRANSFORM features REPLACE "(.+)" "-m\\1" OUTPUT_VARIABLE flags)
+  list(TRANSFORM features REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")")
+  list(JOIN features " && " supported)
+  dfssm_isa(${name} "${flags}" "${supported}")
 endmacro()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  dfssm_isa(avx2 avx2 fma f16c)
-  dfssm_isa(avx512vnni avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni)
+  dfssm_x86_isa(avx2 avx2 fma f16c)
+  dfssm_x86_isa(avx512vnni avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni)
+elseif(CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
+  set(has_dotprod "getauxval(AT_HWCAP) & HWCAP_ASIMDDP")
+  dfssm_isa(dotprod -march=armv8.2-a+dotprod "${has_dotprod}")
+  dfssm_isa(i8mm -march=armv8.2-a+dotprod+i8mm "(${has_dotprod}) && (getauxval(AT_HWCAP2) & HWCAP2_I8MM)")
 endif()
 
 set(DFSSM_KERNEL_INCLUDES "${DFSSM_KERNEL_DIR}" "${CMAKE_CURRENT_BINARY_DIR}/kernels")
