@@ -36,6 +36,7 @@ SUMMARY = "ONNX Runtime with our CPU kernels"
 
 _LAYOUT_OF = {
     "avx512vnni": LAYOUT_ROW16,
+    "avxvnni": LAYOUT_ROW64,
     "avx2": LAYOUT_ROW64,
     "i8mm": LAYOUT_ROW64,
     "dotprod": LAYOUT_ROW64,

@@ -1,7 +1,7 @@
 """Calling the kernels of dfssm._native by op name, and arrays in awkward places.
 
-Where the CPU lacks AVX-512 VNNI those kernels are simulated (simulated_avx512.py), as isa "avx512vnni-simulated". Those
-for Arm run in an emulator (arm.py) where the machine is none.
+Where the CPU lacks AVX-512 VNNI or AVX-VNNI those kernels are simulated (simulated_avx512.py). Those for Arm run in an
+emulator (arm.py) where the machine is none.
 """
 
 import ctypes
@@ -25,18 +25,17 @@ KNOWN = ["scalar", *sorted(path.stem.removeprefix("matmul__") for path in KERNEL
 """The tables there are sources of."""
 
 
-def isas_to_test(usable: list[str], simulate: bool) -> list[str]:
-    """Of a CPU that can use these, `simulate`: AVX-512 also where it is usable. What is simulated needs no skip."""
-    lacks_avx512 = "avx512vnni" not in usable
-    real = [isa for isa in KNOWN if not (isa == "avx512vnni" and lacks_avx512)]
-    return [*real, simulated_avx512.NAME] if lacks_avx512 or simulate else real
+def isas_to_test(usable: list[str], simulate: str) -> list[str]:
+    """Of a CPU that can use these. `simulate`: one that is simulated although it is usable."""
+    simulated = {isa: name for isa, name in simulated_avx512.NAMES.items() if isa not in usable or isa == simulate}
+    return [isa for isa in KNOWN if isa in usable or isa not in simulated] + list(simulated.values())
 
 
 def native(isa: str):
     """What has the kernels of that instruction set, real, simulated or emulated: its functions take `isa` first."""
     if isa in EMULATED:
         return arm.native(isa)
-    return simulated_avx512.native() if isa == simulated_avx512.NAME else _native
+    return simulated_avx512.native() if isa in simulated_avx512.NAMES.values() else _native
 
 
 EMULATED = [] if platform.machine() == "aarch64" else list(arm.CPUS)
@@ -46,7 +45,8 @@ ISAS = [
     pytest.param(
         isa,
         marks=pytest.mark.skipif(
-            isa not in [*_native.isas(), simulated_avx512.NAME, *EMULATED], reason=f"this CPU cannot run {isa} kernels"
+            isa not in [*_native.isas(), *simulated_avx512.NAMES.values(), *EMULATED],
+            reason=f"this CPU cannot run {isa} kernels",
         ),
     )
     for isa in isas_to_test(_native.isas(), simulated_avx512.forced())

@@ -1,7 +1,7 @@
-"""The AVX-512 VNNI kernels for a CPU without AVX-512: tools/simulated_avx512, built into build/ and kept there.
+"""The AVX-512 VNNI and AVX-VNNI kernels for a CPU without: tools/simulated_avx512, built into build/ and kept there.
 
-The kernel tests run over it where the CPU lacks AVX-512 VNNI, as isa "avx512vnni-simulated"; with
-DFSSM_SIMULATE=avx512vnni in the environment also where the CPU has it, beside the real kernels.
+The kernel tests run over it where the CPU lacks one, as isa "avx512vnni-simulated" or "avxvnni-simulated"; with its
+name in DFSSM_SIMULATE in the environment also where the CPU has it, beside the real kernels.
 """
 
 import fcntl
@@ -18,7 +18,9 @@ from types import ModuleType
 
 import pytest
 
-NAME = "avx512vnni-simulated"
+NAMES = {isa: f"{isa}-simulated" for isa in ("avxvnni", "avx512vnni")}
+"""What can be simulated, and what it is called then."""
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests/tools/simulated_avx512"
 BUILD = ROOT / "build/simulated_avx512"
@@ -33,12 +35,12 @@ class Unavailable(Exception):
     """What this machine lacks for the simulation."""
 
 
-def forced() -> bool:
-    """Whether the environment asks for the simulation, whatever the CPU has."""
+def forced() -> str:
+    """What the environment asks to simulate, whatever the CPU has; "" for nothing."""
     value = os.environ.get("DFSSM_SIMULATE", "")
-    if value not in ("", "avx512vnni"):
-        raise ValueError(f"DFSSM_SIMULATE is '{value}'; what can be simulated is avx512vnni")
-    return value != ""
+    if value not in ("", *NAMES):
+        raise ValueError(f"DFSSM_SIMULATE is '{value}'; what can be simulated is {', '.join(NAMES)}")
+    return value
 
 
 def native() -> ModuleType:

@@ -1,4 +1,4 @@
-"""The simulated AVX-512 kernels: no instruction that needs AVX-512, and the results of the real ones."""
+"""The simulated AVX-512 and AVX-VNNI kernels: no instruction that needs AVX-512, and the results of the real ones."""
 
 import shutil
 import subprocess
@@ -12,8 +12,12 @@ from nodes import ALL_OPS
 from dfssm import _native
 from dfssm.opset.cases import cases
 
-REAL, SIMULATED = "avx512vnni", simulated_avx512.NAME
-where_real = pytest.mark.skipif(REAL not in _native.isas(), reason=f"this CPU cannot run {REAL} kernels")
+REAL = "avx512vnni"
+SIMULATED = simulated_avx512.NAMES[REAL]
+
+
+def where_real(isa):
+    return pytest.mark.skipif(isa not in _native.isas(), reason=f"this CPU cannot run {isa} kernels")
 
 
 def test_no_instruction_needs_avx():
@@ -29,18 +33,23 @@ def test_no_instruction_needs_avx():
     assert not wide, wide[:10]
 
 
-@where_real
-@pytest.mark.parametrize("op", ALL_OPS)
-def test_simulated_is_real(op):
+@pytest.mark.parametrize(
+    ("op", "isa"),
+    [
+        *(pytest.param(op, REAL, marks=where_real(REAL)) for op in ALL_OPS),
+        *(pytest.param(op, "avxvnni", marks=where_real("avxvnni")) for op in ALL_OPS if "MatMul" in op),
+    ],
+)
+def test_simulated_is_real(op, isa):
     """Not only the integers: a simulated lane does the real one's float operations, in the same order."""
     for case in cases(op):
         inputs = case.inputs()
-        real, simulated = (run(op, isa, inputs, **case.attributes) for isa in (REAL, SIMULATED))
+        real, simulated = (run(op, of, inputs, **case.attributes) for of in (isa, simulated_avx512.NAMES[isa]))
         for a, e in zip(simulated, real, strict=True):
             np.testing.assert_array_equal(a, e, err_msg=case.id)
 
 
-@where_real
+@where_real(REAL)
 def test_simulated_quantisation_is_real():
     rng = np.random.default_rng(0)
     for K in (1, 15, 16, 64, 100, 2048):
@@ -51,21 +60,23 @@ def test_simulated_quantisation_is_real():
 
 def test_the_simulation_takes_the_place_of_what_the_cpu_lacks():
     others = [isa for isa in KNOWN if isa != REAL]
-    assert REAL in KNOWN and {"scalar", "avx2"} <= set(others)
-    assert isas_to_test(others, simulate=False) == [*others, SIMULATED]
-    assert isas_to_test(KNOWN, simulate=False) == KNOWN
-    assert isas_to_test(KNOWN, simulate=True) == [*KNOWN, SIMULATED]
+    assert REAL in KNOWN and {"scalar", "avx2", "avxvnni"} <= set(others)
+    assert isas_to_test(others, simulate="") == [*others, SIMULATED]
+    assert isas_to_test(KNOWN, simulate="") == KNOWN
+    assert isas_to_test(KNOWN, simulate=REAL) == [*KNOWN, SIMULATED]
+    neither = [isa for isa in others if isa != "avxvnni"]
+    assert isas_to_test(neither, simulate="") == [*neither, *simulated_avx512.NAMES.values()]
 
 
-@pytest.mark.parametrize(("value", "forced"), [("", False), (REAL, True)])
-def test_the_environment_asks_for_the_simulation(monkeypatch, value, forced):
+@pytest.mark.parametrize("value", ["", *simulated_avx512.NAMES])
+def test_the_environment_asks_for_the_simulation(monkeypatch, value):
     monkeypatch.setenv("DFSSM_SIMULATE", value)
-    assert simulated_avx512.forced() is forced
+    assert simulated_avx512.forced() == value
 
 
 def test_what_cannot_be_simulated_is_named(monkeypatch):
     monkeypatch.setenv("DFSSM_SIMULATE", "amx")
-    with pytest.raises(ValueError, match="^DFSSM_SIMULATE is 'amx'; what can be simulated is avx512vnni$"):
+    with pytest.raises(ValueError, match="^DFSSM_SIMULATE is 'amx'; what can be simulated is avxvnni, avx512vnni$"):
         simulated_avx512.forced()
 
 

@@ -209,5 +209,5 @@ def test_session_that_does_not_open(name, bundle, tmp_path):
 
 
 def test_an_unknown_instruction_set_is_one_line():
-    with pytest.raises(DfssmError, match="^--isa is avx: give avx512vnni, avx2, i8mm, dotprod, scalar$"):
+    with pytest.raises(DfssmError, match="^--isa is avx: give avx512vnni, avxvnni, avx2, i8mm, dotprod, scalar$"):
         ort_cpu.layout(isa="avx")

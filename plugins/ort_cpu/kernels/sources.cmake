@@ -35,6 +35,7 @@ endmacro()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   dfssm_x86_isa(avx2 avx2 fma f16c)
+  dfssm_x86_isa(avxvnni avx2 fma f16c avxvnni)
   dfssm_x86_isa(avx512vnni avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni)
 elseif(CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
   set(has_dotprod "getauxval(AT_HWCAP) & HWCAP_ASIMDDP")

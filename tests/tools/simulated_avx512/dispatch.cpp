@@ -1,28 +1,36 @@
-// In place of kernels/dispatch.cpp: one table, the simulated one, on any CPU.
+// In place of kernels/dispatch.cpp: the simulated tables alone, on any CPU. That of AVX-VNNI has the float kernels of AVX-512
+// here. Its own are AVX2's, which a CPU without AVX-VNNI runs; simulated, they would double the time to compile.
 #include "tables.h"
 
 namespace dfssm {
 namespace {
 
-const KernelTable* simulated() {
-  static const KernelTable table = [] {
-    KernelTable renamed = avx512vnni::kTable;
-    renamed.name = "avx512vnni-simulated";
-    return renamed;
-  }();
-  return &table;
+struct Simulated {
+  KernelTable avxvnni = avx512vnni::kTable, avx512vnni = avx512vnni::kTable;
+  const KernelTable* tables[2] = {&avxvnni, &avx512vnni};
+
+  Simulated() {
+    avxvnni.scaffold_pack_bytes = avxvnni::scaffold_pack_bytes;
+    avxvnni.scaffold_pack = avxvnni::scaffold_pack;
+    avxvnni.scaffold_matmul = avxvnni::scaffold_matmul;
+    avxvnni.int8_matmul = avxvnni::int8_matmul;
+    avxvnni.name = "avxvnni-simulated";
+    avx512vnni.name = "avx512vnni-simulated";
+  }
+};
+
+const Simulated& simulated() {
+  static const Simulated them;
+  return them;
 }
 
 }  // namespace
 
-KernelTables usable_kernels() {
-  static const KernelTable* const table = simulated();
-  return {&table, 1};
-}
+KernelTables usable_kernels() { return {simulated().tables, 2}; }
 
-const char* usable_names() { return simulated()->name; }
+const char* usable_names() { return "avxvnni-simulated avx512vnni-simulated"; }
 
-const KernelTable& kernels() { return *simulated(); }
+const KernelTable& kernels() { return simulated().avx512vnni; }
 
 const char* kernels_error() { return nullptr; }
 

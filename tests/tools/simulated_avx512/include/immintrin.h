@@ -25,6 +25,7 @@
 #undef _mm256_cvtps_ph
 #undef _mm256_fmadd_ps
 #undef _mm256_mask_storeu_epi16
+#undef _mm256_maskload_ps
 #undef _mm256_maskz_loadu_epi16
 #undef _mm512_abs_ps
 #undef _mm512_cvtepi32_epi8
@@ -118,6 +119,9 @@ inline __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* p) {
 }
 inline __m512i _mm512_maskz_loadu_epi8(__mmask64 m, const void* p) {
   return simulated::load<__m512i, int8_t>(m, p);
+}
+inline __m256 _mm256_maskload_ps(const float* p, __m256i m) {
+  return simulated::load<__m256, float>(_mm256_movemask_ps(_mm256_castsi256_ps(m)), p);
 }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* p) {
   return simulated::load<__m256i, int16_t>(m, p);
