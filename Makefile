@@ -6,11 +6,12 @@
 # make test-file-events   commands killed, and their disk filled, at every change to a file
 # make fuzz SECONDS=60   every fuzz entry for so long
 # make bench   speed of this machine on the shipped model, beside its roofline
+# make bench-peers   install what `dfssm bench --peer llama.cpp` and the plots take: llama.cpp is compiled for this CPU
 # make wheels  the wheels, into dist/, with auditwheel's verdict
 # make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench build wheels jetson lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels jetson lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -83,6 +84,11 @@ format: build
 bench: $(READY)
 	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
 	$(BIN)/dfssm bench $(DEMO)
+
+# None of it is in the lock: a build of five to ten minutes that only comparisons need.
+bench-peers: $(READY)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --progress-bar off \
+	  llama-cpp-python==0.3.36 gguf==0.19.0 matplotlib==3.11.2
 
 wheels: build
 	scripts/build_wheels.sh dist $(BIN)/python

@@ -19,7 +19,10 @@ from dfssm.targets import get_target
 
 from .bandwidth import Bandwidth, Probes
 from .child import follow_script, run_child
-from .device import CopyBandwidth, bench_batches, first_gpu, tokens_a_second
+from .device import BATCHES, CopyBandwidth, bench_batches, first_gpu
+from .ops import bench_ops
+from .peers import Peer, open_peer
+from .series import tokens_a_second
 from .speculation import bench_speculation
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
@@ -47,13 +50,16 @@ def bench(
     rounds: int = 7,
     peers: tuple[str, ...] = (),
     speculate: bool = False,
+    batches: tuple[int, ...] = (),
+    ops: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict:
     """Measure `bundle`; the result is that of docs/json.md, docs/bench.md says how to read it.
 
-    Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, and
-    lets each peer decode as many; on a GPU, larger batches follow. Raises DfssmError when the outputs are not
-    right: a wrong kernel's speed means nothing. `speculate`: speculation in rounds of its own.
+    Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, first alone
+    and then in each of `batches`, and lets each peer do what batch 1 does; on a GPU, batches follow. `ops`: where the
+    time of a token goes. `speculate`: speculation in rounds of its own. Raises DfssmError when the outputs are not
+    right: a wrong kernel's speed means nothing.
     """
     engine = Engine.load(bundle, threads=threads)
     if speculate:
@@ -61,39 +67,54 @@ def bench(
     check = check_outputs(bundle, engine)
     process = run_child(bundle, engine.threads, prompt, tokens)
     with ExitStack() as stack:
-        runners: dict[str, Callable[[int], float]] = {}
+        beside: dict[str, Peer] = {}
         for peer in peers:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
-            runners |= _open_peer(peer, engine, Path(folder))
-        series, reads, writes = _run_rounds(engine, runners, prompt, tokens, rounds, progress)
+            beside |= open_peer(peer, engine.config, Path(folder), engine.threads)
+        for each in beside.values():
+            stack.callback(each.close)
+        series, reads, writes = _run_rounds(engine, beside, batches, prompt, tokens, rounds, progress)
     backend = engine.backend
-
-    gpu, batches = None, []
-    if isinstance(backend, TensorRTBackend):
-        gpu = {"name": first_gpu()} | {key: engine.manifest.engine[key] for key in ("builder", "version", "lowering")}
-        batches = bench_batches(engine, backend, tokens, rounds, progress)
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
     state = engine.new_state().nbytes
-    floor_seconds = weights / (reads.rates * 1e9) + 2 * state / (writes.rates * 1e9)
+
+    def floor(batch: int = 1) -> np.ndarray:
+        """Tokens a second, f64[rounds]."""
+        return batch / (weights / (reads.rates * 1e9) + 2 * batch * state / (writes.rates * 1e9))
+
+    gpu, batched = None, []
+    if isinstance(backend, TensorRTBackend):
+        gpu = {"name": first_gpu()} | {key: engine.manifest.engine[key] for key in ("builder", "version", "lowering")}
+        batched = bench_batches(engine, backend, batches or BATCHES, tokens, rounds, progress)
+    else:
+        for batch in batches:
+            found = series[f"batch {batch}"]
+            batched.append({"batch": batch, **tokens_a_second(found), **_beside_floor(found, floor(batch))})
     rates = tokens_a_second(series["tok_s"])
     return {
         **rates,
         "gb_s": rates["tok_s"] * (weights + 2 * state) / 1e9,
-        "floor_tok_s": float(np.median(1 / floor_seconds)),
-        "floor_share": float(np.median(series["tok_s"] * floor_seconds)),
+        **_beside_floor(series["tok_s"], floor()),
         "read_gb_s": float(np.median(reads.rates)),
         "read_pattern": reads.pattern,
         "read_write_gb_s": float(np.median(writes.rates)),
         "read_write_pattern": writes.pattern,
         "step_bytes": {"weights": weights, "state_read": state, "state_written": state},
-        **{f"prefill_{name}": value for name, value in tokens_a_second(series["prefill_tok_s"]).items()},
+        **tokens_a_second(series["prefill"], "prefill_"),
         "peers": {
-            name: tokens_a_second(series[name]) | {"ratio": float(np.median(series["tok_s"] / series[name]))}
-            for name in runners
+            name: {
+                **tokens_a_second(series[name]),
+                "ratio": float(np.median(series["tok_s"] / series[name])),
+                **tokens_a_second(series[f"{name} prefill"], "prefill_"),
+                "prefill_ratio": float(np.median(series["prefill"] / series[f"{name} prefill"])),
+                "options": peer.options,
+            }
+            for name, peer in beside.items()
         },
         "gpu": gpu,
-        "batches": batches,
         "speculation": bench_speculation(engine, prompt, tokens, rounds, progress) if speculate else None,
+        "batches": batched,
+        "ops": bench_ops(engine, weights) if ops else None,
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,
@@ -133,8 +154,18 @@ def check_outputs(bundle: str | Path, engine: Engine) -> dict:
     return {"reference": reference, "rms_rel": error, "allowed": WRONG}
 
 
+def _beside_floor(rates: np.ndarray, floor: np.ndarray) -> dict:
+    return {"floor_tok_s": float(np.median(floor)), "floor_share": float(np.median(rates / floor))}
+
+
 def _run_rounds(
-    engine: Engine, runners: dict[str, Callable], prompt: int, tokens: int, rounds: int, progress: Progress
+    engine: Engine,
+    peers: dict[str, Peer],
+    batches: tuple[int, ...],
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    progress: Progress,
 ) -> tuple[dict[str, np.ndarray], Probes, Probes]:
     """Name -> tokens a second, f64[rounds]; the probes of reading, and of reading and writing, around each round."""
     size, backend = weight_bytes_of_step(engine.config, engine.manifest.layout), engine.backend
@@ -152,23 +183,30 @@ def _run_rounds(
     def record(name: str, value: float) -> None:
         series.setdefault(name, []).append(value)
 
+    # On a GPU they have rounds of their own.
+    states = {} if isinstance(backend, TensorRTBackend) else {batch: engine.new_state(batch) for batch in batches}
+
     engine.prefill(ids, state)
-    _decode(engine, state, 4)  # warm: pages, threads, clocks
+    for each in (state, *states.values()):
+        _decode(engine, each, 4)  # warm: pages, threads, clocks
     for index in range(rounds):
         time.sleep(REST)
         before = bandwidth.read(), bandwidth.read_write()
         state.reset()
         start = time.perf_counter()
         engine.prefill(ids, state)
-        record("prefill_tok_s", prompt / (time.perf_counter() - start))
+        record("prefill", prompt / (time.perf_counter() - start))
         record("tok_s", tokens / _decode(engine, state, tokens))
+        for batch, many in states.items():
+            record(f"batch {batch}", batch * tokens / _decode(engine, many, tokens))
         time.sleep(REST)
         reads.add(before[0], bandwidth.read())
         writes.add(before[1], bandwidth.read_write())
-        for name, decode in runners.items():
+        for name, peer in peers.items():
             time.sleep(REST)
-            decode(2)
-            record(name, tokens / decode(tokens))
+            peer.decode(2)
+            record(name, tokens / peer.decode(tokens))
+            record(f"{name} prefill", prompt / peer.prefill(prompt))
         progress(index + 1, rounds)
     bandwidth.close()
     return {name: np.array(values) for name, values in series.items()}, reads, writes
@@ -180,22 +218,8 @@ def _isa(engine: Engine) -> str | None:
 
 
 def _decode(engine: Engine, state, tokens: int) -> float:
-    """Seconds of `tokens` greedy steps, choice of the token included."""
-    token = np.zeros(1, np.int64)
+    """Seconds of `tokens` greedy steps, choice of the tokens included."""
     start = time.perf_counter()
     for _ in range(tokens):
-        token[0] = state.logits[0].argmax()
-        engine.advance(token, state)
+        engine.advance(state.logits.argmax(1), state)
     return time.perf_counter() - start
-
-
-def _open_peer(name: str, engine: Engine, folder: Path) -> dict[str, Callable[[int], float]]:
-    """The decode functions of a peer, by the name of each variant."""
-    if name != "stock-ort":
-        raise DfssmError(f"unknown peer '{name}': choose stock-ort")
-    from .stock_ort import open_peer
-
-    return {
-        "stock-ort, no head": open_peer(engine.config, folder / "body", engine.threads),
-        "stock-ort, 8-bit head": open_peer(engine.config, folder / "head8", engine.threads, head_bits=8),
-    }

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import cuda
 
 from . import gpu
+from .series import tokens_a_second
 
 BATCHES = (1, 8, 32, 128)
 
@@ -71,17 +72,16 @@ def first_gpu() -> str:
     return gpus[0].name if gpus else "unknown GPU"
 
 
-def tokens_a_second(rates: np.ndarray) -> dict:
-    """Median and quartiles of f64[rounds], by the keys of docs/json.md."""
-    low, median, high = np.percentile(rates, [25, 50, 75]).tolist()
-    return {"tok_s": median, "tok_s_quartiles": [low, high]}
-
-
 def bench_batches(
-    engine: Engine, backend: TensorRTBackend, tokens: int, rounds: int, progress: Callable[[int, int], None]
+    engine: Engine,
+    backend: TensorRTBackend,
+    batches: Sequence[int],
+    tokens: int,
+    rounds: int,
+    progress: Callable[[int, int], None],
 ) -> list[dict]:
-    """For every batch size that the engine takes: the step alone, whose logits stay on the device, and its floor."""
-    batches = [batch for batch in BATCHES if batch <= backend.max_batch]
+    """For each of `batches` that the engine takes: the step alone, whose logits stay on the device, and its floor."""
+    batches = [batch for batch in batches if batch <= backend.max_batch]
     probe = CopyBandwidth(backend.cuda, weight_bytes_of_step(engine.config, engine.manifest.layout))
     results = []
     for batch in batches:

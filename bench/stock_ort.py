@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,14 @@ import onnxruntime
 
 from dfssm.model.config import DFSSMConfig
 
-BLOCK = 128
+from .peers import Peer
+
+BLOCK = 128  # of 32 and 64, 128: the fastest, and the fewest bytes
+
+# Session options that may make it faster, and rounds in which they are tried.
+OPTIONS = ("mlas.use_lut_gemm",)
+TRIALS = 3
+
 MS = "com.microsoft"
 F32 = ir.DataType.FLOAT
 PAGE = 4096  # alignment of the weights, each of which then is mapped where it lies
@@ -40,42 +47,65 @@ def build_peer(config: dict, folder: Path, head_bits: int = 0) -> Path:
     return path
 
 
-def open_peer(config: dict, folder: Path, threads: int, head_bits: int = 0) -> Callable[[int], float]:
-    """Build and open the peer; returns decode(tokens) -> seconds. Its states are in place, like ours."""
+def open_best(config: dict, folder: Path, threads: int, head_bits: int) -> Peer:
+    """The fastest of the peers with and without each of OPTIONS, by a short trial in turns."""
+    path = build_peer(config, folder, head_bits)
+    trials = {option: open_peer(path, threads, option) for option in ("", *OPTIONS)}
+    rates: dict[str, list[float]] = {option: [] for option in trials}
+    for _ in range(TRIALS):
+        for option, peer in trials.items():
+            time.sleep(0.1)  # the threads of the one before spin so long
+            peer.decode(1)
+            rates[option].append(4 / peer.decode(4))
+    medians = {option: float(np.median(rate)) for option, rate in rates.items()}
+    best = trials[max(medians, key=medians.__getitem__)]
+    tried = ", ".join(f"{option or 'none'} {rate:.1f}" for option, rate in medians.items())
+    best.options += f"; session options tried, tok/s: {tried}"
+    return best
+
+
+def open_peer(path: Path, threads: int, option: str = "") -> Peer:
+    """Open the peer of `build_peer` with a session option set to 1. Its states are in place, like ours."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    path = build_peer(config, folder, head_bits)
+    if option:
+        options.add_session_config_entry(option, "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    held = []  # the binding holds addresses only
 
-    def bind(method: str, name: str, array: np.ndarray) -> None:
-        held.append(array)
-        getattr(binding, method)(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    width = next(tensor.shape[-1] for tensor in session.get_outputs() if tensor.name == "logits")
 
-    for tensor in session.get_inputs():
-        shape = [1 if isinstance(size, str) else size for size in tensor.shape]
-        array = np.zeros(shape, np.int64 if tensor.name == "input_ids" else np.float32)
-        bind("bind_input", tensor.name, array)
-        if tensor.name != "input_ids":
-            bind("bind_output", tensor.name.replace(".", "_out."), array)
-    bind(
-        "bind_output",
-        "logits",
-        np.empty((1, 1, config["vocab_size"] if head_bits else config["d_model"]), np.float32),
-    )
+    def run(tokens: int, times: int) -> float:
+        """Seconds of `times` runs of `tokens` tokens, from a state of zeros."""
+        binding = session.io_binding()
+        held = []  # the binding holds addresses only
 
-    def decode(tokens: int) -> float:
+        def bind(method: str, name: str, array: np.ndarray) -> None:
+            held.append(array)
+            getattr(binding, method)(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        for tensor in session.get_inputs():
+            sizes = {"B": 1, "T": tokens}
+            shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+            # full touches the pages, which zeros leaves to the first run
+            array = np.full(shape, 0, np.int64 if tensor.name == "input_ids" else np.float32)
+            bind("bind_input", tensor.name, array)
+            if tensor.name != "input_ids":
+                bind("bind_output", tensor.name.replace(".", "_out."), array)
+        bind("bind_output", "logits", np.empty((1, 1, width), np.float32))
         start = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(times):
             session.run_with_iobinding(binding)
         seconds = time.perf_counter() - start
         assert all(np.isfinite(array).all() for array in held), "the peer's numbers overflowed"
         return seconds
 
-    return decode
+    return Peer(
+        lambda tokens: run(1, tokens),
+        lambda tokens: run(tokens, 1),
+        f"MatMulNBits of 2 bits in blocks of {BLOCK}, accuracy level 4" + (f", {option}" if option else ""),
+    )
 
 
 class _Graph(ir.tape.Tape):
@@ -99,7 +129,8 @@ class _Graph(ir.tape.Tape):
         last = self.weight("last", np.array([-1]))
         h = self.norm("norm_f", self.op("Gather", [h, last], {"axis": 1}), c.d_model)
         out = self.linear("lm_head", h, c.vocab_size, c.d_model, head_bits) if head_bits else h
-        logits = self.op("Identity", [out], output=ir.val("logits", F32))
+        width = c.vocab_size if head_bits else c.d_model
+        logits = self.op("Identity", [out], output=ir.val("logits", F32, ("B", 1, width)))
         graph = ir.Graph(
             [ids, *self.inputs],
             [logits, *self.outputs],

@@ -19,6 +19,8 @@ from .options import (
     whole,
 )
 
+PEERS = {"stock-ort": {"compile": ["onnx", "onnx-ir"]}, "llama.cpp": {"": ["llama-cpp-python", "gguf"]}}
+
 
 @click.command()
 @bundle_argument
@@ -31,10 +33,12 @@ from .options import (
     "--peer",
     "peers",
     multiple=True,
-    type=click.Choice(["stock-ort"]),
-    help="Also time ONNX Runtime's own 2-bit operators, in the same rounds.",
+    type=click.Choice(list(PEERS)),
+    help="Also time ONNX Runtime's own 2-bit operators, or llama.cpp (`make bench-peers`), in the same rounds.",
 )
 @click.option("--speculate", is_flag=True, help="Also time speculation, by the share of drafts that are right.")
+@click.option("--batch", "batches", multiple=True, type=whole(1, 2**16), metavar="N", help="Also so many sequences.")
+@click.option("--ops", is_flag=True, help="Also where the time of a token goes, op by op.")
 @json_option
 def bench(bundle: str, as_json: bool, **settings) -> None:
     """Measure the speed of BUNDLE on this machine.
@@ -43,8 +47,7 @@ def bench(bundle: str, as_json: bool, **settings) -> None:
     outputs are checked first: a bundle that computes wrong values is not timed. docs/bench.md explains the figures.
     """
     folder = paths.bundle(bundle)
-    if settings["peers"]:
-        require({"compile": ["onnx", "onnx-ir"]})
+    require(*(PEERS[peer] for peer in settings["peers"]))
     from dfssm.bench.decode import bench as run
 
     with progress_bar("bench") as progress:
@@ -71,7 +74,10 @@ def _text(result: dict) -> str:
         ["prefill", f"{result['prefill_tok_s']:.1f} tok/s", f"prompt of {result['prompt']} tokens"],
     ]
     for name, peer in result["peers"].items():
-        rows.append([name, f"{peer['tok_s']:.1f} tok/s", f"this bundle is {peer['ratio']:.2f} times as fast"])
+        low, high = peer["tok_s_quartiles"]
+        decode = f"quartiles {low:.1f} to {high:.1f}; this bundle is {peer['ratio']:.2f} times as fast"
+        prefill = f"prefill {peer['prefill_tok_s']:.1f} tok/s, {peer['prefill_ratio']:.2f} times"
+        rows.append([name, f"{peer['tok_s']:.1f} tok/s", f"{decode}; {prefill}; {peer['options']}"])
     rows += [[f"batch {batch['batch']}", f"{batch['tok_s']:,.0f} tok/s", _beside(batch)] for batch in result["batches"]]
     for entry in result["speculation"] or []:
         rows.append(
@@ -82,6 +88,9 @@ def _text(result: dict) -> str:
                 "so many of the drafts are right",
             ]
         )
+    if ops := result["ops"]:
+        rows += [[op["op"], f"{1e3 * op['seconds']:.2f} ms", _op(op)] for op in ops["table"]]
+        rows.append(["the rest", f"{1e3 * ops['outside_share'] * ops['seconds']:.2f} ms", _outside(ops)])
     rows += [
         ["memory", megabytes(result["rss_bytes"]), _memory(result)],
         ["load", f"{result['load_seconds']:.2f} s", "hashes of all files checked"],
@@ -112,9 +121,23 @@ def _what_ran(result: dict) -> str:
 
 def _beside(batch: dict) -> str:
     """What one batch size is compared with."""
-    limit = f"step only; {100 * batch['floor_share']:.0f} % of its limit, {batch['floor_tok_s']:,.0f} tok/s"
+    limit = f"{100 * batch['floor_share']:.0f} % of its limit, {batch['floor_tok_s']:,.0f} tok/s"
+    if "recorded" not in batch:
+        return limit
+    limit = f"step only; {limit}"
     predicted = f"; predicted {batch['predicted_tok_s']:,.0f} tok/s" if batch["predicted_tok_s"] else ""
     return limit + predicted + ("" if batch["recorded"] else "; not recorded as a CUDA graph")
+
+
+def _op(op: dict) -> str:
+    """What an op reaches."""
+    cycle = f", {op['weights_cycle']:.1f} weights a cycle of a core" if op["weights_cycle"] else ""
+    nodes = f"a token in {op['nodes']} nodes"
+    return f"{nodes}, {op['gb_s']:.1f} GB/s, {100 * op['floor_share']:.0f} % of the limit{cycle}"
+
+
+def _outside(ops: dict) -> str:
+    return f"{100 * ops['outside_share']:.1f} % of a token is outside our kernels"
 
 
 def _memory(result: dict) -> str:

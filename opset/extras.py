@@ -16,7 +16,7 @@ from .errors import DfssmError
 Needs = Mapping[str, Sequence[str]]
 """Extra of dfssm -> those of its packages that are needed; "" -> packages to be installed by their own name."""
 
-_MODULES = {"cuda-bindings": "cuda.bindings", "tensorrt-rtx-cu13": "tensorrt_rtx"}
+_MODULES = {"cuda-bindings": "cuda.bindings", "llama-cpp-python": "llama_cpp", "tensorrt-rtx-cu13": "tensorrt_rtx"}
 """Of the packages whose module has another name."""
 
 

@@ -164,15 +164,20 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
 
 
 def open_session(
-    folder: str | Path | Files, threads: int = 0, model: str = MODEL, own: Path | None = None, mmap: bool = True
+    folder: str | Path | Files,
+    threads: int = 0,
+    model: str = MODEL,
+    own: Path | None = None,
+    mmap: bool = True,
+    profile: str = "",
 ) -> onnxruntime.InferenceSession:
-    """The graph `model` of `folder` with the op library registered.
+    """The graph `model` of `folder` with the op library registered. `profile`: as of `session_options`.
 
     Raises DfssmError when the library is missing, does not load or is of another version, or when ONNX Runtime refuses
     the model.
     """
     library = find_library(own)
-    options = session_options(threads)
+    options = session_options(threads, profile)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _register(options, library)
     session = create_session(folder, model, options, mmap)

@@ -31,14 +31,17 @@ MOST_THREADS = 4
 _PIECE = 1 << 22  # bytes of the weights that one thread reads at a time
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """Options for a step graph; `threads` = 0 lets ONNX Runtime take one a physical core."""
+def session_options(threads: int, profile: str = "") -> onnxruntime.SessionOptions:
+    """Options for a step graph; `threads` = 0 lets ONNX Runtime take one a physical core. `profile`: how the name of
+    the file begins that `session.end_profiling` writes.
+    """
     import onnxruntime
 
     most = MOST_THREADS * (os.cpu_count() or 1)
     require_whole("threads", threads, 0, most, "0 = one a core")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_profiling, options.profile_file_prefix = bool(profile), profile
     # A step is a chain: no two nodes of it can run side by side.
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

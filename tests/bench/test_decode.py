@@ -61,14 +61,44 @@ def test_a_child_that_fails_is_named(tmp_path):
 
 def test_the_peer_runs_beside_the_bundle(tiny_bundle):
     result = decode.bench(str(tiny_bundle), prompt=2, tokens=2, rounds=2, peers=("stock-ort",))
-    assert set(result["peers"]) == {"stock-ort, no head", "stock-ort, 8-bit head"}
-    for peer in result["peers"].values():
-        assert peer["tok_s"] > 0 and peer["ratio"] > 0
+    (peer,) = result["peers"].values()
+    assert set(result["peers"]) == {"stock-ort, 8-bit head"}
+    assert min(peer["tok_s"], peer["ratio"], peer["prefill_tok_s"], peer["prefill_ratio"]) > 0
+    assert "session options tried, tok/s: none " in peer["options"]
 
 
 def test_an_unknown_peer_is_named(tiny_bundle):
-    with pytest.raises(DfssmError, match="unknown peer 'other': choose stock-ort"):
+    with pytest.raises(DfssmError, match="unknown peer 'other': choose stock-ort or llama.cpp"):
         decode.bench(str(tiny_bundle), prompt=2, tokens=2, rounds=1, peers=("other",))
+
+
+def test_sequences_at_once_have_a_limit_of_their_own(tiny_bundle):
+    result = decode.bench(str(tiny_bundle), threads=1, prompt=2, tokens=2, rounds=2, batches=(1, 3))
+    one, three = result["batches"]
+    assert (one["batch"], three["batch"]) == (1, 3) and 0 < three["floor_share"] < 1
+    assert one["floor_tok_s"] == pytest.approx(result["floor_tok_s"])
+    assert one["floor_tok_s"] < three["floor_tok_s"] < 3 * one["floor_tok_s"], "weights are read once"
+
+
+def test_ops_say_where_a_token_goes(tmp_path):
+    bundle = tiny.write_bundle(tmp_path / "b", target="ort-cpu", state_dtype="fp16")
+    arguments = ["bench", str(bundle), "--ops", "--rounds", "1", "--tokens", "2", "--prompt", "2"]
+    ops = json.loads(CliRunner().invoke(dfssm, [*arguments, "--json"], catch_exceptions=False).stdout)["ops"]
+    nodes, layers = {row["op"]: row["nodes"] for row in ops["table"]}, tiny.CONFIG.n_layer
+    assert nodes == {
+        "RMSNorm": layers + 1, "BinaryScaffoldMatMul": 2 * layers, "CausalConv1dStep": layers,
+        "SelectiveScanStep": layers, "GatedRMSNorm": layers, "Int8MatMul": 1,
+    }  # fmt: skip
+    assert {row["op"] for row in ops["table"] if row["weights_cycle"]} == {"BinaryScaffoldMatMul", "Int8MatMul"}
+    within = sum(row["seconds"] for row in ops["table"]) / ops["seconds"]
+    assert ops["outside_share"] == pytest.approx(1 - within)
+    assert "outside our kernels" in CliRunner().invoke(dfssm, arguments, catch_exceptions=False).stdout
+
+
+def test_ops_are_those_of_our_kernels(tmp_path):
+    bundle = tiny.write_bundle(tmp_path / "b", target="onnx")
+    with pytest.raises(DfssmError, match="--ops takes a bundle of target ort-cpu, this one is onnx"):
+        decode.bench(str(bundle), prompt=2, tokens=2, rounds=1, ops=True)
 
 
 def test_the_machine_states_itself():

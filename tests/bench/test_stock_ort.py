@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import tiny
 
-from dfssm.bench.stock_ort import build_peer, open_peer
+from dfssm.bench.stock_ort import OPTIONS, build_peer, open_peer
 from dfssm.opset.reference import selective_scan_step_ref
 
 # one group: com.microsoft LinearAttention shares B and C among all heads
@@ -43,9 +43,11 @@ def test_the_peers_recurrence_is_mamba2s(tmp_path):
     assert np.abs(state - expected_state).max() <= 1e-4 * np.abs(expected_state).max()
 
 
+@pytest.mark.parametrize("option", ["", *OPTIONS])
 @pytest.mark.parametrize("head_bits", [0, 8])
-def test_it_decodes(tmp_path, head_bits):
-    assert open_peer(CONFIG, tmp_path, threads=1, head_bits=head_bits)(3) > 0
+def test_it_decodes_and_reads_prompts(tmp_path, head_bits, option):
+    peer = open_peer(build_peer(CONFIG, tmp_path, head_bits), threads=1, option=option)
+    assert peer.decode(3) > 0 and peer.prefill(5) > 0
 
 
 def test_its_projections_are_two_bits_a_weight(tmp_path):

@@ -40,6 +40,7 @@ MISSING = {
     "dfssm verify b --bisect": lacks("onnx", install="'dfssm[compile]'"),
     "dfssm verify b --polygraphy new": lacks("polygraphy", install="'dfssm[compile]'"),
     "dfssm bench b --peer stock-ort": lacks("onnx", "onnx-ir", install="'dfssm[compile]'"),
+    "dfssm bench b --peer llama.cpp": lacks("llama-cpp-python", "gguf", install="llama-cpp-python gguf"),
     DISTILL: lacks("torch", install="'dfssm[distill]'"),
     "dfssm distill teacher --data a.txt --data more -o new": lacks("torch", "pyarrow", install="'dfssm[distill]'"),
     "dfssm distill teacher --data hf:a -o new --tensorboard --wandb p": lacks(
