@@ -5,7 +5,7 @@
 # make test-sanitizers   kernels and op library built with AddressSanitizer and UndefinedBehaviorSanitizer: their tests
 # make test-file-events   commands killed, and their disk filled, at every change to a file
 # make fuzz SECONDS=60   every fuzz entry for so long
-# make bench   speed of this machine on the shipped model, beside its roofline
+# make bench   speed of this machine on models of 130M to 2.7B, beside its roofline and its peers; after make bench-peers
 # make bench-peers   install what `dfssm bench --peer llama.cpp` and the plots take: llama.cpp is compiled for this CPU
 # make wheels  the wheels, into dist/, with auditwheel's verdict
 # make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
@@ -82,8 +82,7 @@ format: build
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(READY)
-	$(BIN)/dfcompile examples/demo/model.pt --target ort-cpu -o $(DEMO) --force
-	$(BIN)/dfssm bench $(DEMO)
+	$(BIN)/python -m dfssm.bench.report
 
 # None of it is in the lock: a build of five to ten minutes that only comparisons need.
 bench-peers: $(READY)

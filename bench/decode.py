@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 
@@ -52,14 +54,15 @@ def bench(
     speculate: bool = False,
     batches: tuple[int, ...] = (),
     ops: bool = False,
+    busy: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> dict:
     """Measure `bundle`; the result is that of docs/json.md, docs/bench.md says how to read it.
 
     Each of `rounds` rounds probes the memory, reads a prompt of `prompt` tokens, decodes `tokens` tokens, first alone
     and then in each of `batches`, and lets each peer do what batch 1 does; on a GPU, batches follow. `ops`: where the
-    time of a token goes. `speculate`: speculation in rounds of its own. Raises DfssmError when the outputs are not
-    right: a wrong kernel's speed means nothing.
+    time of a token goes. `speculate`: speculation in rounds of its own. `busy`: so many other processes each keep a
+    core busy meanwhile. Raises DfssmError when the outputs are not right: a wrong kernel's speed means nothing.
     """
     engine = Engine.load(bundle, threads=threads)
     if speculate:
@@ -73,6 +76,8 @@ def bench(
             beside |= open_peer(peer, engine.config, Path(folder), engine.threads)
         for each in beside.values():
             stack.callback(each.close)
+        for _ in range(busy):
+            stack.callback(Popen([sys.executable, "-c", "while True: pass"]).kill)
         series, reads, writes = _run_rounds(engine, beside, batches, prompt, tokens, rounds, progress)
     backend = engine.backend
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
@@ -122,6 +127,7 @@ def bench(
         "prompt": prompt,
         "tokens": tokens,
         "rounds": rounds,
+        "busy": busy,
         "check": check,
         **process,
         "machine": machine() | {"isas": instruction_sets(), "packages": packages()},

@@ -39,6 +39,9 @@ PEERS = {"stock-ort": {"compile": ["onnx", "onnx-ir"]}, "llama.cpp": {"": ["llam
 @click.option("--speculate", is_flag=True, help="Also time speculation, by the share of drafts that are right.")
 @click.option("--batch", "batches", multiple=True, type=whole(1, 2**16), metavar="N", help="Also so many sequences.")
 @click.option("--ops", is_flag=True, help="Also where the time of a token goes, op by op.")
+@click.option(
+    "--busy", type=whole(0, 1024), default=0, metavar="N", help="Beside N other processes that keep a core busy."
+)
 @json_option
 def bench(bundle: str, as_json: bool, **settings) -> None:
     """Measure the speed of BUNDLE on this machine.

@@ -6,10 +6,12 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from .rows import RECENT
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token that is one byte, to a decoder with ByteFallback
 
