@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import click
@@ -102,6 +103,8 @@ def _text(report: dict) -> str:
         sm = ", ".join(map(str, engine["sm"]))
         lines.append(f"built by {engine['builder']} {engine['version']} ({engine['why']}) for SM {sm}")
         lines.append(_memory(engine["memory"]))
+    if report["machine"] not in (None, platform.machine()):
+        lines.append(f"for {report['machine']}, verified with the kernels of this machine: `dfssm verify` it there")
     lines.append(
         f"{report['output']}: {megabytes(report['bytes'])}, target {report['target']}, {report['state_dtype']} states"
     )

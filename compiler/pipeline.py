@@ -103,6 +103,7 @@ class Report:
             "target": self.manifest.target,
             "state_dtype": self.manifest.state_dtype,
             "layout": self.manifest.layout,
+            "machine": self.manifest.machine,
             "config": self.manifest.config,
             "files": self.manifest.files,
             "bytes": self.bytes,
@@ -254,7 +255,7 @@ def finish(job: Job) -> None:
             tools={tool: version(tool) for tool in TOOLS} | {"python": platform.python_version()},
             verification=job.verification,
             engine=job.engine,
-            machine=None if job.target.PORTABLE else platform.machine(),
+            machine=job.target.machine(**job.request.options),
             model_sha256=job.model_sha256,
         )
         (job.stage / MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")

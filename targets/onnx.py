@@ -35,7 +35,6 @@ IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
 LIBRARY = ""
-PORTABLE = True
 IN_PLACE = False  # a function body in stock ops reads what it has written
 EXACT = False  # sums are added up as ONNX Runtime likes on this CPU
 
@@ -57,6 +56,10 @@ def kernels(own: Path | None = None) -> str:
     import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__} on {platform.machine()}"
+
+
+def machine(**options: Any) -> None:
+    """Any."""
 
 
 def triton_backend(**options: Any) -> str:

@@ -35,13 +35,11 @@ NAME = "ort-cpu"
 SUMMARY = "ONNX Runtime with our CPU kernels"
 
 _LAYOUT_OF = {
-    "avx512vnni": LAYOUT_ROW16,
-    "avxvnni": LAYOUT_ROW64,
-    "avx2": LAYOUT_ROW64,
-    "i8mm": LAYOUT_ROW64,
-    "dotprod": LAYOUT_ROW64,
-    "scalar": LAYOUT_ROW16,
+    "x86_64": {"avx512vnni": LAYOUT_ROW16, "avxvnni": LAYOUT_ROW64, "avx2": LAYOUT_ROW64, "scalar": LAYOUT_ROW16},
+    "aarch64": {"i8mm": LAYOUT_ROW64, "dotprod": LAYOUT_ROW64, "scalar": LAYOUT_ROW16},
 }
+"""Of machines, as `platform.machine` names them, the instruction sets that there are kernels for, the best first."""
+
 LAYOUTS = (LAYOUT_ROW16, LAYOUT_ROW64)
 
 # Decode is bound by bytes moved, and the state is read and written at every token: fp16 halves the largest item of the
@@ -52,18 +50,24 @@ VERIFY_STEPS = 8
 VERIFIED_BY = (NAME,)
 OPTIONS = (
     Option(
+        "machine",
+        "",
+        "Machine that the bundle is for. For another one it is verified with this one's kernels, and has no library.",
+        metavar="|".join(_LAYOUT_OF),
+        default_text="this machine",
+    ),
+    Option(
         "isa",
         "",
         "Instruction set that the bits are laid out for. The bundle runs on every CPU, but fastest on one with it.",
-        metavar="|".join(_LAYOUT_OF),
-        default_text="this machine's",
+        metavar="|".join(dict.fromkeys(isa for isas in _LAYOUT_OF.values() for isa in isas)),
+        default_text="the machine's best",
     ),
 )
 
 IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
-PORTABLE = False
 IN_PLACE = True
 EXACT = True  # with any number of threads, too
 
@@ -133,17 +137,30 @@ def installed_library() -> CpuLibrary | None:
         return None
 
 
+def machine(**options: Any) -> str:
+    """The one that the options name, else this one."""
+    name: str = options.get("machine") or platform.machine()
+    if options.get("machine") and name not in _LAYOUT_OF:
+        raise DfssmError(f"--machine is {name}: give {', '.join(_LAYOUT_OF)}")
+    return name
+
+
 def triton_backend(**options: Any) -> str:
-    """That of ONNX Runtime."""
+    """That of ONNX Runtime. DfssmError for another machine: Triton loads the op library of the repository."""
+    if machine(**options) != platform.machine():
+        raise DfssmError(f"--machine is {machine(**options)}: make a Triton repository on such a machine")
     return "onnxruntime"
 
 
 def layout(**options: Any) -> int:
-    """That of the kernels of `isa`; "": of those that run here."""
-    name = options.get("isa") or CpuLibrary(find_library()).isa()
-    if name not in _LAYOUT_OF:
-        raise DfssmError(f"--isa is {name}: give {', '.join(_LAYOUT_OF)}")
-    return _LAYOUT_OF[name]
+    """That of the kernels of `isa`; "": of those that run here, or the best of another machine."""
+    of = machine(**options)
+    known = _LAYOUT_OF.get(of, {"scalar": LAYOUT_ROW16})
+    here = of == platform.machine()
+    name = options.get("isa") or (CpuLibrary(find_library()).isa() if here else next(iter(known)))
+    if name not in known:
+        raise DfssmError(f"--isa is {name}: give {', '.join(known)} for {of}, or another --machine")
+    return known[name]
 
 
 def lower(tensors: Tensors, layout: int) -> Tensors:
@@ -158,7 +175,11 @@ def lower(tensors: Tensors, layout: int) -> Tensors:
 
 
 def build(folder: Path, progress: Progress | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
-    """Copies the op library into `folder`, so that the bundle runs where only ONNX Runtime is installed."""
+    """Copies the op library into `folder`, so that the bundle runs where only ONNX Runtime is installed. The library of
+    another machine is not here to be copied.
+    """
+    if machine(**options) != platform.machine():
+        return [MODEL, DATA], {}
     shutil.copyfile(find_library(), folder / LIBRARY)
     return [MODEL, DATA, LIBRARY], {}
 

@@ -75,7 +75,6 @@ class Target(Protocol):
     """Whether bundles hold an engine (then it is an `EngineTarget`) in the place of the step graph."""
     FILES: tuple[str, ...]  # that every bundle has
     WEIGHTS: str  # the one of them whose hash tells one model from another
-    PORTABLE: bool  # bundles run on machines of any architecture
     IN_PLACE: bool  # a state may be written where it is read
     EXACT: bool  # runs give the same bits wherever `kernels` says the same
     LIBRARY: str  # the native library that runs bundles, which they hold a copy of; "" for none
@@ -88,6 +87,9 @@ class Target(Protocol):
 
     def kernels(self, own: Path | None = None) -> str:
         """What runs bundles here, as far as their numbers depend on it; `own` as of `open_session`."""
+
+    def machine(self, **options: Any) -> str | None:
+        """The architecture that bundles built with these options run on, as `platform.machine` names it; None: any."""
 
     def triton_backend(self, **options: Any) -> str:
         """Name of Triton's backend that runs what is built with these options. DfssmError where none does."""

@@ -7,6 +7,7 @@ proves here is everything but the run: see `VERIFIED_BY` and docs/trt.md.
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,7 +49,6 @@ VERIFIED_BY = ("ort-cpu", "onnx")
 IS_ENGINE = True
 FILES = (ENGINE,)
 WEIGHTS = ENGINE
-PORTABLE = False
 IN_PLACE = False  # as far as the target knows: the engine itself says which outputs lie on their inputs
 EXACT = False  # TensorRT-RTX chooses kernels as it runs
 
@@ -88,6 +88,11 @@ def find_library(own: Path | None = None) -> Path:
         f"install dfssm-trt, trust the bundle's own with --trust, set {LIBRARY_VARIABLE} to the file, "
         "or compile with --lowering native",
     )
+
+
+def machine(**options: Any) -> str:
+    """This one: TensorRT builds for it."""
+    return platform.machine()
 
 
 def triton_backend(**options: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -160,7 +159,7 @@ def write_bundle(
     files = {name: file_entry(folder / name) for name in names}
     manifest = Manifest(
         target, json.loads(json.dumps(config.to_dict())), state_dtype, layout, files, engine=engine,
-        machine=None if module.PORTABLE else platform.machine(), model_sha256="0" * 64,
+        machine=module.machine(), model_sha256="0" * 64,
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder

@@ -21,6 +21,7 @@ from dfssm.export.builder import GraphBuilder
 from dfssm.model.checkpoint import save_student
 from dfssm.opset import OPS, DfssmError
 from dfssm.opset.schema import STATE_DTYPES
+from dfssm.runtime import Engine
 from dfssm.targets import TARGETS, get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
 from dfssm.verify.bundle import SEED, TOKENS
@@ -75,6 +76,28 @@ def fails(result, words, left=()):
 def test_the_bits_lie_as_an_instruction_set_reads_them(model, command, tmp_path, isa, layout):
     report = json.loads(command(model, "--target", "ort-cpu", "--isa", isa, "--json")[1])
     assert report["layout"] == layout and report["verification"]["passed"]
+
+
+def test_a_bundle_for_another_machine(model, command, tmp_path, monkeypatch):
+    """It is verified here and refused here; the machine that it is for runs it with its own library."""
+    other = "x86_64" if platform.machine() == "aarch64" else "aarch64"
+    status, out, _, names = command(model, "--target", "ort-cpu", "--machine", other)
+    assert status == 0 and f"for {other}, verified with the kernels of this machine: `dfssm verify` it there\n" in out
+    folder = tmp_path / "out" / names[0]
+    manifest = read_manifest(folder)
+    assert manifest.machine == other and manifest.verification["passed"]
+    assert "golden.safetensors" in manifest.files and "libdfssm_ort_cpu.so" not in manifest.files
+    here = platform.machine()
+    with pytest.raises(DfssmError, match=f"is for {other}, this machine is {here}: compile the model again here$"):
+        Engine.load(folder)
+    monkeypatch.setattr(platform, "machine", lambda: other)
+    assert np.isfinite(Engine.load(folder).logits([[1, 2, 3]])).all()
+
+
+def test_a_triton_repository_for_another_machine_is_refused(model, command):
+    other = "x86_64" if platform.machine() == "aarch64" else "aarch64"
+    done = command(model, "--target", "ort-cpu", "--machine", other, "--emit", "triton-repository")
+    fails(done, f"--machine is {other}: make a Triton repository on such a machine")
 
 
 def test_a_working_directory_that_is_gone(model, command, tmp_path, monkeypatch):

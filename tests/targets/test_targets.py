@@ -12,7 +12,7 @@ import tiny
 
 from dfssm import _native
 from dfssm.opset import DfssmError
-from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.layouts import LAYOUT_ROW64, LAYOUTS
 from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets import TARGETS, get_target, ort_cpu
@@ -209,5 +209,17 @@ def test_session_that_does_not_open(name, bundle, tmp_path):
 
 
 def test_an_unknown_instruction_set_is_one_line():
-    with pytest.raises(DfssmError, match="^--isa is avx: give avx512vnni, avxvnni, avx2, i8mm, dotprod, scalar$"):
-        ort_cpu.layout(isa="avx")
+    with pytest.raises(DfssmError, match="^--isa is avx: give avx512vnni, avxvnni, avx2, scalar for x86_64, or "):
+        ort_cpu.layout(isa="avx", machine="x86_64")
+
+
+def test_another_machine_has_its_own_instruction_sets(monkeypatch):
+    assert ort_cpu.layout(machine="aarch64") == ort_cpu.layout(machine="aarch64", isa="dotprod") == LAYOUT_ROW64
+    with pytest.raises(DfssmError, match="^--isa is avx2: give i8mm, dotprod, scalar for aarch64, or another --"):
+        ort_cpu.layout(machine="aarch64", isa="avx2")
+    with pytest.raises(DfssmError, match="^--machine is sparc: give x86_64, aarch64$"):
+        ort_cpu.layout(machine="sparc")
+    with pytest.raises(DfssmError, match="^--machine is sparc: "):
+        ort_cpu.machine(machine="sparc")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")  # one that there are no kernels for but the plain ones
+    assert ort_cpu.machine() == "riscv64" and ort_cpu.layout(isa="scalar") in ort_cpu.LAYOUTS
