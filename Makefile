@@ -8,10 +8,11 @@
 # make bench   speed of this machine on models of 130M to 2.7B, beside its roofline and its peers; after make bench-peers
 # make bench-peers   install what `dfssm bench --peer llama.cpp` and the plots take: llama.cpp is compiled for this CPU
 # make wheels  the wheels, into dist/, with auditwheel's verdict
+# make arm     the wheel of dfssm for Linux on Arm, cross-compiled, into dist/
 # make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels jetson lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -91,6 +92,9 @@ bench-peers: $(READY)
 
 wheels: build
 	scripts/build_wheels.sh dist $(BIN)/python
+
+arm: build
+	scripts/build_arm.sh dist $(BIN)/python
 
 jetson: build
 	scripts/build_jetson.sh dist $(BIN)/python

@@ -1,5 +1,5 @@
-# Toolchain file: the plugin library for Linux on Arm, compiled on x86-64. scripts/build_jetson.sh makes the CUDA toolkit
-# that $DFSSM_CROSS_CUDA names.
+# Toolchain file: our libraries for Linux on Arm, compiled on x86-64. scripts/build_jetson.sh makes the CUDA toolkit that
+# $DFSSM_CROSS_CUDA names; without one no CUDA is compiled.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

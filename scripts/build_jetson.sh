@@ -10,21 +10,13 @@ set -eu
 out=${1:?name the folder for the wheel}
 python=${2:-python3}
 cd "$(dirname "$0")/.."
-root=$(pwd)
-work=$root/build/jetson
+work=$PWD/build/jetson
 runtime="nvidia-cuda-runtime==13.0.96 --hash=sha256:ef9bcbe90493a2b9d810e43d249adb3d02e98dd30200d86607d8d02687c43f55"
 
-die() {
-  echo "build_jetson: $*" >&2
-  exit 1
-}
-
+. scripts/aarch64.sh
 command -v nvcc >/dev/null || die "no nvcc on PATH: install the CUDA toolkit"
-command -v aarch64-linux-gnu-g++ >/dev/null || die "no aarch64-linux-gnu-g++: apt-get install g++-aarch64-linux-gnu"
 nvcc --version | grep -q "release 13.0" || die "nvcc is not of CUDA 13.0, as the runtime library for Arm is"
-mkdir -p "$work" "$out"
-exec 9>"$work/lock"
-flock 9
+take_turns
 
 # The toolkit as NVIDIA's packages for cross compilation lay it out: the programs of this one, beside them what Arm links.
 cuda=$work/cuda
@@ -43,14 +35,6 @@ echo "$runtime" >"$work/runtime.txt"
 ln -s "$work"/runtime/nvidia/cu13/lib/* "$target/lib/"
 ln -s libcudart.so.13 "$target/lib/libcudart.so" # by which CMake knows a toolkit
 
-export DFSSM_CROSS_CUDA="$cuda" DFSSM_CUDA_ARCHS="87;110" CMAKE_TOOLCHAIN_FILE="$root/cmake/aarch64.cmake"
-export _PYTHON_HOST_PLATFORM=linux-aarch64 # what the wheel is for
-PATH=$(cd "$(dirname "$python")" && pwd):$PATH
-"$python" -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w "$out" \
-  --config-settings=build-dir="$work/native" plugins/trt
-
-# auditwheel reads no wheel of another machine.
-library=$work/native/plugins/trt/libdfssm_trt.so
-readelf -h "$library" | grep -q "Machine: *AArch64" || die "$library is not for Arm"
-newest=$(readelf -V "$library" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1)
+export DFSSM_CROSS_CUDA="$cuda" DFSSM_CUDA_ARCHS="87;110"
+cross_wheel plugins/trt plugins/trt/libdfssm_trt.so linux-aarch64
 echo "$(ls "$out"/dfssm_trt-*_aarch64.whl): SM 87 and 110, PTX for newer ones, needs $newest"

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import arm
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +123,21 @@ def test_the_op_library_shows_its_c_functions_and_needs_no_onnxruntime(wheel, tm
     assert sorted(line.split()[-1] for line in symbols) == EXPORTS
     needed = subprocess.check_output(["readelf", "-d", library], text=True)
     assert "NEEDED" in needed and "onnxruntime" not in needed  # the loader hands its functions over
+
+
+def test_a_wheel_for_arm_is_cross_compiled(wheel, tmp_path):
+    """It holds what the wheel for this machine does, and its library loads where the emulator is."""
+    arm.native("i8mm")  # or skips
+    command = [ROOT / "scripts/build_arm.sh", tmp_path, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.iterdir()
+    assert built.name == "dfssm-0.1.0-py3-none-manylinux_2_28_aarch64.whl" and built.name in done.stdout
+    here, there = ({name for name in zipfile.ZipFile(w).namelist() if name[-1] != "/"} for w in (wheel, built))
+    assert here == there
+    library = zipfile.ZipFile(built).extract("dfssm/libdfssm_ort_cpu.so", tmp_path)
+    loaded = subprocess.run(arm.command("neoverse-n1", "load_library", library), capture_output=True, text=True)
+    assert loaded.stdout.startswith("scalar dotprod\n"), loaded.stderr
 
 
 def test_the_source_distribution_holds_each_part_once(tmp_path):

@@ -341,8 +341,13 @@ def bare(folder: Path, command: str, there: dict[str, str]) -> subprocess.Comple
             "gpu_check: {root}/packed is not packed: scripts/gpu_check.sh pack",
         ),
         ("gpu_check.sh fly", {}, "gpu_check: usage: "),
-        ("build_jetson.sh dist", {}, "build_jetson: no nvcc on PATH: install the CUDA toolkit"),
-        ("build_jetson.sh dist", {"nvcc": ""}, "build_jetson: no aarch64-linux-gnu-g++: apt-get install g++-aarch64-"),
+        ("build_arm.sh dist", {}, "build_arm: no aarch64-linux-gnu-g++: apt-get install g++-aarch64-linux-gnu"),
+        ("build_jetson.sh dist", {}, "build_jetson: no aarch64-linux-gnu-g++: apt-get install g++-aarch64-linux-gnu"),
+        (
+            "build_jetson.sh dist",
+            {"aarch64-linux-gnu-g++": ""},
+            "build_jetson: no nvcc on PATH: install the CUDA toolkit",
+        ),
         (
             "build_jetson.sh dist",
             {"nvcc": "echo release 12.6", "aarch64-linux-gnu-g++": ""},
