@@ -78,10 +78,10 @@ inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t,
 // sum again at most 32512, into int32.
 constexpr int kTilesPerFold = 8;
 
-void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
+template <class Prefetch>
+void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1, Prefetch ahead) {
   const int64_t columns = a.K / kTileColumns;
   const uint8_t* tile = tiles_of(a, plane, block0 * kTileRows);
-  Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
     __m256i positive[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -293,9 +293,9 @@ inline void finish_block(const ScaffoldArgs& a, int64_t plane, int64_t row, int6
   }
 }
 
-void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1) {
+template <class Prefetch>
+void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1, Prefetch ahead) {
   const uint8_t* tile = tiles_of(a, plane, row0);
-  Ahead ahead(tile);
   for (int64_t row = row0; row < row1; row += kBlockRows) {
     __m256i sums[1][8] = {};
     for (int64_t k = 0; k < a.K; k += kBlockColumns) {
@@ -333,9 +333,9 @@ void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* 
       sums);
 }
 
-void look_up_many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1) {
+template <class Prefetch>
+void look_up_many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1, Prefetch ahead) {
   const uint8_t* tile = tiles_of(a, plane, row0);
-  Ahead ahead(tile);
   for (int64_t row = row0; row < row1; row += kBlockRows, tile += kBlockRows * a.K / 8) {
     for (int64_t t0 = 0; t0 < a.n; t0 += kTokensAtOnce) {
       const int64_t t1 = min(t0 + kTokensAtOnce, a.n);
@@ -392,8 +392,8 @@ inline __m256i load_words(const int8_t* p, int64_t count) {
 }
 
 // Rows [m, m + NR) by tokens [t, t + NT), in int16: VPMADDUBSW would saturate on 2 * 255 * 127.
-template <int NR, int NT>
-void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
+template <int NR, int NT, class Prefetch>
+void int8_tile(const Int8Args& a, int64_t m, int64_t t, Prefetch ahead) {
   const int8_t* w = a.w + m * a.K;
   const int8_t* q = a.q + t * a.K;
   __m256i acc[NR][NT];
@@ -426,10 +426,12 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
 }
 
 template <int NR>
-void int8_rows(const Int8Args& a, int64_t m, Ahead ahead) {
-  int64_t t = 0;
-  for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t, ahead);
-  if (t < a.n) int8_tile<NR, 1>(a, m, t, ahead);
+void int8_rows(const Int8Args& a, int64_t m) {
+  with_prefetch(a.w + m * a.K, [&](auto ahead) {
+    int64_t t = 0;
+    for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t, ahead);
+    if (t < a.n) int8_tile<NR, 1>(a, m, t, ahead);
+  });
 }
 
 }  // namespace
@@ -441,48 +443,55 @@ size_t scaffold_pack_bytes(int layout, int64_t n, int64_t K) {
 
 void scaffold_pack(int, const int8_t* q, int64_t n, int64_t K, void* packed) {
   auto* tables = static_cast<uint8_t*>(packed);
-  const __m256i choice = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m256i chosen[4];  // of each of four columns, whether a choice has it
-  for (int i = 0; i < 4; ++i) {
-    const __m256i bit = _mm256_set1_epi16(static_cast<int16_t>(1 << i));
-    chosen[i] = _mm256_cmpeq_epi16(_mm256_and_si256(choice, bit), bit);
-  }
+  // v = sum of |q| over the columns that a choice has and whose q > 0, or has not and whose q < 0: a byte product of
+  // |q| with choices whose bits are flipped where q < 0. The words of two products, added in pairs, are those of
+  // choices 0 to 15 in order.
+  alignas(32) uint8_t choices[2][32];
+  for (int i = 0; i < 64; ++i) choices[i / 16 % 2][i / 32 * 16 + i % 16] = i / 4 >> (i % 4) & 1;
+  const __m256i first = load(choices[0]), second = load(choices[1]);
+  const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(1);
   for (int64_t t = 0; t < n; ++t, q += K) {
-    int32_t base = 0;
-    for (int64_t g = 0; g < K / 4; ++g) {
-      int32_t least = 0;
-      __m256i v = _mm256_setzero_si256();
-      for (int i = 0; i < 4; ++i) {
-        const int16_t value = q[4 * g + i];
-        least += value < 0 ? value : 0;
-        v = _mm256_add_epi16(v, _mm256_and_si256(chosen[i], _mm256_set1_epi16(value)));
+    __m256i base = zero;
+    for (int64_t k = 0; k < K; k += 32) {
+      const __m256i x = load(q + k);
+      base = _mm256_add_epi32(base, widen(_mm256_maddubs_epi16(ones, _mm256_min_epi8(x, zero))));
+      alignas(32) int8_t magnitude[32], flip[32];
+      store(magnitude, _mm256_abs_epi8(x));
+      store(flip, _mm256_and_si256(_mm256_cmpgt_epi8(zero, x), ones));
+      uint8_t* table = tables + ((k / kBlockColumns * n + t) * kGroups + k / 4 % kGroups) * kGroupBytes;
+#pragma GCC unroll 2
+      for (int g = 0; g < 8; ++g, table += kGroupBytes) {
+        const __m256i m = broadcast4(magnitude + 4 * g), flips = broadcast4(flip + 4 * g);
+        const __m256i v = _mm256_hadd_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(first, flips), m),
+                                            _mm256_maddubs_epi16(_mm256_xor_si256(second, flips), m));
+        const __m256i low = _mm256_and_si256(v, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(v, 5);
+        store(table, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
       }
-      base += least;
-      v = _mm256_sub_epi16(v, _mm256_set1_epi16(static_cast<int16_t>(least)));
-      const __m256i low = _mm256_and_si256(v, _mm256_set1_epi16(31)), high = _mm256_srli_epi16(v, 5);
-      uint8_t* table = tables + ((g / kGroups * n + t) * kGroups + g % kGroups) * kGroupBytes;
-      store(table, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
     }
-    std::memcpy(tables + table_bytes(n, K) + t * static_cast<int64_t>(sizeof base), &base, sizeof base);
+    const int32_t sum_of_least = sum(base);
+    std::memcpy(tables + table_bytes(n, K) + t * static_cast<int64_t>(sizeof sum_of_least), &sum_of_least,
+                sizeof sum_of_least);
   }
 }
 
 void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 0) return canonical(a, m0, m1);
   for (int64_t plane = 0; plane < a.planes; ++plane) {
-    if (a.layout == 2) {
-      a.n == 1 ? look_up_one_token(a, plane, m0, m1) : look_up_many_tokens(a, plane, m0, m1);
-    } else {
-      const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
-      a.n == 1 ? one_token(a, plane, block0, block1) : many_tokens(a, plane, block0, block1);
-    }
+    with_prefetch(tiles_of(a, plane, m0), [&](auto ahead) {
+      if (a.layout == 2) {
+        a.n == 1 ? look_up_one_token(a, plane, m0, m1, ahead) : look_up_many_tokens(a, plane, m0, m1, ahead);
+      } else {
+        const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
+        a.n == 1 ? one_token(a, plane, block0, block1, ahead) : many_tokens(a, plane, block0, block1);
+      }
+    });
   }
 }
 
 void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
   int64_t m = m0;
-  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m, Ahead(a.w + m * a.K));
-  for (; m < m1; ++m) int8_rows<1>(a, m, Ahead(a.w + m * a.K));
+  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m);
+  for (; m < m1; ++m) int8_rows<1>(a, m);
 }
 
 }  // namespace dfssm::avx2

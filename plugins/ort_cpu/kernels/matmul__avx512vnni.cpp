@@ -68,13 +68,12 @@ inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t 
 // three tokens would spill.
 constexpr int kFewTokens = 2;
 
-template <int NT>
-void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
+template <int NT, class Prefetch>
+void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1, Prefetch ahead) {
   __m512i mask[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) mask[j] = _mm512_set1_epi8(static_cast<char>(1 << j));
   const uint8_t* tile = tiles_of(a, plane, block0 * kTileRows);
-  Ahead ahead(tile);
   for (int64_t block = block0; block < block1; ++block) {
     const int8_t* q = a.q;
     __m512i acc[NT][8];
@@ -194,8 +193,8 @@ inline __m512i load_columns(const int8_t* p, __mmask64 lanes) { return _mm512_ma
 
 // Rows [m, m + NR) by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 *
 // sum(q) is taken off at the end.
-template <int NR, int NT>
-void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
+template <int NR, int NT, class Prefetch>
+void int8_tile(const Int8Args& a, int64_t m, int64_t t, Prefetch ahead) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int8_t* w = a.w + m * a.K;
   const int8_t* q = a.q + t * a.K;
@@ -240,12 +239,14 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t, Ahead ahead) {
 // One token takes eight rows at a time, to follow as many streams; six tokens by four rows have the best
 // ratio of products to loads.
 constexpr int kInt8Tokens = 6;
-using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t, Ahead ahead);
-constexpr Int8Tile kInt8Tiles[2][kInt8Tokens + 1] = {
-    {nullptr, int8_tile<1, 1>, int8_tile<1, 2>, int8_tile<1, 3>, int8_tile<1, 4>, int8_tile<1, 5>,
-     int8_tile<1, 6>},
-    {nullptr, int8_tile<8, 1>, int8_tile<4, 2>, int8_tile<4, 3>, int8_tile<4, 4>, int8_tile<4, 5>,
-     int8_tile<4, 6>},
+template <class Prefetch>
+using Int8Tile = void (*)(const Int8Args& a, int64_t m, int64_t t, Prefetch ahead);
+template <class P>
+constexpr Int8Tile<P> kInt8Tiles[2][kInt8Tokens + 1] = {
+    {nullptr, int8_tile<1, 1, P>, int8_tile<1, 2, P>, int8_tile<1, 3, P>, int8_tile<1, 4, P>,
+     int8_tile<1, 5, P>, int8_tile<1, 6, P>},
+    {nullptr, int8_tile<8, 1, P>, int8_tile<4, 2, P>, int8_tile<4, 3, P>, int8_tile<4, 4, P>,
+     int8_tile<4, 5, P>, int8_tile<4, 6, P>},
 };
 
 }  // namespace
@@ -272,16 +273,14 @@ void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   if (a.layout == 2) return avx2::scaffold_matmul(a, m0, m1);
   const int64_t block0 = m0 / kTileRows, block1 = (m1 + kTileRows - 1) / kTileRows;
   for (int64_t plane = 0; plane < a.planes; ++plane) {
-    switch (a.n) {
-      case 1:
-        few_tokens<1>(a, plane, block0, block1);
-        break;
-      case 2:
-        few_tokens<2>(a, plane, block0, block1);
-        break;
-      default:
-        many_tokens(a, plane, block0, block1);
+    if (a.n > kFewTokens) {
+      many_tokens(a, plane, block0, block1);
+      continue;
     }
+    with_prefetch(tiles_of(a, plane, block0 * kTileRows), [&](auto ahead) {
+      a.n == 1 ? few_tokens<1>(a, plane, block0, block1, ahead)
+               : few_tokens<2>(a, plane, block0, block1, ahead);
+    });
   }
 }
 
@@ -292,7 +291,8 @@ void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
     const bool whole = m + rows <= m1;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = a.n * i / tiles, t1 = a.n * (i + 1) / tiles;
-      kInt8Tiles[whole][t1 - t0](a, m, t0, Ahead(a.w + m * a.K));
+      with_prefetch(a.w + m * a.K,
+                    [&](auto ahead) { kInt8Tiles<decltype(ahead)>[whole][t1 - t0](a, m, t0, ahead); });
     }
     m += whole ? rows : 1;
   }

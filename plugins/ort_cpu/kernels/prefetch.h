@@ -38,6 +38,31 @@ class Ahead {
   uintptr_t line_;  // an integer, as windows may lie past the end of the array
 };
 
+// The line so far ahead, past L2 into L1: what is read once needs no room there. As Ahead, call next() for each line.
+class InOrder {
+ public:
+  explicit InOrder(const void* position) : ahead_(reinterpret_cast<uintptr_t>(position) + kDistance) {}
+
+  inline void next() {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead_), _MM_HINT_NTA);
+    ahead_ += 64;
+  }
+
+ private:
+  static constexpr uintptr_t kDistance = 12 << 10;
+  uintptr_t ahead_;
+};
+
+// f(prefetch) with the pattern in which this CPU reads weights best. Zen 5 reads all bits of the 1.3B, one core, in
+// order 12 KB ahead in 4.2 ms (AVX-512 VNNI) and 5.5 ms (AVX2), over eight pages in 6.0 and 7.9; into L2 in 4.5 and
+// 5.7, 4 KB ahead or less 5 to 40 % slower, 8 to 24 KB equal. Zen 3 was at 84 % of a plain read in order. On Intel
+// only eight pages against none was measured.
+template <class F>
+inline void with_prefetch(const void* position, const F& f) {
+  static const bool over_pages = __builtin_cpu_is("intel");
+  over_pages ? f(Ahead(position)) : f(InOrder(position));
+}
+
 #else
 
 // No other machine was there to measure on: its own prefetchers have the stream.
