@@ -61,7 +61,8 @@ test-sanitizers: build
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/sanitizers -j2
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n 2 -p sanitized -k "not any_alignment and not simulated" tests/plugins
+	  $(BIN)/python -m pytest -n 2 -p sanitized \
+	  -k "not any_alignment and not simulated and not dotprod and not i8mm and not test_arm" tests/plugins
 
 test-file-events: build
 	tests/tools/file_events/run.sh $(BIN)/python build/file_events

@@ -89,7 +89,10 @@ void look_up_rows(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t ro
   for (int64_t row = row0; row < row1; row += kBlockRows, tile += kBlockRows * a.K / 8) {
     for (int64_t t0 = 0; t0 < a.n; t0 += kTokensAtOnce) {
       const int64_t t1 = min(t0 + kTokensAtOnce, a.n);
-      uint32x4_t sums[kTokensAtOnce][4 * kVectors] = {};
+      uint32x4_t sums[kTokensAtOnce][4 * kVectors];
+      for (int64_t t = t0; t < t1; ++t) {
+        for (uint32x4_t& sum : sums[t - t0]) sum = vdupq_n_u32(0);
+      }
       for (int64_t k = 0; k < a.K; k += kBlockColumns) {
         const int64_t groups = min(a.K - k, kBlockColumns) / 4;
         const uint8_t* columns = tile + k / 8 * kBlockRows;
@@ -103,9 +106,12 @@ void look_up_rows(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t ro
         int32_t base;
         std::memcpy(&base, tables + table_bytes(a.n, a.K) + t * static_cast<int64_t>(sizeof base),
                     sizeof base);
-        for (int i = 0; i < 4 * kVectors; ++i) {
-          const int32x4_t v = vreinterpretq_s32_u32(sums[t - t0][i]);
-          finish(a, plane, row + 4 * i, t, vaddq_s32(v, vdupq_n_s32(base)));
+        for (int v = 0; v < kVectors; ++v) {
+          int32x4_t positive[4];
+          for (int i = 0; i < 4; ++i) {
+            positive[i] = vaddq_s32(vreinterpretq_s32_u32(sums[t - t0][4 * v + i]), vdupq_n_s32(base));
+          }
+          finish(a, plane, row + 16 * v, t, positive);
         }
       }
     }
@@ -148,8 +154,9 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
       }
     }
   }
-  for (int i = 0; i < NT * 4; ++i) {
-    finish(a, plane, block * kTileRows + 4 * (i % 4), t0 + i / 4, vnegq_s32(acc[i / 4][i % 4]));
+  for (int t = 0; t < NT; ++t) {
+    for (int32x4_t& sum : acc[t]) sum = vnegq_s32(sum);
+    finish(a, plane, block * kTileRows, t0 + t, acc[t]);
   }
 }
 

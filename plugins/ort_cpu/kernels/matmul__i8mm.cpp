@@ -48,10 +48,10 @@ void token_tile(const ScaffoldArgs& a, const uint8_t* tile, int64_t plane, int64
     }
   }
   for (int t = 0; t < min(kTokenTile, a.n - t0); ++t) {
-    for (int half = 0; half < 2; ++half) {
-      const int32x4_t sums = rows_of(t % 2, acc[t / 2][2 * half], acc[t / 2][2 * half + 1]);
-      finish(a, plane, row + 4 * half, t0 + t, vnegq_s32(sums));
-    }
+    const int32x4_t(&of)[4] = acc[t / 2];
+    const int32x4_t positive[2] = {vnegq_s32(rows_of(t % 2, of[0], of[1])),
+                                   vnegq_s32(rows_of(t % 2, of[2], of[3]))};
+    finish(a, plane, row, t0 + t, positive);
   }
 }
 

@@ -33,31 +33,41 @@ inline void store_floats(float* p, float32x4_t v, int64_t count) {
   std::memcpy(p, buffer, count * sizeof *p);
 }
 
-// (scale * s) * (2 * positive - sum) of one plane and token for the four rows from `row` on, as far as they exist; the
+// (scale * s) * (2 * positive - sum) of one plane and token for the 4 NV rows from `row` on, as far as they exist; the
 // first plane brings the low-rank correction and the others add to it.
-inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, int32x4_t positive) {
-  const int64_t rows = a.M - row;
-  if (rows <= 0) return;
-  const float32x4_t scale = vmulq_n_f32(load_floats(a.scale + plane * a.M + row, rows), a.s[t]);
-  const int32x4_t signed_sum = vsubq_s32(vaddq_s32(positive, positive), vdupq_n_s32(a.sum[t]));
-  float32x4_t y = vmulq_f32(scale, vcvtq_f32_s32(signed_sum));
-  float* out = a.y + t * a.ldy + row;
-  if (plane > 0) {
-    y = vaddq_f32(y, load_floats(out, rows));
-  } else if (a.R > 0) {
+template <int NV>
+inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t,
+                   const int32x4_t (&positive)[NV]) {
+  static_assert(NV == 2 || NV == 4);
+  float32x4_t correction[NV] = {};
+  if (plane == 0 && a.R > 0) {
     const int64_t rows_of_block = block_rows(a.layout);
     const int8_t* up = a.up + row / rows_of_block * a.R * rows_of_block + row % rows_of_block;
     const float* h = a.h + t * a.R;
-    float32x4_t correction = vdupq_n_f32(0.0f);
     for (int64_t r = 0; r < a.R; ++r, up += rows_of_block) {
-      int32_t four;
-      std::memcpy(&four, up, sizeof four);
-      const int16x4_t words = vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
-      correction = vfmaq_n_f32(correction, vcvtq_f32_s32(vmovl_s16(words)), h[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v += 2) {
+        const int16x8_t words = vmovl_s8(vld1_s8(up + 4 * v));
+        correction[v] = vfmaq_n_f32(correction[v], vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), h[r]);
+        correction[v + 1] = vfmaq_n_f32(correction[v + 1], vcvtq_f32_s32(vmovl_high_s16(words)), h[r]);
+      }
     }
-    y = vfmaq_f32(y, load_floats(a.up_scale + row, rows), correction);
   }
-  store_floats(out, y, rows);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const int64_t first = row + 4 * v, rows = a.M - first;
+    if (rows <= 0) return;
+    const float32x4_t scale = vmulq_n_f32(load_floats(a.scale + plane * a.M + first, rows), a.s[t]);
+    const int32x4_t signed_sum = vsubq_s32(vaddq_s32(positive[v], positive[v]), vdupq_n_s32(a.sum[t]));
+    float32x4_t y = vmulq_f32(scale, vcvtq_f32_s32(signed_sum));
+    float* out = a.y + t * a.ldy + first;
+    if (plane > 0) {
+      y = vaddq_f32(y, load_floats(out, rows));
+    } else if (a.R > 0) {
+      y = vfmaq_f32(y, load_floats(a.up_scale + first, rows), correction[v]);
+    }
+    store_floats(out, y, rows);
+  }
 }
 
 // (w_scale * s) * dots of `count` <= 4 rows from `row` on.
