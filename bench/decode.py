@@ -26,6 +26,7 @@ from .ops import bench_ops
 from .peers import Peer, open_peer
 from .series import tokens_a_second
 from .speculation import bench_speculation
+from .traffic import floor_seconds, state_bytes
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
 # matter; the scalar kernels take seconds a token at 1.3B.
@@ -81,11 +82,11 @@ def bench(
         series, reads, writes = _run_rounds(engine, beside, batches, prompt, tokens, rounds, progress)
     backend = engine.backend
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
-    state = engine.new_state().nbytes
+    read, written = state_bytes(engine.new_state().tensors, engine.manifest.state_dtype)
 
     def floor(batch: int = 1) -> np.ndarray:
         """Tokens a second, f64[rounds]."""
-        return batch / (weights / (reads.rates * 1e9) + 2 * batch * state / (writes.rates * 1e9))
+        return batch / floor_seconds(weights, (batch * read, batch * written), reads, writes)
 
     gpu, batched = None, []
     if isinstance(backend, TensorRTBackend):
@@ -98,13 +99,13 @@ def bench(
     rates = tokens_a_second(series["tok_s"])
     return {
         **rates,
-        "gb_s": rates["tok_s"] * (weights + 2 * state) / 1e9,
+        "gb_s": rates["tok_s"] * (weights + read + written) / 1e9,
         **_beside_floor(series["tok_s"], floor()),
         "read_gb_s": float(np.median(reads.rates)),
         "read_pattern": reads.pattern,
         "read_write_gb_s": float(np.median(writes.rates)),
         "read_write_pattern": writes.pattern,
-        "step_bytes": {"weights": weights, "state_read": state, "state_written": state},
+        "step_bytes": {"weights": weights, "state_read": read, "state_written": written},
         **tokens_a_second(series["prefill"], "prefill_"),
         "peers": {
             name: {

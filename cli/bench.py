@@ -71,7 +71,8 @@ def _text(result: dict) -> str:
             "limit",
             f"{result['floor_tok_s']:.1f} tok/s",
             f"memory bandwidth: {megabytes(moved['weights'])} of weights read at {result['read_gb_s']:.1f} GB/s, "
-            f"{megabytes(moved['state_read'])} of state read and written at {result['read_write_gb_s']:.1f} GB/s",
+            f"{megabytes(moved['state_read'])} of state read and {megabytes(moved['state_written'])} written at "
+            f"{result['read_write_gb_s']:.1f} GB/s",
         ],
         ["share", f"{100 * result['floor_share']:.0f} %", "of that limit, median over the rounds"],
         ["prefill", f"{result['prefill_tok_s']:.1f} tok/s", f"prompt of {result['prompt']} tokens"],

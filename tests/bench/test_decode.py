@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from dfssm.bench import decode
 from dfssm.bench.bandwidth import Bandwidth, Probes
 from dfssm.bench.child import follow_script, run_child
+from dfssm.bench.traffic import state_bytes
 from dfssm.cli.main import dfssm
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -78,6 +79,19 @@ def test_sequences_at_once_have_a_limit_of_their_own(tiny_bundle):
     assert (one["batch"], three["batch"]) == (1, 3) and 0 < three["floor_share"] < 1
     assert one["floor_tok_s"] == pytest.approx(result["floor_tok_s"])
     assert one["floor_tok_s"] < three["floor_tok_s"] < 3 * one["floor_tok_s"], "weights are read once"
+
+
+def test_a_deferred_state_is_read_by_every_token_and_written_by_every_eighth():
+    tensors = {
+        "ssm_state.0": np.zeros((1, 4, 8, 8), np.float16),  # 512 bytes
+        "pending_x.0": np.zeros((1, 16, 32), np.float32),  # 128 bytes a token
+        "pending_count.0": np.zeros(1, np.uint8),
+        "conv_state.0": np.zeros((1, 16 + 3, 10), np.float32),  # 40 bytes a token
+    }
+    read, written = state_bytes(tensors, "fp16-deferred")
+    assert read == pytest.approx(512 + 4.5 * 128 + 1 + 3 * 40), "1 to 8 tokens are pending"
+    assert written == pytest.approx(512 / 8 + 128 + 1 + 40)
+    assert state_bytes(tensors, "fp16") == (512 + 2048 + 1 + 760,) * 2
 
 
 def test_ops_say_where_a_token_goes(tmp_path):

@@ -1,0 +1,43 @@
+"""Bytes that a step moves at least, and the time that the memory takes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dfssm.opset.schema import BLOCK, DEFERRED
+
+from .bandwidth import Probes
+
+
+def state_bytes(tensors: Mapping[str, np.ndarray], state_dtype: str) -> tuple[float, float]:
+    """Bytes of the states `tensors`, by the names of the graph's inputs, that a token reads and writes, on average.
+
+    A deferred state is read by every token and written by every BLOCKth; of its pending tokens and of the window of the
+    convolution, rows of axis 1, a token writes one and reads those that count.
+    """
+    if not state_dtype.endswith(DEFERRED):
+        whole = sum(tensor.nbytes for tensor in tensors.values())
+        return whole, whole
+    slots = next(tensor.shape[1] for name, tensor in tensors.items() if name.startswith("pending_x"))
+    read = written = 0.0
+    for name, tensor in tensors.items():
+        rows = tensor.shape[1] if tensor.ndim > 1 else 1
+        if name.startswith("ssm_"):
+            shares = 1.0, 1 / BLOCK
+        elif name.startswith("conv_state"):
+            shares = (rows - slots) / rows, 1 / rows
+        elif rows == slots:
+            shares = (BLOCK + 1) / 2 / slots, 1 / slots  # 1 to BLOCK are pending
+        else:
+            shares = 1.0, 1.0  # their number
+        read, written = read + shares[0] * tensor.nbytes, written + shares[1] * tensor.nbytes
+    return read, written
+
+
+def floor_seconds(weights: float, state: tuple[float, float], reads: Probes, writes: Probes) -> Any:
+    """Seconds f64[rounds] of a step: what is written was read and is updated in place, all else is only read."""
+    read, written = state
+    return (weights + read - written) / (reads.rates * 1e9) + 2 * written / (writes.rates * 1e9)
