@@ -18,7 +18,7 @@ from dfssm.opset.files import new_folder, writing
 from dfssm.opset.hashing import sha256
 from dfssm.opset.paths import GOLDEN, MANIFEST
 from dfssm.opset.schema import STATE_DTYPES
-from dfssm.targets import Target, get_target, trust
+from dfssm.targets import TARGETS, Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
 from dfssm.targets.text import load_tokenizer
 
@@ -264,7 +264,7 @@ def finish(job: Job) -> None:
 def _check_output(folder: Path, force: bool, place: str) -> None:
     """Refuse an output that could not be put in place, before any slow work.
 
-    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything that has no bundle at
+    Raises DfssmError when `folder` is occupied: without `force` by anything, with it by anything but a bundle at
     `place`, for replacing deletes.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -274,6 +274,13 @@ def _check_output(folder: Path, force: bool, place: str) -> None:
     if not (folder / place / MANIFEST).is_file():
         what = f"a bundle at {place}" if place else "a bundle"
         raise DfssmError(f"{folder} exists and is not {what}, so --force does not replace it: choose another -o")
+    ours = {folder / place / name for target in map(get_target, TARGETS) for name in (*target.FILES, target.LIBRARY)}
+    ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TOKENIZER, triton.GRAPH)}
+    ours |= {(folder / place).parent / triton.CONFIG} if place else set()
+    for path in sorted(folder.rglob("*")):
+        if path not in ours and (path.is_symlink() or not path.is_dir()):
+            found = f"{folder} also holds {path.relative_to(folder)}"
+            raise DfssmError(f"{found}, which --force would delete: move it away, or choose another -o")
 
 
 def _find_tokenizer(request: Request, model: Path) -> Path | None:

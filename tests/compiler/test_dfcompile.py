@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,9 +250,8 @@ def test_output_exists(model, command, tmp_path):
     fails(command(*arguments), "b exists: choose another output with -o, or replace it with --force", ["b"])
 
     save(model, seed=1)
-    (out / "b" / "stale").touch()
     assert command(*arguments, "--force", "--state-dtype", "int8")[0] == 0
-    assert (out / "b" / "model.onnx").read_bytes() != before and not (out / "b" / "stale").exists()
+    assert (out / "b" / "model.onnx").read_bytes() != before
     assert read_manifest(out / "b").state_dtype == "int8"
 
     (out / "b" / "manifest.json").unlink()
@@ -259,6 +259,26 @@ def test_output_exists(model, command, tmp_path):
     (out / "empty").mkdir()
     status, *_, names = command(*arguments[:-1], "empty")
     assert status == 0 and names == ["b", "empty"]
+
+
+def test_force_deletes_nothing_but_a_bundle(model, command, tmp_path):
+    """Neither the model that it reads, nor what a user keeps beside it, nor another model of a repository."""
+    bundle, arguments = tmp_path / "out" / "b", ("--target", "ort-cpu", "--no-verify", "--force", "-o", "b")
+    assert command(model, *arguments)[0] == 0
+    shutil.copy(model, bundle / "model.pt")
+    fails(command("b/model.pt", *arguments), "b also holds model.pt, which --force would delete: move it", ["b"])
+    (bundle / "model.pt").unlink()
+    (bundle / "notes").mkdir()
+    assert command(model, *arguments)[0] == 0 and not (bundle / "notes").exists()
+    (bundle / ".git").mkdir()
+    (bundle / ".git" / "HEAD").touch()
+    fails(command(model, *arguments), "b also holds .git/HEAD, which", ["b"])
+
+    repository = ("--emit", "triton-repository", *arguments[:-1], "r")
+    assert command(model, *repository)[0] == 0 and command(model, *repository)[0] == 0
+    (tmp_path / "out" / "r" / "other" / "1").mkdir(parents=True)
+    (tmp_path / "out" / "r" / "other" / "1" / "model.onnx").touch()
+    fails(command(model, *repository), "r also holds other/1/model.onnx, which", ["b", "r"])
 
 
 def test_output_is_a_link(model, command, tmp_path):

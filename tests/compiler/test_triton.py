@@ -184,9 +184,9 @@ def test_the_bundle_in_it_is_verified_and_replaced(emit, model, capsys):
     folder = emit("onnx")
     status, out, _ = run(capsys, "verify", folder / "dfssm/1", command=dfssm)
     assert status == 0 and "passed" in out
-    (folder / "dfssm/1/stale").touch()
-    emit("onnx", "fp16", "--force")
-    assert not (folder / "dfssm/1/stale").exists()
+    before = (folder / "dfssm/1/manifest.json").read_bytes()
+    emit("onnx", "int8", "--force")
+    assert (folder / "dfssm/1/manifest.json").read_bytes() != before
     (folder / "dfssm/1/manifest.json").unlink()
     arguments = ("--target", "onnx", "--emit", "triton-repository", "-o", folder, "--force")
     status, _, err = run(capsys, model, *arguments)
