@@ -12,7 +12,7 @@ from subprocess import Popen
 
 import numpy as np
 
-from dfssm.model.ledger import weight_bytes_of_step
+from dfssm.model.ledger import bundle_bytes, weight_bytes_of_step
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import instruction_sets, machine, packages
@@ -68,6 +68,7 @@ def bench(
     engine = Engine.load(bundle, threads=threads)
     if speculate:
         engine.ahead(engine.new_state())  # refused before anything is timed
+    bundle_bytes(engine.folder, engine.manifest)  # or as much memory would be probed as its config says
     check = check_outputs(bundle, engine)
     process = run_child(bundle, engine.threads, prompt, tokens)
     with ExitStack() as stack:

@@ -28,19 +28,20 @@ def inspect(path: str, as_json: bool) -> None:
 
 def _bundle(folder: Path) -> dict:
     from dfssm.model.config import DFSSMConfig
-    from dfssm.model.ledger import model_bytes
+    from dfssm.model.ledger import bundle_bytes
     from dfssm.targets.bundle import Bundle
 
     with Bundle(folder) as bundle:
         bundle.check(hashes=False)
         manifest = bundle.manifest
+    sizes = bundle_bytes(folder, manifest)
     return {
         "path": str(folder),
         "target": manifest.target,
         "state_dtype": manifest.state_dtype,
         "layout": manifest.layout,
         "config": DFSSMConfig.from_dict(manifest.config).to_dict(),
-        "sizes": model_bytes(manifest.config, manifest.layout),
+        "sizes": sizes,
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "machine": manifest.machine,
         "model_sha256": manifest.model_sha256 or None,

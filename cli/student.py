@@ -46,7 +46,7 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
         raise click.UsageError("Give either --preset or --config.")
     if config is not None:
         config = paths.file(config, "a config as JSON, as in docs/format.md", paths.CONFIG)
-    output = paths.output_file(output)
+    output = paths.output_file(output, config)
     require(PACKAGES)
     from dfssm.model.checkpoint import save_student
     from dfssm.model.config import DFSSMConfig
@@ -103,9 +103,7 @@ def _require_memory(config) -> None:
     """DfssmError where the weights of a student would not go into the memory of this machine."""
     from dfssm.model.ledger import model_bytes
 
-    values, memory = config.to_dict(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    one, two = (sum(model_bytes(values | {"n_layer": layers}).values()) for layers in (1, 2))
-    size = one + (two - one) * (config.n_layer - 1)  # without a list of all layers
+    size, memory = sum(model_bytes(config.to_dict()).values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise DfssmError(f"the student takes {megabytes(size)}, this machine has {megabytes(memory)}: make it smaller")
 

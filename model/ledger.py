@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
+from dfssm.opset.errors import DfssmError
 from dfssm.opset.layouts import LAYOUTS
 
 from .config import DFSSMConfig
@@ -15,12 +18,26 @@ _BYTES = {"float32": 4, "int8": 1, "uint8": 1}
 
 def model_bytes(config: dict[str, Any], layout: int = 0) -> dict[str, int]:
     """Bytes of a student's tensors by role, from a config by its JSON keys; padding of files not counted."""
-    found = dict.fromkeys(ROLES, 0)
-    for name, tensor in student_tensors(DFSSMConfig.from_dict(config)).items():
-        shape = tensor.shape
+    found, of = dict.fromkeys(ROLES, 0), DFSSMConfig.from_dict(config)
+    for name, tensor in student_tensors(dataclasses.replace(of, n_layer=1)).items():  # layers are alike
+        shape, count = tensor.shape, of.n_layer if name.startswith("layers.") else 1
         if name.endswith((".bits", ".up")):  # whose rows the layout pads
             shape = (*shape[:-2], LAYOUTS[layout].padded(shape[-2]), shape[-1])
-        found[tensor.role] += math.prod(shape) * _BYTES[tensor.dtype]
+        found[tensor.role] += count * math.prod(shape) * _BYTES[tensor.dtype]
+    return found
+
+
+def bundle_bytes(folder: Path, manifest: Any) -> dict[str, int]:
+    """`model_bytes` of a bundle. DfssmError where its config is none, or is of more weights than its file holds."""
+    try:
+        found = model_bytes(manifest.config, manifest.layout)
+    except DfssmError as error:
+        raise DfssmError(f"{folder}/manifest.json: {error}; compile the model again") from None
+    # An engine may lack its weights, or keep them otherwise.
+    said, held = sum(found.values()), manifest.files[manifest.weights]["bytes"]
+    if said > held and not manifest.engine:
+        what = f"{folder}: the config in its manifest is of {said:,} bytes of weights"
+        raise DfssmError(f"{what}, {manifest.weights} has {held:,}: compile the model again")
     return found
 
 

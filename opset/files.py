@@ -104,11 +104,21 @@ def _made(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write (permissions, a full disk) into a DfssmError about `path`."""
+    """Turns the operating system's refusal to write (permissions, a full disk) into a DfssmError about `path`, or about
+    the target where that is in a draft.
+    """
+    try:
+        if "\0" in os.fsdecode(os.fsencode(path)):
+            raise ValueError("a zero byte")
+    except ValueError as error:  # half a surrogate pair is no name either
+        raise DfssmError(f"cannot write {str(path)!a}: no file can have this name ({error}); give another") from None
     try:
         yield
     except OSError as error:
-        raise DfssmError(f"cannot write {path}: {reason(error)}; choose another place") from error
+        shown = Path(*(found[1] if (found := _DRAFT.fullmatch(part)) else part for part in Path(path).parts))
+        # NumPy, where a disk is full, gives numbers of bytes.
+        why = reason(error) if error.errno else f"{error}: a full disk, or a limit on files"
+        raise DfssmError(f"cannot write {shown}: {why}; choose another place") from error
 
 
 def _fill(draft: Path, content: bytes | str | Callable[[Path], object]) -> None:

@@ -115,12 +115,16 @@ def file_or_folder(path: str | Path, give: str) -> Path:
 
 def output_file(path: str | Path, source: Path | None = None) -> Path:
     """The path, if a file can be written there or replaced, or if it is a pipe or a character device, which are written
-    through; DfssmError otherwise, and for a file that is there in `source`, the folder that the command reads: it would
-    destroy what it was given.
+    through; DfssmError otherwise, and for `source`, which the command reads, or a file that is there in it or that a
+    link in it names: it would destroy what it was given.
     """
     output = _output(path, "a file", stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR)
-    if source and output.exists() and output.resolve().parent == source.resolve():
-        raise DfssmError(f"cannot write {path}: it is a file of {source}, which is read; give another place")
+    if source and output.is_file():
+        place = output.resolve()
+        if place == source.resolve():
+            raise DfssmError(f"cannot write {path}: it is what is read; give another place")
+        if source.is_dir() and (place.parent == source.resolve() or place in map(Path.resolve, source.iterdir())):
+            raise DfssmError(f"cannot write {path}: it is a file of {source}, which is read; give another place")
     return output
 
 
@@ -199,7 +203,7 @@ def _way(kind: str, place: str, wanted: tuple[str, ...]) -> tuple[str, str, str]
 
 def _refuse_name_of_hub(path: str | Path, wanted: tuple[str, ...]) -> None:
     """DfssmError for state-spaces/mamba2-130m where no path begins like that."""
-    found = _HUB.fullmatch(os.fspath(path))
+    found = _HUB.fullmatch(str(path))
     if not found or os.path.lexists(found[1]) or Path(path).suffix in _FILES:
         return
     _, commands, result = _way("teacher", found[2], wanted)

@@ -16,10 +16,10 @@ def locate(library: str, variable: str, own: Path | None, remedy: str) -> Path:
     if chosen := os.environ.get(variable):
         if not Path(chosen).is_file():
             raise DfssmError(f"{variable} is {chosen}: there is no such file; unset it or name {library}")
-        return Path(chosen)
+        return Path(chosen).absolute()  # a bare name is looked for in the folders of the system
     for candidate in (own, installed(library)):
         if candidate and candidate.is_file():
-            return candidate
+            return candidate.absolute()
     raise DfssmError(f"{library} is not installed: {remedy}")
 
 

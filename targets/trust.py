@@ -62,8 +62,9 @@ def record(sha256: str, kind: str) -> None:
     with _NO_PLACE:
         path = _records(kind)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{sha256}\n")
+        if path.is_file() or not path.exists():  # a pipe would wait
+            with path.open("a") as file:
+                file.write(f"{sha256}\n")
 
 
 def forget(sha256: str, kind: str) -> None:
@@ -76,7 +77,8 @@ def forget(sha256: str, kind: str) -> None:
 def recorded(sha256: str, kind: str) -> bool:
     """Whether `record` has been called so."""
     with _NO_PLACE:
-        return sha256.encode() in _records(kind).read_bytes().split()
+        path = _records(kind)
+        return path.is_file() and sha256.encode() in path.read_bytes().split()
     return False
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_commands
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -70,6 +71,32 @@ def test_the_library_of_the_working_directory_is_not_loaded(bundle, hostile, tmp
     put(bundle, hostile, listed=False)
     done = run(Path("."), tmp_path / "alarm", cwd=bundle)
     assert done.returncode == 0 and not (tmp_path / "alarm").exists(), done.stderr
+
+
+@pytest.mark.parametrize("command", [["run", ".", "-p", "a", "-n", "1"], ["verify", ".", "--bisect"]])
+def test_a_trusted_library_is_that_of_the_working_directory(bundle, tmp_path, command):
+    """Whose bare name would be looked for in the folders of the system, too."""
+    expected, trusted = run_commands([["dfssm", *command], ["dfssm", *command, "--trust"]], bundle)
+    assert (trusted.status, trusted.out) == (expected.status, expected.out), trusted.err
+    assert expected.status == 0 and expected.out
+
+
+def test_a_library_may_be_named_from_the_working_directory(bundle, monkeypatch):
+    monkeypatch.chdir(bundle)
+    monkeypatch.setenv("DFSSM_ORT_LIBRARY", LIBRARY)
+    assert Engine.load(bundle).generate("a", max_tokens=1).prompt_tokens == 1
+
+
+@pytest.mark.parametrize("way", ["--trust", "DFSSM_TRUST"])
+def test_bisecting_runs_the_own_library_of_a_trusted_bundle_alone(bundle, hostile, way, tmp_path):
+    """It opens its sessions by itself."""
+    command, alarm = ["dfssm", "verify", bundle, "--bisect"], tmp_path / "alarm"
+    put(bundle, hostile, listed=True)
+    (done,) = run_commands([command], tmp_path, ALARM=str(alarm))
+    assert done.status == 0 and not alarm.exists(), done.err
+    options, variables = (["--trust"], {}) if way == "--trust" else ([], {"DFSSM_TRUST": "1"})
+    (done,) = run_commands([[*command, *options]], tmp_path, ALARM=str(alarm), **variables)
+    assert alarm.exists() and done.status == 1 and "does not load into ONNX Runtime" in done.err
 
 
 @pytest.mark.parametrize("way", ["--trust", "DFSSM_TRUST"])
@@ -176,6 +203,13 @@ def test_records_are_never_below_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trust.record("ab" * 32, trust.ENGINES)
     assert [path.name for path in tmp_path.iterdir()] == ["home"] and trust.recorded("ab" * 32, trust.ENGINES)
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(records):
+    records.parent.mkdir(parents=True)
+    os.mkfifo(records)
+    trust.record("ab" * 32, trust.ENGINES)
+    assert not trust.recorded("ab" * 32, trust.ENGINES)
 
 
 def test_a_damaged_record_costs_its_own_line_alone(records):
