@@ -28,9 +28,9 @@ class Mamba2Config(Sizes):
         for name in (*(field.name for field in dataclasses.fields(Sizes)), "norm_groups", "chunk_size"):
             self._require_int(name, 1)
         if self.bos_token_id is not None:
-            self._require_int("bos_token_id", 0)
+            self._require_int("bos_token_id", 0, self.vocab_size - 1)
         # One id is a number, as ever in these files; only several are a list.
-        ids = end_ids(self.eos_token_id)
+        ids = end_ids(self.eos_token_id, self.vocab_size)
         object.__setattr__(self, "eos_token_id", ids if len(ids) > 1 else ids[0] if ids else None)
         if type(self.tie_embeddings) is not bool:
             raise DfssmError(f"config: tie_embeddings is {self.tie_embeddings!r}; it must be true or false")

@@ -25,6 +25,7 @@ def with_tokens(config: Mamba2Config, folder: Path) -> Mamba2Config:
     found = [*found, find(names.get("eos_token")), find(END_OF_TEXT)]
     ends += [token for token in found if type(token) is int and 0 <= token < config.vocab_size]
     begin = find(names.get("bos_token"))
+    begin = begin if begin is not None and begin < config.vocab_size else None
     return dataclasses.replace(
         config, eos_token_id=tuple(ends), bos_token_id=config.bos_token_id if begin is None else begin
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfssm.opset.endings import end_ids
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.sizes import Sizes
 from dfssm.targets.bundle import Manifest
@@ -40,3 +41,8 @@ def require_config(folder: Path, manifest: Manifest, backend: Backend) -> None:
     for name in {**said, **layout}:
         if said.get(name) != layout.get(name):
             raise differ(name, describe(said.get(name)), describe(layout.get(name)))
+    for name in ("eos_token_id", "bos_token_id"):
+        try:
+            end_ids(manifest.config.get(name), sizes["vocab_size"], name)
+        except DfssmError as error:
+            raise DfssmError(f"{folder}/manifest.json: {error}; compile the model again") from None
