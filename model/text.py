@@ -14,7 +14,8 @@ from dfssm.opset.paths import file_or_folder
 FIELD = "text"  # of a JSON line, and column of a parquet file
 _JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
 _IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json there is mostly a configuration
-_PIECE = 1 << 24  # characters of a plain text file read at once
+_PIECE = 1 << 20  # characters of a plain text file read at once
+_LONGEST = 1 << 21  # characters of a document: tokenizers take hundreds of bytes for each
 _ROWS = 1024  # of a parquet file read at once
 _BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
 
@@ -44,12 +45,13 @@ def packages(files: Sequence[Path]) -> list[str]:
 def documents(path: Path) -> Iterator[str]:
     """The documents of one file without white space around them, none empty; the suffix says what the file is.
 
-    Any file is read piece by piece; a plain text without a mark for 16 million characters is cut at a line's end.
-    Raises DfssmError for what cannot be read, naming the line or row.
+    Any file is read piece by piece; a document is cut after 2 million characters, at the end of a line or
+    else of a word. Raises DfssmError for what cannot be read, naming the line or row.
     """
     read = _json_lines if path.suffix in _JSON else _parquet if path.suffix in _PARQUET else _plain
     try:
-        yield from filter(None, map(str.strip, read(path)))
+        for text in read(path):
+            yield from filter(None, map(str.strip, _cut(text)))
     except OSError as error:
         raise DfssmError(f"{path}: cannot be read ({reason(error)}); give --data other files") from None
 
@@ -86,11 +88,20 @@ def _plain(path: Path) -> Iterator[str]:
                 raise DfssmError(f"{path}: is no UTF-8 text; unpack or convert it")
             *whole, rest = (rest + piece).split(END_OF_TEXT)
             yield from whole
-            if len(rest) > _PIECE:
-                cut = rest.rfind("\n") + 1 or rest.rfind(" ") + 1
-                yield rest[:cut]
-                rest = rest[cut:]
+            *whole, rest = _cut(rest)
+            yield from whole
     yield rest
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Parts of a text of about _LONGEST characters at most; the last is long enough to hold the beginning of a mark."""
+    start = 0
+    while len(text) - start > _LONGEST + len(END_OF_TEXT):
+        end = start + _LONGEST
+        cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start, end) + 1 or end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _json_lines(path: Path) -> Iterator[str]:

@@ -46,12 +46,24 @@ class TestPlain:
         assert list(documents(write(content))) == ["one", "two", "three"]
 
     def test_a_long_text_without_a_mark_is_cut_at_a_line_else_between_words(self, write, monkeypatch):
-        monkeypatch.setattr(text, "_PIECE", 10)
-        assert list(documents(write("a b c\nd e f g h i j\nk l"))) == ["a b c\nd e f g h i j", "k l"]
+        monkeypatch.setattr(text, "_LONGEST", 20)
+        monkeypatch.setattr(text, "_PIECE", 7)
+        assert list(documents(write("a b c\nd e f g h i j\nk l m n o p q r"))) == [
+            "a b c\nd e f g h i j",
+            "k l m n o p q r",
+        ]
         long = "word " * 40
         found = list(documents(write(long)))
-        assert " ".join(found) == long.strip() and max(map(len, found)) <= 20
-        assert list(documents(write("x" * 95))) == ["x" * 95]
+        assert " ".join(found) == long.strip() and max(map(len, found)) <= 33
+        assert list(map(len, documents(write("x" * 95)))) == [20, 20, 20, 20, 15]
+
+    @pytest.mark.parametrize("piece", [7, 1000])
+    def test_no_mark_is_lost_where_a_text_without_spaces_is_cut(self, write, monkeypatch, piece):
+        monkeypatch.setattr(text, "_LONGEST", 20)
+        monkeypatch.setattr(text, "_PIECE", piece)
+        for size in range(20, 45):
+            found = list(documents(write(f"{'x' * size}{END_OF_TEXT}y")))
+            assert "".join(found) == "x" * size + "y" and found[-1] == "y"
 
     def test_bytes_that_are_no_utf8_are_replaced_and_a_byte_order_mark_is_no_text(self, write):
         assert list(documents(write(b"\xef\xbb\xbfcaf\xe9"))) == ["caf\ufffd"]
@@ -73,6 +85,11 @@ class TestJsonLines:
 
     def test_empty_lines_and_a_byte_order_mark_are_passed_over(self, write):
         assert list(documents(write('\ufeff\n{"text": "a"}\n\n  \n{"text": "b"}', "a.jsonl"))) == ["a", "b"]
+
+    def test_a_long_document_is_cut_here_too(self, write, monkeypatch):
+        monkeypatch.setattr(text, "_LONGEST", 20)
+        found = list(documents(write([{"text": "word " * 40}, {"text": "b"}], "a.jsonl")))
+        assert " ".join(found) == "word " * 40 + "b" and max(map(len, found)) <= 33
 
     def test_half_a_surrogate_pair_is_replaced(self, write, tokenizer):
         (found,) = documents(write(r'{"text": "a\ud83d b"}', "a.jsonl"))
