@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import sys
 import warnings
@@ -16,8 +17,10 @@ from typing import NoReturn
 
 import click
 
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 
+# What the loader of libraries and torch say, who have no MemoryError.
+_NO_MEMORY = re.compile("failed to map segment|cannot allocate memory|can't allocate memory", re.IGNORECASE)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,6 +60,10 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         if error.errno not in _FULL or error.filename is not None:
             raise
         _exit(1, f"{name}: error: the output cannot be written ({error.strerror}): make room")
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        _exit(1, f"{name}: error: there is too little memory ({reason(error)}): free some, or ask for less")
 
 
 def _command(error: click.ClickException) -> str:

@@ -30,8 +30,8 @@ class TorchScorer:
     def __init__(self, kind: str, path: Path, tokenizer: Tokenizer, device: str | None = None):
         try:
             self.device = torch.device(device or "cpu")
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=self.device).item()  # which a device without memory, "meta", does not have
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise DfssmError(
                 f"device {device!r} cannot be used ({reason(error)}): leave it out to run on the CPU"
             ) from None

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 from mmap import ACCESS_READ, mmap
@@ -110,7 +111,7 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
     header, tensors = _read(path)
     if header.get("format") != FORMAT or not isinstance(tensors, dict):
         raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
-    if header.get("version") != VERSION:
+    if type(header.get("version")) is not int or header["version"] != VERSION:  # a tensor has no truth
         raise DfssmError(
             f"{path}: format version is {header.get('version')!r}, this dfssm reads {VERSION}; "
             "export the student again with this version"
@@ -157,7 +158,9 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
             else:
                 with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
                     _check_pickle(content)
-            content = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
+            with warnings.catch_warnings():  # of what is old, or read in vain: the user cannot change that
+                warnings.simplefilter("ignore")
+                content = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
             _check_sizes(content, os.fstat(file.fileno()).st_size)
             return content, {}
     except pickle.UnpicklingError:

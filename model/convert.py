@@ -8,6 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from dfssm.opset.errors import DfssmError, reason
+
 from .config import DFSSMConfig, Mamba2Config
 from .quant import quantize_rows
 from .student import DFSSMLM, BinaryLinear
@@ -60,7 +62,13 @@ def binary_linear_from(weight: Tensor, rank: int, planes: int, sizes: Tensor | N
     with torch.device("meta"):
         linear = BinaryLinear(weight.shape[1], weight.shape[0], rank, planes)
     latent, scale, residual = binarize(weight.detach(), planes)
-    up, down = low_rank(residual, rank, sizes)
+    try:
+        up, down = low_rank(residual, rank, sizes)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # of sums that fp32 does not hold
+        most = f"a projection has weights up to {weight.abs().max():.3g}"
+        raise DfssmError(
+            f"{most}, too large to convert ({reason(error)}): copy or train the checkpoint again"
+        ) from None
     if planes == 1:
         latent, scale = latent[0], scale[0]
     linear.load_state_dict({"latent": latent, "scale": scale, "down": down, "up": up}, assign=True)

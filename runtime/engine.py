@@ -193,7 +193,10 @@ class Engine:
         if not all(isinstance(text, str) for text in stops):
             raise DfssmError(f"stop is {stop!r}: give a string, or a list of them")
         if not isinstance(prompt, str):
-            prompt = self.token_ids(prompt).reshape(-1)
+            prompt = self.token_ids(prompt)
+            if prompt.ndim > 1 and len(prompt) > 1:
+                raise DfssmError(f"the prompt has {len(prompt)} rows, generate continues one: call it for each")
+            prompt = prompt.reshape(-1)
         if eos is None:
             ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
         else:

@@ -42,6 +42,29 @@ def test_a_warning_is_one_line_on_stderr(capsys):
     assert capsys.readouterr() == ("", "dfssm: warning: never verified\n") and warnings.showwarning is before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 64.0 GiB for an array"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end, errors_in_one_line("dfssm"):
+        raise error
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert said == f"dfssm: error: there is too little memory ({error}): free some, or ask for less\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ImportError("no module named x")])
+def test_an_error_that_is_none_of_memory_is_raised(error):
+    with pytest.raises(type(error)), errors_in_one_line("dfssm"):
+        raise error
+
+
 def test_json_is_all_of_stdout(tiny_bundle):
     done = dfssm("run", tiny_bundle, "-p", "hello", "-n", 3, "--json")
     assert done.returncode == 0 and done.stderr == ""
