@@ -6,6 +6,7 @@ dfssm._native, so that the tests of the kernels run over it.
 
 import fcntl
 import functools
+import math
 import shutil
 import struct
 import subprocess
@@ -80,54 +81,34 @@ def command(cpu: str, program: str, *arguments: str | Path) -> list[str | Path]:
 
 
 class Runner:
-    """run_calls in a process: an op is a method as of dfssm._native, with the same arguments. The format of a call is
-    described there.
-    """
+    """run_calls in a process: an op is a method as of dfssm._native, with the same arguments."""
 
     def __init__(self, cpu: str):
-        self.cpu, self._process = cpu, None
+        self.cpu = cpu
         self._start()
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
             command(self.cpu, "run_calls"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        self._isas = self._read_text().split()
+        self._results = Results(self._process.stdout)
 
     def isas(self) -> list[str]:
-        return self._isas
+        return self._results.isas
 
     def __getattr__(self, op: str):
         return functools.partial(self._call, op)
 
-    def _call(self, op: str, isa: str, *positional, threads: int = 1, in_place: bool = False, out=None, **named):
-        if op in ALL_OPS:
-            inputs, attributes = [t.name for t in ALL_OPS[op].inputs], [a.name for a in ALL_OPS[op].attributes]
-        else:
-            inputs, attributes = ["x"], []
-        given = dict(zip([*inputs, *attributes], positional, strict=False)) | named
-        arrays = {name: value for name, value in given.items() if name in inputs and value is not None}
-        if out is not None:
-            arrays["out"] = out
+    def _call(self, op: str, isa: str, *positional, in_place: bool = False, **named):
+        call, arrays = encoded(op, isa, *positional, in_place=in_place, **named)
         try:
-            call = [_text(op), _text(isa), struct.pack("=qq", threads, in_place), _count(given.keys() - arrays)]
-            for name in given.keys() - arrays:
-                value = given[name]
-                text = isinstance(value, str)
-                call += [_text(name), struct.pack("=d", 0 if text else value), _text(value if text else "")]
-            call.append(_count(arrays))
-            for name, array in arrays.items():
-                call += [_text(name), *_described(array), np.ascontiguousarray(array).tobytes()]
-            self._process.stdin.write(b"".join(call))
+            self._process.stdin.write(call)
             self._process.stdin.flush()
-            error = self._read_text()
-            outputs = [self._read_array() for _ in range(self._read("Q"))]
+            outputs = self._results.read()
         except (EOFError, BrokenPipeError):
             why = self._process.stderr.read().decode().strip()
             self._start()
             raise AssertionError(f"{op} on {isa} under {QEMU} -cpu {self.cpu} died: {why}") from None
-        if error:
-            raise ValueError(error)
         return self._as_native(op, arrays, in_place, outputs)
 
     def _as_native(self, op: str, arrays: dict, in_place: bool, outputs: list[np.ndarray]):
@@ -136,9 +117,8 @@ class Runner:
             return tuple(outputs)
         first = arrays[ALL_OPS[op].inputs[0].name]
         y = outputs[0].reshape(*first.shape[:-1], -1)
-        homes = [arrays.get("out")] + [
-            arrays[t.over] if in_place else None for t in ALL_OPS[op].outputs[1 : len(outputs)]
-        ]
+        updated = [t.over for t in ALL_OPS[op].outputs[1 : len(outputs)]]
+        homes = [arrays.get("out"), *(arrays[name] if in_place else None for name in updated)]
         placed = []
         for home, value in zip(homes, [y, *outputs[1:]], strict=True):
             if home is not None:
@@ -146,27 +126,60 @@ class Runner:
             placed.append(value if home is None else home)
         return placed[0] if len(placed) == 1 else tuple(placed)
 
-    def _read(self, kind: str):
-        data = _exactly(self._process.stdout, struct.calcsize(f"={kind}"))
-        values = struct.unpack(f"={kind}", data)
-        return values[0] if len(values) == 1 else values
 
-    def _read_text(self) -> str:
-        return _exactly(self._process.stdout, self._read("Q")).decode()
+def encoded(op: str, isa: str, *positional, threads: int = 1, in_place: bool = False, out=None, **named):
+    """A call as run_calls.cpp describes it, and its arrays by name; the arguments are those of dfssm._native."""
+    inputs, attributes = ["x"], []
+    if op in ALL_OPS:
+        inputs, attributes = [t.name for t in ALL_OPS[op].inputs], [a.name for a in ALL_OPS[op].attributes]
+    given = dict(zip([*inputs, *attributes], positional, strict=False)) | named
+    arrays = {name: value for name, value in given.items() if name in inputs and value is not None}
+    if out is not None:
+        arrays["out"] = out
+    call = [_text(op), _text(isa), struct.pack("=qq", threads, in_place), _count(given.keys() - arrays)]
+    for name in given.keys() - arrays:
+        value = given[name]
+        text = isinstance(value, str)
+        call += [_text(name), struct.pack("=d", 0 if text else value), _text(value if text else "")]
+    call.append(_count(arrays))
+    for name, array in arrays.items():
+        place = struct.pack("=Q", array.ctypes.data % PAGE)  # as here, so does the copy lie in a page
+        shape = struct.pack(f"=Q{array.ndim}q", array.ndim, *array.shape)
+        call += [_text(name), _text(array.dtype.name), shape, place, np.ascontiguousarray(array).tobytes()]
+    return b"".join(call), arrays
 
-    def _read_array(self) -> np.ndarray:
-        _, dtype, rank = self._read_text(), np.dtype(self._read_text()), self._read("Q")
-        shape = struct.unpack(f"={rank}q", _exactly(self._process.stdout, 8 * rank))
-        self._read("Q")
-        data = _exactly(self._process.stdout, int(np.prod(shape)) * dtype.itemsize)
-        return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
+class Results:
+    """What run_calls writes: `isas`, the kernel tables of its CPU, then the results of one call after another."""
 
-def _exactly(stream: BinaryIO, count: int) -> bytes:
-    data = stream.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.isas = self._text().split()
+
+    def read(self) -> list[np.ndarray]:
+        """The outputs of the next call. ValueError with its message where it was refused, EOFError where none is."""
+        error, count = self._text(), self._number()
+        if error:
+            raise ValueError(error)
+        return [self._array() for _ in range(count)]
+
+    def _bytes(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        if len(data) < count:
+            raise EOFError
+        return data
+
+    def _number(self) -> int:
+        return struct.unpack("=Q", self._bytes(8))[0]
+
+    def _text(self) -> str:
+        return self._bytes(self._number()).decode()
+
+    def _array(self) -> np.ndarray:
+        _, dtype, rank = self._text(), np.dtype(self._text()), self._number()
+        shape = struct.unpack(f"={rank}q", self._bytes(8 * rank))
+        self._number()
+        return np.frombuffer(bytearray(self._bytes(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
 
 
 def _text(value: str) -> bytes:
@@ -175,9 +188,3 @@ def _text(value: str) -> bytes:
 
 def _count(of) -> bytes:
     return struct.pack("=Q", len(of))
-
-
-def _described(array: np.ndarray) -> tuple[bytes, bytes]:
-    """dtype, shape, and the place in a page, which the copy has, too."""
-    shape = struct.pack(f"=Q{array.ndim}q", array.ndim, *array.shape)
-    return _text(array.dtype.name), shape + struct.pack("=Q", array.ctypes.data % PAGE)

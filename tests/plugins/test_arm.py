@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import arm
+import arm_cases
 import numpy as np
 import pytest
 from each import check_each
@@ -13,7 +14,7 @@ from nodes import ALL_OPS, check_outputs
 from test_packaging import EXPORTS
 
 from dfssm.opset import DOMAIN
-from dfssm.opset.cases import cases
+from dfssm.opset.cases import CASES, DEFERRED_CASES, cases
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="this is an Arm machine: its own kernels are tested")
 
@@ -62,6 +63,25 @@ def test_a_process_that_dies_is_an_error_and_the_next_call_runs(built):
     np.testing.assert_array_equal(runner.Int8MatMul("i8mm", x, w, scale), [[64] * 4])
     with pytest.raises(ValueError, match=r"^Int8MatMul: input 'w' has shape \[4, 64\], expected \[M=4, K=63\]$"):
         runner.Int8MatMul("i8mm", x[:, :63], w, scale)
+
+
+def test_the_case_table_travels_as_a_file(built, tmp_path, capsys):
+    """As on a board: calls in a file, results in another."""
+    cpu = "neoverse-n1"
+    calls, results = tmp_path / "calls", tmp_path / "results"
+    arm_cases.write(calls)
+    with calls.open("rb") as given, results.open("wb") as written:
+        subprocess.run(arm.command(cpu, "run_calls"), stdin=given, stdout=written, check=True)
+    assert arm_cases.check(results)
+    count = len(CASES + DEFERRED_CASES)
+    lines = [f"{isa}: {count} of {count} cases" if isa in USABLE[cpu] else f"{isa}: not there" for isa in USABLE["max"]]
+    assert capsys.readouterr().out.splitlines() == lines
+    data = bytearray(results.read_bytes())
+    first = data.index(b"float32") + 7 + 8 + 3 * 8 + 8  # of the first result: behind dtype, rank, shape and place
+    data[first : first + 4] = np.float32(1e9).tobytes()
+    results.write_bytes(data)
+    assert not arm_cases.check(results)
+    assert f"scalar {CASES[0].id}: y: relative error" in capsys.readouterr().out
 
 
 def _readelf(*options):
