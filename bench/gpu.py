@@ -76,11 +76,12 @@ JETSONS = (
 @dataclass(frozen=True)
 class Design:
     """What the kernels do. `one_token`: a product of one token is one launch; `chunked`: prompts of 32 tokens and more
-    are scanned on the tensor cores.
+    are scanned on the tensor cores; `convolving`: a product convolves its columns, however many the tokens.
     """
 
     one_token: bool = True
     chunked: bool = True
+    convolving: bool = True
 
 
 NOW = Design()
@@ -114,47 +115,68 @@ CHUNK = {32: (1000, 600), 64: (1500, 600)}
 CHUNK_MMA = {32: 576, 64: 1008}
 CHUNK_SHARED = {32: 308e3, 64: 470e3}  # bytes to and from shared memory, 128 a clock
 
-# Sequences up to which the product of a 1.3B in_proj convolves its columns itself, and more of which take a node more.
+# A lane's instructions for one output that a product convolves, and before that was its own up to so many sequences.
+CONVOLVE = 45
 CONVOLVED = 64
 
 
-def product(gpu: Gpu, n: int, K: int, M: int, bits: bool, rank: int = 16, fused: float = 0) -> float:
+def product(gpu: Gpu, n: int, K: int, M: int, bits: bool, rank: int = 16, fused: float = 0, sequence: int = 0) -> float:
     """Seconds of BinaryScaffoldMatMul (`bits`) or Int8MatMul for n tokens, two launches; of a product that other ops
-    are fused into, which move `fused` bytes besides.
+    are fused into, which move `fused` bytes besides. `sequence`: the tokens of each that it convolves.
     """
     loop = next((loop for loop in (BITS if bits else INT8) if n <= loop.tokens), (BITS if bits else INT8)[-1])
-    passes = K * M / (32 * loop.weights) * math.ceil(n / loop.tokens)
-    blocks = product_blocks(n, M)
+    passes = K * M / (32 * loop.weights) * math.ceil(n / loop.tokens) * _made_again(n, M, sequence)
+    blocks = product_blocks(n, M) * _made_again(n, M, sequence)
     sms = min(gpu.sms, blocks)
     issue = 4 * sms * gpu.clock
-    compute = passes * max(
-        loop.imma * 16 * 8 * 32 / (gpu.int8_macs * sms * gpu.clock), 2 * loop.half_rate / issue, loop.all / issue
+    convolution = n * CONV / 32 * CONVOLVE / (ISSUE_SHARE * issue) if sequence else 0.0
+    compute = max(
+        passes * loop.imma * 16 * 8 * 32 / (gpu.int8_macs * sms * gpu.clock),
+        passes * 2 * loop.half_rate / issue,
+        passes * loop.all / issue + convolution,
     )
-    return 2 * LAUNCH + max(gpu.memory(product_bytes(n, K, M, bits, rank) + fused, blocks), compute)
+    memory = gpu.memory(product_bytes(n, K, M, bits, rank) + fused, blocks)
+    # Two blocks share an SM: the others multiply meanwhile, but none after the last.
+    return 2 * LAUNCH + max(memory, compute) + convolution / max(1.0, blocks / (2 * gpu.sms))
 
 
-def one_token_product(gpu: Gpu, K: int, M: int, rows: int, gated: bool, rank: int = 16, fused: float = 0) -> float:
+def one_token_product(
+    gpu: Gpu, K: int, M: int, rows: int, gated: bool, rank: int = 16, fused: float = 0, sequence: int = 0
+) -> float:
     """Seconds of the product of one normed token in one launch, blocks of `rows` rows: each reads the activations, the
     weight of the norm and `down` from L2. Where an SM has too many blocks for that: in two.
     """
-    two = product(gpu, 1, K, M, True, rank, fused)
+    two = product(gpu, 1, K, M, True, rank, fused, sequence)
     if math.ceil(M / rows) > ONE_TOKEN_WAVES * gpu.sms:
         return two
     repeated = 4 * K * (3 if gated else 2) + rank * K
     return two - LAUNCH + math.ceil(M / rows / gpu.sms) * repeated / (L2_BYTES * gpu.clock)
 
 
-def product_blocks(n: int, M: int) -> int:
-    """Blocks of a product, by the tiles of plugins/trt/common/matmul.cuh."""
-
-    def tiles(rows: int, tokens: int) -> int:
-        return math.ceil(M / rows) * math.ceil(n / tokens)
-
+def product_tile(n: int, M: int) -> tuple[int, int]:
+    """Rows and tokens of a product's block (plugins/trt/common/matmul.cuh)."""
     if n <= 16:
-        return tiles(16, 16)
-    if tiles(128, 64) >= 200:
-        return tiles(128, 64)
-    return tiles(32, 32) if n <= 64 else tiles(64, 64)
+        return 16, 16
+    if math.ceil(M / 128) * math.ceil(n / 64) >= 200:
+        return 128, 64
+    return (32, 32) if n <= 64 else (64, 64)
+
+
+def product_blocks(n: int, M: int) -> int:
+    rows, tokens = product_tile(n, M)
+    return math.ceil(M / rows) * math.ceil(n / tokens)
+
+
+def _made_again(n: int, M: int, sequence: int) -> float:
+    """Tiles of tokens against those of a product that convolves none: a block has whole sequences or, of a longer one,
+    the three tokens before its own, too.
+    """
+    if not sequence:
+        return 1.0
+    _, tokens = product_tile(n, M)
+    whole = tokens // sequence * sequence
+    tiles = math.ceil(n / whole) if whole else n / sequence * math.ceil(sequence / (tokens - 3))
+    return tiles / math.ceil(n / tokens)
 
 
 def product_bytes(n: int, K: int, M: int, bits: bool, rank: int = 16) -> float:
@@ -214,30 +236,37 @@ def _fused(n: int, sequences: int) -> tuple[float, float]:
     return 4 * (D + 5 * CONV + sequences * 2 * 3 * CONV), 4 * (INNER + n * (INNER + D))
 
 
+def _in_proj(gpu: Gpu, n: int, sequences: int, design: Design) -> float:
+    """Seconds of norm, in_proj and convolution in two launches; in three where the product does not convolve."""
+    into, _ = _fused(n, sequences)
+    if design.convolving or n == sequences <= CONVOLVED:
+        return product(gpu, n, D, WIDE, True, fused=into, sequence=n // sequences)
+    convolution = max(gpu.memory(8 * n * CONV), n * CONV / 32 * CONVOLVE / (ISSUE_SHARE * 4 * gpu.sms * gpu.clock))
+    return product(gpu, n, D, WIDE, True, fused=into) + LAUNCH + convolution
+
+
 def _head(gpu: Gpu, n: int) -> float:
     return streaming(gpu, 8 * n * D) + product(gpu, n, D, VOCABULARY, bits=False)
 
 
 def step(gpu: Gpu, batch: int, state: str, design: Design = NOW) -> float:
-    """Seconds of one decode step of the 1.3B shape, one CUDA graph: three launches a layer at batch 1, five at more,
-    six where the convolution is one; then norm and head.
+    """Seconds of one decode step of the 1.3B shape, one CUDA graph: three launches a layer at batch 1, five at more;
+    then norm and head.
     """
     into, out_of = _fused(batch, batch)
     if batch == 1 and design.one_token:
-        products = one_token_product(gpu, D, WIDE, 64, gated=False, fused=into)
+        products = one_token_product(gpu, D, WIDE, 64, gated=False, fused=into, sequence=1)
         products += one_token_product(gpu, INNER, D, 16, gated=True, fused=out_of)
     else:
-        products = product(gpu, batch, D, WIDE, True, fused=into) + product(gpu, batch, INNER, D, True, fused=out_of)
-    if batch > CONVOLVED:
-        products += streaming(gpu, 8 * batch * CONV)
+        products = _in_proj(gpu, batch, batch, design) + product(gpu, batch, INNER, D, True, fused=out_of)
     return LAYERS * (products + scan(gpu, batch, state)) + _head(gpu, batch)
 
 
 def prefill(gpu: Gpu, tokens: int, state: str, design: Design = NOW) -> float:
-    """Seconds of a prompt of the 1.3B shape: six launches a layer, then norm and head of the last token."""
-    into, out_of = _fused(tokens, 1)
-    layer = product(gpu, tokens, D, WIDE, True, fused=into) + streaming(gpu, 8 * tokens * CONV)
-    layer += scan_prompt(gpu, tokens, state, design) + product(gpu, tokens, INNER, D, True, fused=out_of)
+    """Seconds of a prompt of the 1.3B shape: five launches a layer, then norm and head of the last token."""
+    _, out_of = _fused(tokens, 1)
+    layer = _in_proj(gpu, tokens, 1, design) + scan_prompt(gpu, tokens, state, design)
+    layer += product(gpu, tokens, INNER, D, True, fused=out_of)
     return LAYERS * layer + _head(gpu, 1)
 
 
@@ -247,9 +276,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 CHANGES = (
-    ("before", Design(one_token=False, chunked=False)),
-    ("scan in chunks", Design(one_token=False)),
-    ("and one launch for a product of one token", NOW),
+    ("before", Design(one_token=False, chunked=False, convolving=False)),
+    ("scan in chunks", Design(one_token=False, convolving=False)),
+    ("and one launch for a product of one token", Design(convolving=False)),
+    ("and the convolution in the product", NOW),
 )
 
 

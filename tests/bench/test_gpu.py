@@ -38,13 +38,13 @@ def test_no_step_is_faster_than_its_bytes(device):
             assert time > moved / (device.copied or device.bandwidth)
 
 
-@pytest.mark.parametrize(("batch", "launches"), [(1, 3), (2, 5), (64, 5), (65, 6), (512, 6)])
+@pytest.mark.parametrize(("batch", "launches"), [(1, 3), (2, 5), (64, 5), (65, 5), (512, 5)])
 def test_launches_of_a_layer(batch, launches):
     """On a GPU whose memory and cores take no time: what is left are launches, three of them after the layers. The
     emulation counts the same (plugins_trt/test_fused.py)."""
     for state in gpu.SCAN:
         assert gpu.step(INSTANT, batch, state) == pytest.approx((48 * launches + 3) * gpu.LAUNCH)
-        assert gpu.prefill(INSTANT, max(batch, 2), state) == pytest.approx((48 * 6 + 3) * gpu.LAUNCH)
+        assert gpu.prefill(INSTANT, max(batch, 2), state) == pytest.approx((48 * 5 + 3) * gpu.LAUNCH)
 
 
 def test_more_tokens_than_a_pass_takes_cost_another_pass():
@@ -73,7 +73,26 @@ def test_each_change_is_predicted_to_help(device):
     )
     small = device.sms < 8512 / 64 / gpu.ONE_TOKEN_WAVES
     assert steps[0] == steps[1] and (steps[2] == steps[1] if small else steps[2] < steps[1])
-    assert prompts[0] > prompts[1] == prompts[2]
+    assert prompts[0] > prompts[1] == prompts[2] > prompts[3]
+
+
+@pytest.mark.parametrize("device", gpu.GPUS + gpu.JETSONS, ids=lambda device: device.name)
+def test_a_product_that_convolves_is_predicted_to_be_faster(device):
+    """Of every length, also those that its tiles fit badly; but on eight SMs where three stand for two."""
+    apart = gpu.Design(convolving=False)
+    for n in (*range(32, 140), 244, 245, 500, 512, 1000, 2048):
+        least = 1.03 if device.sms == 8 and (59 <= n <= 64 or 123 <= n <= 128) else 1
+        assert gpu.prefill(device, n, "fp16") < least * gpu.prefill(device, n, "fp16", apart), n
+        assert gpu.step(device, n, "fp16") <= gpu.step(device, n, "fp16", apart), n
+
+
+@pytest.mark.parametrize(
+    ("n", "sequence", "tiles"),
+    [(64, 1, 1.0), (60, 60, 1.5), (1000, 1000, 17 / 16), (640, 20, 11 / 10), (128, 128, 1.5), (512, 512, 9 / 8)],
+)
+def test_tiles_of_a_product_that_convolves(n, sequence, tiles):
+    """Whole sequences of 32 or 64 tokens, 29 or 61 of a longer one."""
+    assert gpu._made_again(n, 8512, sequence) == pytest.approx(tiles)
 
 
 @pytest.mark.parametrize("name", ["gpu.md", "jetson.md"])

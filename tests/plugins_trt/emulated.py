@@ -263,7 +263,7 @@ def _norm_scaffold_conv(
     tensors = [k.activation("x", x), k.put("norm_weight", norm_weight), *_weights(k, **weights), old]
     tensors += [k.put("conv_weight", conv_weight), k.put("conv_bias", conv_bias), y, new]
     sizes = [B, T, K, M, R, planes, C, W]
-    workspace = k.workspace(k.sized("dfssm_trt_norm_scaffold_conv_workspace", B * T, K, M, R, C, TYPES[k.type]))
+    workspace = k.workspace(k.sized("dfssm_trt_scaffold_workspace", B * T, K, M, R))
     attributes = [ctypes.c_float(eps), int(activation == "silu"), x_start]
     k.call("dfssm_trt_norm_scaffold_conv", *tensors, *sizes, *attributes, TYPES[k.type], workspace)
     return widen(y), new

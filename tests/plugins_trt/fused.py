@@ -141,15 +141,23 @@ def _cases():
         ((16, 1, 64, 35, 4, 3, 3), {"x_start": 15}),
         ((17, 1, 128, 50, 3, 20, 4), {"x_start": 16}),
         ((66, 1, 96, 33, 1, 16, 4), {"x_start": 8}),
-        ((66, 1, 128, 70, 3, 40, 4), {"x_start": 9}),  # more sequences than the few: the columns go aside
+        ((66, 1, 128, 70, 3, 40, 4), {"x_start": 9}),  # tiles of 64 sequences
         ((3, 1, 96, 40, 4, 24, 4), {"x_start": 8, "planes": 2}),
         ((1, 2, 32, 40, 3, 8, 4), {"x_start": 16}),
         ((1, 8, 96, 17, 0, 16, 2), {"x_start": 1}),
         ((1, 9, 544, 20, 16, 20, 3), {}),
         ((2, 8, 64, 41, 2, 9, 4), {"x_start": 32, "activation": "none"}),
         ((1, 17, 160, 36, 3, 12, 4), {"x_start": 12}),
-        ((1, 66, 128, 70, 3, 40, 4), {"x_start": 4}),  # runs of 32 tokens
-        ((2, 33, 96, 34, 5, 8, 4), {"x_start": 26, "planes": 2}),
+        ((2, 33, 96, 34, 5, 8, 4), {"x_start": 26, "planes": 2}),  # 29 of 32 tokens are a block's own
+        ((1, 58, 96, 33, 1, 31, 4), {"x_start": 1}),
+        ((11, 3, 96, 20, 2, 17, 4), {"x_start": 2}),  # ten sequences a block, less than W - 1 tokens each
+        ((9, 2, 96, 33, 2, 30, 4), {"x_start": 3}),
+        ((1, 65, 128, 70, 3, 40, 4), {"x_start": 4}),  # 61 of 64 tokens
+        ((2, 122, 128, 66, 0, 20, 4), {"x_start": 40}),
+        ((1, 124, 128, 40, 2, 40, 3), {}),
+        ((2, 64, 128, 33, 1, 33, 2), {}),
+        ((5, 20, 128, 33, 2, 20, 4), {"x_start": 13}),  # three sequences a block
+        ((40, 2, 128, 66, 2, 50, 4), {"x_start": 16, "activation": "none"}),
     ):
         yield FusedCase("NormScaffoldConv", dict(zip(sizes, row, strict=True)), attributes)
     for row, attributes in (

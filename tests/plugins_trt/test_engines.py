@@ -254,15 +254,11 @@ def test_output_types_of_the_fused(built, name):
 
 @pytest.mark.parametrize("op", FUSED)
 def test_workspace_of_the_fused(built, kernels, op):
-    """For the largest shapes, and with room for the channels of a prefill."""
+    """For the largest shapes."""
 
     def check(case):
         n = engines.MAX_BATCH * engines.MAX_TOKENS
-        K, M, R = (case.sizes[key] for key in "KMR")
-        if op == "NormScaffoldConv":
-            wanted = kernels.sized("dfssm_trt_norm_scaffold_conv_workspace", n, K, M, R, case.sizes["C"], 0)
-        else:
-            wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, K, M, R)
+        wanted = kernels.sized("dfssm_trt_scaffold_workspace", n, *(case.sizes[key] for key in "KMR"))
         assert wanted <= built[0][case.id].scratch < wanted + 1024  # the builder rounds up
 
     check_each([case for case in FUSED_GOOD.values() if case.op == op], check)

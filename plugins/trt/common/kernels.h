@@ -105,13 +105,11 @@ struct LargestArgs {
 cudaError_t largest(const LargestArgs& args, cudaStream_t stream);
 
 // Ops fused, in the arithmetic of the ops one after another but for what lies between them, which stays fp32
-// whatever the activations are (not on its way to a third launch): bit for bit the same where these are f32.
+// whatever the activations are: bit for bit the same where these are f32. The workspace is scaffold_workspace.
 
-// The product of normed activations, y, with the columns [x_start, x_start + conv.C) convolved. One token a
-// sequence takes two launches instead of four, up to 64 sequences, and a sequence alone one; more of either
-// take a third one. Not used: norm.out, scaffold.x; conv's x, y, strides and type.
-size_t norm_scaffold_conv_workspace(const ScaffoldArgs& scaffold, int32_t channels);
-cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& scaffold, ConvArgs conv,
+// The product of normed activations, y, with the columns [x_start, x_start + conv.C) convolved: two launches
+// instead of four, and one for one token. Not used: norm.out, scaffold.x; conv's x, y, strides and type.
+cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& scaffold, const ConvArgs& conv,
                                int32_t x_start, void* workspace, cudaStream_t stream);
 
 // The product of normed activations, added to `residual` [n, M], which is not `scaffold.y`: two launches

@@ -44,10 +44,36 @@ __device__ __forceinline__ void store_float(Float type, void* to, size_t at, flo
   }
 }
 
+// The tokens of a sequence, or of all where no output looks at another, in tiles: `own` a tile, after `before` that the
+// tile before has too. Before the first of a sequence stand its last.
+struct Tokens {
+  int32_t sequence, own, before;
+};
+struct TokenTile {
+  Tokens of;
+  int first, start;  // token 0 of the sequence; its number in slot 0
+
+  __device__ __forceinline__ explicit TokenTile(const Tokens& tokens)
+      : of(tokens),
+        first(tokens.before ? blockIdx.z * tokens.sequence : 0),
+        start(blockIdx.x * tokens.own - tokens.before) {}
+  __device__ __forceinline__ int token(int slot) const {
+    const int at = start + slot;
+    return first + min(of.before && at < 0 ? at + of.sequence : at, of.sequence - 1);
+  }
+  __device__ __forceinline__ bool has(int slot) const {
+    return slot >= of.before && slot < of.before + of.own && start + slot < of.sequence;
+  }
+};
+
 // What becomes of an output, an Epilogue: the one thread that has it calls finish, which returns what is to
 // be stored, and then store. expect asks for what finish will read, long before. This one: it is stored.
+//
+// kTiled: a block's outputs are put into shared memory, and then all its threads call finish_tile instead.
 struct Store {
+  static constexpr bool kTiled = false;
   static constexpr int kAtOnce = 16;  // of many tokens, what registers allow: outputs finished, then stored
+  Tokens tokens(int32_t n, int32_t tile) const { return {n, tile, 0}; }
   __device__ __forceinline__ void expect(const Product&, int /*token*/, int /*row*/) const {}
   __device__ __forceinline__ float finish(const Product&, int, int, float y) const { return y; }
   __device__ __forceinline__ void store(const Product& p, int token, int row, float y) const {
@@ -93,9 +119,10 @@ __device__ __forceinline__ void row_offsets(const Product& p, int row0, int lane
   for (int i = 0; i < kRows; ++i) out[i] = (min(row0 + i * 8 + lane / 4, p.M - 1) - row0) * p.row_bytes;
 }
 
-// Where a lane's part of the steps of its token, the first + g, begins.
-__device__ __forceinline__ uint32_t token_offset(const Product& p, int first, int lane) {
-  const int token = min(first + lane / 4, p.n - 1);
+// Where a lane's part of the steps of its token, that of slot `first` + g, begins.
+__device__ __forceinline__ uint32_t token_offset(const Product& p, const TokenTile& tile, int first,
+                                                 int lane) {
+  const int token = tile.token(first + lane / 4);
   return token / kGroup * p.x.steps * kStepPieces + token % kGroup * 4 + lane % 4;
 }
 
@@ -154,6 +181,9 @@ __device__ __forceinline__ void multiply(const uint32_t (&low)[4], const uint32_
   }
 }
 
+// Of a token's outputs in shared memory: lanes of a fragment hit 32 banks.
+__host__ __device__ constexpr int tile_stride(int rows) { return rows + 4; }
+
 // ---- few tokens: the time is the weights' way from memory ----
 
 // A block makes kTiles * 16 rows of kGroups * 8 tokens; its warps share the columns, so that a matrix of 2048
@@ -162,16 +192,17 @@ __device__ __forceinline__ void multiply(const uint32_t (&low)[4], const uint32_
 // bytes once, so a stage in shared memory would only add a barrier to wait at.
 template <class Weights, class Epilogue, int kTiles, int kGroups, int kBatch>
 __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
-    few_tokens_kernel(Product p, Epilogue epilogue) {
+    few_tokens_kernel(Product p, Epilogue epilogue, Tokens tokens) {
   constexpr int kRows = kTiles * 16, kTokens = kGroups * kGroup;
-  constexpr int kStride = kRows + 4;  // of a token in shared memory: lanes of a fragment hit 32 banks
+  constexpr int kStride = tile_stride(kRows);
   constexpr int kOutputs = kTokens * kStride;
   // Bits can stay where they are in their bytes, one AND each, if 1, 2, 4 and 8 times the sum are kept apart.
   // That takes four times the accumulators, so only the narrow tiles do.
   constexpr int kSets = kTiles * kGroups == 1 ? Weights::kSets : 1;
-  DFSSM_DYNAMIC_SHARED(int32_t, shared);  // [warps, kOutputs], then [kOutputs] floats where there are planes
+  DFSSM_DYNAMIC_SHARED(int32_t, shared);  // [warps, kOutputs], then [kOutputs] floats of planes or a tile
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int row0 = blockIdx.y * kRows, token0 = blockIdx.x * kTokens;
+  const int row0 = blockIdx.y * kRows;
+  const TokenTile in_tile(Epilogue::kTiled ? tokens : Tokens{p.n, kTokens, 0});
   const int units = p.x.steps / Weights::kSteps;
   const bool whole = p.row_bytes % 16 == 0;  // then 16 bytes of a row are aligned, and all there or none
   float* totals = reinterpret_cast<float*>(shared + warps * kOutputs);
@@ -182,7 +213,9 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
       prefetch(p.scale + row);
       if (p.R > 0) prefetch(p.up_scale + row), prefetch(p.up + static_cast<size_t>(row) * p.R);
     }
-    for (int t = warp; t < min(kTokens, p.n - token0); t += warps) epilogue.expect(p, token0 + t, row);
+    for (int slot = warp; slot < kTokens; slot += warps) {
+      if (in_tile.has(slot)) epilogue.expect(p, in_tile.token(slot), row);
+    }
   }
   wait_for_launch_before();
   const auto load_whole = [&](auto* row, int at) { return load_once(row + min(at, p.row_bytes - 16)); };
@@ -193,7 +226,7 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
   row_offsets(p, row0, lane, offsets);
   uint32_t pieces[kGroups];
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) pieces[g] = token_offset(p, token0 + g * kGroup, lane);
+  for (int g = 0; g < kGroups; ++g) pieces[g] = token_offset(p, in_tile, g * kGroup, lane);
 
   for (int plane = 0; plane < p.planes; ++plane) {
     const uint8_t* rows = p.weights + (static_cast<size_t>(plane) * p.M + row0) * p.row_bytes;
@@ -244,22 +277,23 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kTokens * kRows; i += blockDim.x) {
-      const int token = token0 + i / kRows, row = row0 + i % kRows;
-      if (token >= p.n || row >= p.M) continue;
+      const int token = in_tile.token(i / kRows), row = row0 + i % kRows;
+      if (row >= p.M || (!Epilogue::kTiled && !in_tile.has(i / kRows))) continue;
       const int at = i / kRows * kStride + i % kRows;
       int sum = 0;
       for (int w = 0; w < warps; ++w) sum += shared[w * kOutputs + at];
       float y = dequantize<Weights>(p, plane, token, row, sum);
       if (plane > 0) y = __fadd_rn(totals[at], y);
-      if (plane + 1 < p.planes) {
+      if (plane + 1 == p.planes) y = correct(p, row, y, low_rank(p, token, row));
+      if (Epilogue::kTiled || plane + 1 < p.planes) {
         totals[at] = y;
       } else {
-        y = epilogue.finish(p, token, row, correct(p, row, y, low_rank(p, token, row)));
-        epilogue.store(p, token, row, y);
+        epilogue.store(p, token, row, epilogue.finish(p, token, row, y));
       }
     }
-    if (plane + 1 < p.planes) __syncthreads();
+    if (Epilogue::kTiled || plane + 1 < p.planes) __syncthreads();
   }
+  if constexpr (Epilogue::kTiled) epilogue.template finish_tile<kTokens, kRows>(p, in_tile, row0, totals);
 }
 
 // ---- many tokens: the time is the tensor cores' ----
@@ -278,19 +312,21 @@ constexpr int kLargeBlocks = 2;
 // loaded, while those before are used.
 template <class Weights, class Epilogue, int kWarps>
 __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
-    many_tokens_kernel(Product p, Epilogue epilogue) {
-  constexpr int kTokens = 64, kThreads = kWarps * 64;
+    many_tokens_kernel(Product p, Epilogue epilogue, Tokens tokens) {
+  constexpr int kTokens = 64, kThreads = kWarps * 64, kRows = kWarps * 32;
   constexpr int kStageSteps = 2, kStage = kTokens / kGroup * kStageSteps * kStepPieces;
-  DFSSM_SHARED(uint4, stages, 2 * kStage);
+  constexpr int kTile = Epilogue::kTiled ? kTokens * tile_stride(kRows) / 4 : 0;
+  DFSSM_SHARED(uint4, stages, kTile > 2 * kStage ? kTile : 2 * kStage);  // and then the outputs
   const int tid = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row0 = (blockIdx.y * kWarps + warp / 2) * 32, token0 = blockIdx.x * kTokens;
+  const int block_row = blockIdx.y * kRows, row0 = block_row + warp / 2 * 32;
+  const TokenTile in_tile(Epilogue::kTiled ? tokens : Tokens{p.n, kTokens, 0});
   const int units = p.x.steps / Weights::kSteps;
 
   constexpr int kCopies = kStage / kThreads;
   uint32_t pieces[kCopies];  // of a stage are a thread's to copy
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
-    pieces[i] = token_offset(p, token0 + (warp / 2 + i * kWarps) * kGroup, lane) + warp % 2 * kStepPieces;
+    pieces[i] = token_offset(p, in_tile, (warp / 2 + i * kWarps) * kGroup, lane) + warp % 2 * kStepPieces;
   }
   const auto copy = [&](int step0, int to) {
     const uint4* from = p.x.q + step0 * kStepPieces;
@@ -346,16 +382,18 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
   }
 
   // A lane's 32 outputs are 4 rows by 8 tokens; half of them at a time, which 128 registers hold.
+  if constexpr (Epilogue::kTiled) __syncthreads();  // the stages are read
+  float* const tile = reinterpret_cast<float*>(stages);
   int row[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) row[i] = row0 + i * 8 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int token[4];
+    int slot[4];
     float low[4][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      token[i] = token0 + (warp % 2 * 4 + half * 2 + i / 2) * kGroup + lane % 4 * 2 + i % 2;
+      slot[i] = (warp % 2 * 4 + half * 2 + i / 2) * kGroup + lane % 4 * 2 + i % 2;
     }
 #pragma unroll 1
     for (int r = 0; r < p.R; ++r) {
@@ -363,7 +401,7 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         up[i] = __ldg(p.up + static_cast<size_t>(min(row[i], p.M - 1)) * p.R + r);
-        h[i] = __ldg(p.x.h + static_cast<size_t>(min(token[i], p.n - 1)) * p.R + r);
+        h[i] = __ldg(p.x.h + static_cast<size_t>(in_tile.token(slot[i])) * p.R + r);
       }
 #pragma unroll
       for (int i = 0; i < 16; ++i) low[i / 4][i % 4] = fmaf(up[i / 4], h[i % 4], low[i / 4][i % 4]);
@@ -373,37 +411,50 @@ __global__ void __launch_bounds__(kWarps * 64, kWarps == 4 ? kLargeBlocks : 3)
 #pragma unroll  // loads before a store, which might change what they load
       for (int i = first; i < first + Epilogue::kAtOnce; ++i) {
         const int m = i / 4, t = i % 4, sum = sums[m / 2][half * 2 + t / 2][m % 2 * 2 + t % 2];
-        const int at = min(row[m], p.M - 1), of = min(token[t], p.n - 1);
-        const float y = correct(p, at, dequantize<Weights>(p, 0, of, at, sum), low[m][t]);
-        low[m][t] = epilogue.finish(p, of, at, y);
+        const int at = min(row[m], p.M - 1), token = in_tile.token(slot[t]);
+        const float y = correct(p, at, dequantize<Weights>(p, 0, token, at, sum), low[m][t]);
+        low[m][t] = epilogue.finish(p, token, at, y);
       }
 #pragma unroll
       for (int i = first; i < first + Epilogue::kAtOnce; ++i) {
         const int m = i / 4, t = i % 4;
-        if (row[m] < p.M && token[t] < p.n) epilogue.store(p, token[t], row[m], low[m][t]);
+        if constexpr (Epilogue::kTiled) {
+          tile[slot[t] * tile_stride(kRows) + row[m] - block_row] = low[m][t];
+        } else if (row[m] < p.M && in_tile.has(slot[t])) {
+          epilogue.store(p, in_tile.token(slot[t]), row[m], low[m][t]);
+        }
       }
     }
   }
+  if constexpr (Epilogue::kTiled) {
+    __syncthreads();
+    epilogue.template finish_tile<kTokens, kRows>(p, in_tile, block_row, tile);
+  }
 }
 
-// Grids are [tokens, rows]: blocks that share weights run at the same time, and all but the first find them in L2.
-
+// Grids are [tokens, rows, sequences]: blocks that share weights run at the same time, and all but the first find them
+// in L2.
 inline int32_t tiles(int32_t size, int32_t tile) { return (size + tile - 1) / tile; }
+inline dim3 grid_of(const Tokens& tokens, int32_t n, int32_t rows) {
+  return dim3(tiles(tokens.sequence, tokens.own), rows, n / tokens.sequence);
+}
 
 template <class Weights, int kTiles, int kGroups, int kBatch, class Epilogue>
 cudaError_t few_tokens(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
   constexpr int kOutputs = kGroups * kGroup * (kTiles * 16 + 4);
   const int warps = min(8, tiles(p.x.steps / Weights::kSteps, kBatch));
-  const size_t shared = (warps + (p.planes > 1)) * kOutputs * sizeof(int32_t);
+  const size_t shared = (warps + (Epilogue::kTiled || p.planes > 1)) * kOutputs * sizeof(int32_t);
+  const Tokens tokens = epilogue.tokens(p.n, kGroups * kGroup);
   return launch(few_tokens_kernel<Weights, Epilogue, kTiles, kGroups, kBatch>,
-                dim3(tiles(p.n, kGroups * kGroup), tiles(p.M, kTiles * 16)), 32 * warps, shared, stream, p,
-                epilogue);
+                grid_of(tokens, p.n, tiles(p.M, kTiles * 16)), 32 * warps, shared, stream, p, epilogue,
+                tokens);
 }
 
 template <class Weights, int kWarps, class Epilogue>
 cudaError_t many_tokens(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
-  return launch(many_tokens_kernel<Weights, Epilogue, kWarps>, dim3(tiles(p.n, 64), tiles(p.M, 32 * kWarps)),
-                64 * kWarps, 0, stream, p, epilogue);
+  const Tokens tokens = epilogue.tokens(p.n, 64);
+  return launch(many_tokens_kernel<Weights, Epilogue, kWarps>, grid_of(tokens, p.n, tiles(p.M, 32 * kWarps)),
+                64 * kWarps, 0, stream, p, epilogue, tokens);
 }
 
 // From 17 to 64 tokens a small matrix has too few tiles of 64 tokens for a GPU, and its columns are shared
@@ -415,17 +466,11 @@ inline bool has_few_tokens(const Product& p) {
   return p.n <= kFewTokens || p.planes > 1 || p.row_bytes % 16 != 0 || (p.n <= 64 && !is_large(p));
 }
 
-// Where has_few_tokens.
-template <class Weights, class Epilogue>
-cudaError_t matmul_few(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
-  if (p.n <= kGroup) return few_tokens<Weights, 1, 1, Weights::kBatch>(p, epilogue, stream);
-  if (p.n <= kFewTokens) return few_tokens<Weights, 1, 2, Weights::kBatch>(p, epilogue, stream);
-  return few_tokens<Weights, 2, 4, 1>(p, epilogue, stream);
-}
-
 template <class Weights, class Epilogue>
 cudaError_t matmul(const Product& p, const Epilogue& epilogue, cudaStream_t stream) {
-  if (has_few_tokens(p)) return matmul_few<Weights>(p, epilogue, stream);
+  if (p.n <= kGroup) return few_tokens<Weights, 1, 1, Weights::kBatch>(p, epilogue, stream);
+  if (p.n <= kFewTokens) return few_tokens<Weights, 1, 2, Weights::kBatch>(p, epilogue, stream);
+  if (has_few_tokens(p)) return few_tokens<Weights, 2, 4, 1>(p, epilogue, stream);
   return is_large(p) ? many_tokens<Weights, 4>(p, epilogue, stream)
                      : many_tokens<Weights, 2>(p, epilogue, stream);
 }

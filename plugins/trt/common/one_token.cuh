@@ -29,11 +29,12 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   DFSSM_SHARED(uint4, pieces, kOneTokenColumns / 16);  // q, [steps, 4], as the tensor cores want it
   DFSSM_SHARED(int32_t, partial, kUnits* kRows);
   DFSSM_SHARED(float, h, kOneTokenRank);
+  DFSSM_SHARED(float, outputs, Epilogue::kTiled ? kRows : 1);
   DFSSM_SHARED(uint32_t, of_warp, kQuantizeWarps);
   DFSSM_SHARED(float, s, 1);
   DFSSM_SHARED(int32_t, sum, 1);
   const int tid = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row0 = blockIdx.x * kRows, units = p.x.steps / Weights::kSteps;
+  const int row0 = blockIdx.y * kRows, units = p.x.steps / Weights::kSteps;
 
   // On their way from memory while the token is quantised.
   for (int i = tid; i < kRows * ((p.row_bytes + kLine - 1) / kLine); i += kQuantizeThreads) {
@@ -97,12 +98,21 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
   __syncthreads();
   const int row = row0 + tid;
-  if (tid >= kRows || row >= p.M) return;
-  int all = 0;
-  for (int unit = 0; unit < units; ++unit) all += partial[unit * kRows + tid];
-  p.x.h = h, p.x.s = s, p.x.sum = sum;
-  const float y = correct(p, row, dequantize<Weights>(p, 0, 0, row, all), low_rank(p, 0, row));
-  epilogue.store(p, 0, row, epilogue.finish(p, 0, row, y));
+  if (tid < kRows && row < p.M) {
+    int all = 0;
+    for (int unit = 0; unit < units; ++unit) all += partial[unit * kRows + tid];
+    p.x.h = h, p.x.s = s, p.x.sum = sum;
+    const float y = correct(p, row, dequantize<Weights>(p, 0, 0, row, all), low_rank(p, 0, row));
+    if constexpr (Epilogue::kTiled) {
+      outputs[tid] = y;
+    } else {
+      epilogue.store(p, 0, row, epilogue.finish(p, 0, row, y));
+    }
+  }
+  if constexpr (Epilogue::kTiled) {
+    __syncthreads();
+    epilogue.template finish_tile<1, kRows>(p, TokenTile({1, 1, 0}), row0, outputs);
+  }
 }
 
 // Blocks that share an SM repeat the reads after each other: on a small GPU two launches are faster.
@@ -123,8 +133,9 @@ bool takes_one_token(const Product& p) {
 template <class Weights, int kTiles, class Epilogue, class Row>
 cudaError_t one_token(const Product& p, const Epilogue& epilogue, const Row& x, int32_t K, const int8_t* down,
                       const float* down_scale, cudaStream_t stream) {
-  return launch(one_token_kernel<Weights, kTiles, Epilogue, Row>, tiles(p.M, kTiles * 16), kQuantizeThreads,
-                Row::kKept ? K * sizeof(float) : 0, stream, p, epilogue, x, K, down, down_scale);
+  return launch(one_token_kernel<Weights, kTiles, Epilogue, Row>, dim3(1, tiles(p.M, kTiles * 16)),
+                kQuantizeThreads, Row::kKept ? K * sizeof(float) : 0, stream, p, epilogue, x, K, down,
+                down_scale);
 }
 
 }  // namespace dfssm::trt

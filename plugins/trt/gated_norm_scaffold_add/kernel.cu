@@ -9,7 +9,7 @@ namespace dfssm::trt {
 namespace of_gated_norm_scaffold_add {
 
 struct Add : Store {
-  static constexpr int kAtOnce = 8;
+  static constexpr int kAtOnce = 4;
   const void* residual;  // [n, M], of the type of y
 
   explicit Add(const void* from) : residual(from) {}

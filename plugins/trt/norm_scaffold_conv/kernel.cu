@@ -1,9 +1,7 @@
-// NormScaffoldConv: the beginning of a layer. The norm happens where the activations are quantised. One token
-// of a sequence is convolved where the product is stored: each channel of each sequence belongs to one
-// thread, which alone reads its state and then writes it, so both may be the same memory. Of several tokens
-// no thread has the W-1 before its own: the product puts those columns aside, and the convolution is a launch more.
-#include <algorithm>
-
+// NormScaffoldConv: the beginning of a layer. The norm happens where the activations are quantised, and the convolution
+// where the product is: an output looks at the W-1 tokens before its own, which its block has too. Where a sequence is
+// longer than a block's tokens, blocks make the W-1 before theirs once more, 5 % of their work: a launch for the
+// convolution and the way of its channels to memory and back take longer (docs/gpu.md).
 #include "binary_scaffold_matmul/scaffold.cuh"
 #include "causal_conv1d_step/token.cuh"
 #include "common/kernels.h"
@@ -13,96 +11,113 @@
 namespace dfssm::trt {
 namespace of_norm_scaffold_conv {
 
-// The columns [start, start + C) of the product are channels.
+// The columns [start, start + C) of the product are channels. All that reads and writes the state of a sequence's channel
+// is one block, which reads first: both may be the same memory. So the block of a sequence's first tokens has its last,
+// too.
 struct Convolve : Store {
+  static constexpr bool kTiled = true;
+  static constexpr int kAtOnce = 8, kMost = 3;
   ConvArgs conv;
   int32_t start;
 
   Convolve(const ConvArgs& args, int32_t first) : conv(args), start(first) {}
+  Tokens tokens(int32_t n, int32_t tile) const {
+    const int32_t before = conv.W - 1;
+    return conv.T <= tile ? Tokens{n, tile / conv.T * conv.T, 0} : Tokens{conv.T, tile - before, before};
+  }
   __device__ __forceinline__ bool has(int row) const { return row >= start && row < start + conv.C; }
   __device__ __forceinline__ size_t state_of(int sequence, int row) const {
     return (static_cast<size_t>(sequence) * conv.C + (row - start)) * (conv.W - 1);
   }
-  __device__ __forceinline__ void expect(const Product&, int sequence, int row) const {
+  __device__ __forceinline__ void expect(const Product&, int token, int row) const {
     if (!has(row)) return;
-    prefetch(conv.state + state_of(sequence, row));
+    if (conv.T == 1) prefetch(conv.state + state_of(token, row));
     prefetch(conv.weight + static_cast<size_t>(row - start) * conv.W);
     prefetch(conv.bias + (row - start));
   }
-  __device__ __forceinline__ float finish(const Product&, int sequence, int row, float y) const {
-    constexpr int kMost = 3;
-    if (!has(row)) return y;
+
+  // The inputs before token `position` of a sequence: `state` is its channel's, `y` its channel at that token.
+  template <int kStride>
+  __device__ __forceinline__ void recall(const float* state, const float* y, int position,
+                                         float (&past)[kMost]) const {
     const int before = conv.W - 1;
-    const float* const weights = conv.weight + static_cast<size_t>(row - start) * conv.W;
-    const size_t state = state_of(sequence, row);
-    float past[kMost], weight[kMost];
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {  // all loads before the first store
-      if (i < before) past[i] = conv.state[state + i], weight[i] = __ldg(weights + i);
-    }
-    const float result = convolve_token<kMost>(past, weight, before, y, __ldg(weights + before),
-                                               __ldg(conv.bias + (row - start)), conv.silu);
-#pragma unroll
-    for (int i = 1; i < kMost; ++i) {
-      if (i < before) conv.new_state[state + i - 1] = past[i];
-    }
-    conv.new_state[state + before - 1] = y;
-    return result;
-  }
-};
-
-// The channels go to memory of their own, [n, C].
-struct Aside : Store {
-  void* channels;
-  int32_t start, C;
-
-  Aside(void* to, const ConvArgs& conv, int32_t first) : channels(to), start(first), C(conv.C) {}
-  __device__ __forceinline__ void store(const Product& p, int token, int row, float y) const {
-    if (row >= start && row < start + C) {
-      store_float(p.y_type, channels, static_cast<size_t>(token) * C + (row - start), y);
-    } else {
-      Store::store(p, token, row, y);
+    for (int i = 0; i < kMost; ++i) {
+      if (i < before) past[i] = position + i < before ? state[position + i] : y[(i - before) * kStride];
     }
   }
+
+  // A thread has some tokens of one row; the threads of a block are a multiple of its rows.
+  template <int kTokens, int kRows>
+  __device__ __forceinline__ void finish_tile(const Product& p, const TokenTile& tile, int row0,
+                                              const float* y) const {
+    constexpr int kStride = tile_stride(kRows), kLoads = kTokens < 4 ? kTokens : 4;
+    const int row = row0 + threadIdx.x % kRows, first = threadIdx.x / kRows, each = blockDim.x / kRows;
+    const bool live = row < p.M, channel = live && has(row);
+    const int before = conv.W - 1;
+    const bool part = tile.of.before;  // of one sequence; else whole ones
+    const int sequence0 = (part ? tile.first : tile.start) / conv.T;
+    y += threadIdx.x % kRows;
+    float weight[kMost] = {}, now_weight = 0, bias = 0;
+    if (channel) {
+      const float* const weights = conv.weight + static_cast<size_t>(row - start) * conv.W;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i < before) weight[i] = __ldg(weights + i);
+      }
+      now_weight = __ldg(weights + before), bias = __ldg(conv.bias + (row - start));
+    }
+    for (int slot0 = first; live && slot0 < kTokens; slot0 += kLoads * each) {
+      float past[kLoads][kMost];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {  // loads before a store, which might change what they load
+        const int slot = slot0 + k * each, sequence = part ? 0 : slot / conv.T;
+        if (!channel || !tile.has(slot)) continue;
+        recall<kStride>(conv.state + state_of(sequence0 + sequence, row), y + slot * kStride,
+                        part ? tile.start + slot : slot - sequence * conv.T, past[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        const int slot = slot0 + k * each;
+        if (!tile.has(slot)) continue;
+        float value = y[slot * kStride];
+        if (channel)
+          value = convolve_token<kMost>(past[k], weight, before, value, now_weight, bias, conv.silu);
+        store(p, tile.token(slot), row, value);
+      }
+    }
+    __syncthreads();  // the state is read
+
+    const int ends = part ? tile.start < 0 : min(tile.of.own, tile.of.sequence - tile.start) / conv.T;
+    for (int sequence = first; channel && sequence < ends; sequence += each) {
+      const size_t state = state_of(sequence0 + sequence, row);
+      float past[kMost];
+      recall<kStride>(conv.state + state, y + (part ? before : (sequence + 1) * conv.T) * kStride, conv.T,
+                      past);
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i < before) conv.new_state[state + i] = past[i];
+      }
+    }
+  }
 };
-
-size_t element_size(Float type) { return type == Float::f32 ? 4 : 2; }
-
-// Where the channels lie in the workspace, behind the quantised activations.
-size_t aside_at(const ScaffoldArgs& args) {
-  return (scaffold_workspace(args.n, args.K, args.M, args.R) + 15) / 16 * 16;
-}
 
 }  // namespace of_norm_scaffold_conv
 using namespace of_norm_scaffold_conv;
 
-size_t norm_scaffold_conv_workspace(const ScaffoldArgs& args, int32_t channels) {
-  return aside_at(args) + static_cast<size_t>(args.n) * channels * element_size(args.type);
-}
-
-cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& args, ConvArgs conv, int32_t x_start,
-                               void* workspace, cudaStream_t stream) {
+cudaError_t norm_scaffold_conv(const NormArgs& norm, const ScaffoldArgs& args, const ConvArgs& conv,
+                               int32_t x_start, void* workspace, cudaStream_t stream) {
   if (conv.W < 2 || conv.W > 4) return cudaErrorInvalidValue;
   const Product product = scaffold_product(args, workspace);
+  const Convolve convolve(conv, x_start);
   if (takes_one_token<4>(product)) {
     return with_norm_row(norm, nullptr, [&](const auto& x) {
-      return one_token<Bits, 4>(product, Convolve(conv, x_start), x, args.K, args.down, args.down_scale,
-                                stream);
+      return one_token<Bits, 4>(product, convolve, x, args.K, args.down, args.down_scale, stream);
     });
   }
-  cudaError_t error =
+  const cudaError_t error =
       with_norm_row(norm, nullptr, [&](const auto& x) { return quantize_for(product, args, x, stream); });
-  if (error != cudaSuccess) return error;
-  if (conv.T == 1 && has_few_tokens(product)) {
-    return matmul_few<Bits>(product, Convolve(conv, x_start), stream);
-  }
-  void* const aside = static_cast<char*>(workspace) + aside_at(args);
-  error = matmul<Bits>(product, Aside(aside, conv, x_start), stream);
-  if (error != cudaSuccess) return error;
-  conv.x = aside, conv.x_stride = conv.C;
-  conv.y = static_cast<char*>(args.y) + x_start * element_size(args.type), conv.y_stride = args.M;
-  conv.type = args.type;
-  return causal_conv1d_step(conv, stream);
+  return error == cudaSuccess ? matmul<Bits>(product, convolve, stream) : error;
 }
 
 }  // namespace dfssm::trt

@@ -25,7 +25,7 @@ struct NormScaffoldConv : PluginOf<NormScaffoldConv, opset::NormScaffoldConv> {
   }
 
   size_t workspace_of(const Args& args) const {
-    return norm_scaffold_conv_workspace(args.scaffold, args.conv.C);
+    return scaffold_workspace(args.scaffold.n, args.scaffold.K, args.scaffold.M, args.scaffold.R);
   }
 
   cudaError_t run(Args args, const Launch& launch) const {

@@ -69,12 +69,6 @@ int dfssm_trt_rms_norm(const void* y, const void* z, const float* weight, void* 
 }
 
 // The fused ops. `z` null: no gate.
-size_t dfssm_trt_norm_scaffold_conv_workspace(int32_t n, int32_t K, int32_t M, int32_t R, int32_t C,
-                                              int32_t type) {
-  trt::ScaffoldArgs args{};
-  args.n = n, args.K = K, args.M = M, args.R = R, args.type = static_cast<trt::Float>(type);
-  return trt::norm_scaffold_conv_workspace(args, C);
-}
 int dfssm_trt_norm_scaffold_conv(const void* x, const float* norm_weight, const uint32_t* bits,
                                  const float* scale, const int8_t* down, const float* down_scale,
                                  const int8_t* up, const float* up_scale, const float* state,
