@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class Job:
     engine: dict = field(default_factory=dict)  # what the target says of the engine it built
     verification: dict = field(default_factory=lambda: {"passed": None})
     manifest: Manifest | None = None
+
+    @cached_property
+    def runner(self) -> Target:
+        """What runs the step graph here."""
+        return next(target for target in map(get_target, self.target.VERIFIED_BY) if target.probe().usable)
 
 
 @dataclass(frozen=True)
@@ -207,10 +212,9 @@ def verify(job: Job) -> None:
         return
     from dfssm.verify.bundle import verify_bundle
 
-    runner = _runner(job)
-    found = verify_bundle(runner, job.stage, job.model, job.state_dtype, partial(job.progress, "verify"))
-    if runner is not job.target:
-        why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {runner.NAME}"
+    found = verify_bundle(job.runner, job.stage, job.model, job.state_dtype, partial(job.progress, "verify"))
+    if job.runner is not job.target:
+        why_not = f"the engine runs on a GPU; the step graph that it was built from ran as target {job.runner.NAME}"
         found = {"passed": None, "why_not": why_not, "graph": found}
     job.verification = found
 
@@ -223,7 +227,7 @@ def golden(job: Job) -> None:
 
     # A call rounds the states that it stores: the calls are those that an engine can make.
     most = job.engine["profiles"][-1]["max"][1] if job.target.IS_ENGINE else TOKENS
-    made = make_golden(_runner(job), job.stage, job.config.vocab_size, most, partial(job.progress, "golden"))
+    made = make_golden(job.runner, job.stage, job.config.vocab_size, most, partial(job.progress, "golden"))
     with writing(job.stage):
         (job.stage / GOLDEN).write_bytes(made.to_bytes())
     job.files.append(GOLDEN)
@@ -289,11 +293,6 @@ def _find_tokenizer(request: Request, model: Path) -> Path | None:
         beside = model.with_name(TOKENIZER)
         return beside if beside.is_file() else None
     return paths.file(request.tokenizer, "a tokenizer.json", TOKENIZER)
-
-
-def _runner(job: Job) -> Target:
-    """What runs the step graph here."""
-    return next(target for target in map(get_target, job.target.VERIFIED_BY) if target.probe().usable)
 
 
 def _peak_rss() -> int:

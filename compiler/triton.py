@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfssm.opset.paths import OF_REPOSITORY
 from dfssm.opset.sizes import Sizes
 from dfssm.targets import Target
 from dfssm.targets.bundle import ENGINE, MODEL
 
 BUNDLE, REPOSITORY = "bundle", "triton-repository"
 
-NAME = "dfssm"  # of the model, that is of its folder
-
-FORMS = {BUNDLE: "", REPOSITORY: f"{NAME}/1"}
+FORMS = {BUNDLE: "", REPOSITORY: OF_REPOSITORY}
 """What dfcompile writes -> where in it the bundle lies."""
 
 CONFIG = "config.pbtxt"

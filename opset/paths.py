@@ -27,6 +27,9 @@ WEIGHTS = (
 STUDENT = "model.pt"
 """The name that students mostly have."""
 
+OF_REPOSITORY = "dfssm/1"
+"""Where the bundle lies in a model repository for Triton."""
+
 _KINDS = {
     "teacher": ("a Mamba-2 checkpoint", "a file of a checkpoint", f"a checkpoint folder ({CONFIG}, {WEIGHTS[0]})"),
     "student": ("a student", "a folder with a student", "a model.pt or .safetensors"),
@@ -78,7 +81,7 @@ def find(path: str | Path, *wanted: str) -> tuple[str, Path]:
         if why and "teacher" in wanted and (path / "params.json").is_file():
             why = f"it has Mistral's params.json but no {CONFIG}; put transformers' own there, or "
         raise DfssmError(f"{path} is not {names}: {why}give {give}")
-    noun = _KINDS[kind][place != path]
+    noun = "a Triton repository" if place == path / OF_REPOSITORY else _KINDS[kind][place != path]
     if kind not in wanted:
         words, commands, _ = _way(kind, str(place), wanted)
         remedy = f"{words} first: {commands}" if commands else f"give what it was made from, {give}"
@@ -170,6 +173,8 @@ def _kind(path: Path, mode: int) -> tuple[str, Path]:
             return "bundle", path
         if (path / CONFIG).is_file():
             return "teacher", path
+        if (path / OF_REPOSITORY / MANIFEST).is_file():
+            return "bundle", path / OF_REPOSITORY
         return ("student", path / STUDENT) if (path / STUDENT).is_file() else ("", path)
     beside = path.parent
     if path.name in (CONFIG, *WEIGHTS) and (beside / CONFIG).is_file():

@@ -17,7 +17,6 @@
 #include <vector>
 
 namespace {
-
 using namespace nvinfer1;
 
 void require(bool good, const std::string& what) {
@@ -61,11 +60,9 @@ class Decoder {
       require(*context && (*context)->setOptimizationProfileAsync(context == &step_ ? 0 : last, stream_),
               "TensorRT makes no context");
       (*context)->setTensorAddress("input_ids", ids_);
-      (*context)->setInputShape("logits_at", Dims{1, {1}});
-      (*context)->setTensorAddress("logits_at", place_);
       (*context)->setTensorAddress("logits", logits_);
     }
-    for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) bind_state(engine_->getIOTensorName(i));
+    for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) bind(engine_->getIOTensorName(i));
   }
 
   // Reads tokens; returns the most likely next one.
@@ -88,23 +85,27 @@ class Decoder {
   }
 
  private:
-  // conv_state.3 and conv_state_out.3 are one buffer, zero at first.
-  void bind_state(const std::string& name) {
-    const size_t dot = name.find('.');
-    if (dot == std::string::npos || name.find("_out.") != std::string::npos) return;
-    const std::string out = name.substr(0, dot) + "_out" + name.substr(dot);
-    const DataType type = engine_->getTensorDataType(name.c_str());
-    size_t bytes = type == DataType::kFLOAT ? 4 : type == DataType::kHALF ? 2 : 1;
-    Dims dims = engine_->getTensorShape(name.c_str());
-    dims.d[0] = 1;  // sequences
-    for (int32_t i = 0; i < dims.nbDims; ++i) bytes *= dims.d[i];
-    void* state = nullptr;
-    check(cudaMalloc(&state, bytes));
-    check(cudaMemsetAsync(state, 0, bytes, stream_));
+  // conv_state.3 and conv_state_out.3 are one buffer, zero at first. With --max-logits 1 there is no logits_at.
+  void bind(const std::string& name) {
+    std::string out = name;
+    void* memory = place_;
+    Dims dims{1, {1}};
+    if (name != "logits_at") {
+      const size_t dot = name.find('.');
+      if (dot == std::string::npos || name.find("_out.") != std::string::npos) return;
+      out.insert(dot, "_out");
+      const DataType type = engine_->getTensorDataType(name.c_str());
+      size_t bytes = type == DataType::kFLOAT ? 4 : type == DataType::kHALF ? 2 : 1;
+      dims = engine_->getTensorShape(name.c_str());
+      dims.d[0] = 1;  // sequences
+      for (int32_t i = 0; i < dims.nbDims; ++i) bytes *= dims.d[i];
+      check(cudaMalloc(&memory, bytes));
+      check(cudaMemsetAsync(memory, 0, bytes, stream_));
+    }
     for (auto* context : {prompt_.get(), step_.get()}) {
       context->setInputShape(name.c_str(), dims);
-      context->setTensorAddress(name.c_str(), state);
-      context->setTensorAddress(out.c_str(), state);
+      context->setTensorAddress(name.c_str(), memory);
+      context->setTensorAddress(out.c_str(), memory);
     }
   }
 
@@ -135,7 +136,6 @@ class Decoder {
   int64_t longest_ = 0, vocab_ = 0;
   void *ids_ = nullptr, *place_ = nullptr, *logits_ = nullptr, *host_ids_ = nullptr, *host_logits_ = nullptr;
 };
-
 }  // namespace
 
 int main(int count, char** arguments) {

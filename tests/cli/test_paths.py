@@ -113,6 +113,7 @@ WRONG = {
         "a name.pt": f"a name.pt is a student, not a bundle: compile it first: {COMPILE.format(repr('a name.pt'))}",
         "trained": f"is a folder with a student, not a bundle: compile it first: {COMPILE.format('trained/model.pt')}",
         "teacher": f"convert or distill it and compile it first: {CONVERT} && {COMPILE.format('model.pt')}",
+        "served": "served is a Triton repository: give the folder served/dfssm/1",
         "empty": f"empty is not a bundle: it has no manifest.json; {BUNDLE}",
         "notes.md": f"notes.md is not a bundle: {BUNDLE}",
         HUB: f"{DOWNLOAD} && {CONVERT.format('mamba2-130m')} && {COMPILE.format('model.pt')}, then give model-ort-cpu",
@@ -166,9 +167,15 @@ CASES = [
 
 def fill(folder: Path) -> None:
     """One of each kind of thing, by its name and its first bytes; none is read further."""
-    for name in ("b", "teacher", "trained", "empty"):
-        (folder / name).mkdir()
-    for name in ("b/manifest.json", "b/model.onnx", "b/golden.safetensors", "teacher/config.json"):
+    for name in ("b", "teacher", "trained", "empty", "served/dfssm/1"):
+        (folder / name).mkdir(parents=True)
+    for name in (
+        "served/dfssm/1/manifest.json",
+        "b/manifest.json",
+        "b/model.onnx",
+        "b/golden.safetensors",
+        "teacher/config.json",
+    ):
         (folder / name).write_text("{}")
     (folder / "teacher/tokenizer.json").write_text("{}")
     for name in ("model.pt", "a name.pt", "trained/model.pt", "teacher/model.safetensors"):

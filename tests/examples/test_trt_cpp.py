@@ -59,12 +59,13 @@ def expected(ids: list[int], count: int, vocab: int) -> list[int]:
     return made
 
 
+@pytest.mark.parametrize("inputs", [3, 4], ids=["--max-logits 1", "logits_at"])
 @pytest.mark.parametrize("profiles", [1, 2], ids=["TensorRT-RTX", "TensorRT"])
 @pytest.mark.parametrize("longest", [1, 4])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 9])
-def test_it_decodes(length, longest, profiles, decode, tmp_path):
+def test_it_decodes(length, longest, profiles, inputs, decode, tmp_path):
     """Prompts of one token, of a part of a run, a whole one, and of runs whose last has one token."""
-    folder = bundle(tmp_path / "bundle", f"97 {longest} {profiles}")
+    folder = bundle(tmp_path / "bundle", f"97 {longest} {profiles} {inputs}")
     ids = [(13 * i + 5) % 97 for i in range(length)]
     command = [decode, folder, "12", *map(str, ids)]
     done = subprocess.run(command, capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
@@ -74,7 +75,7 @@ def test_it_decodes(length, longest, profiles, decode, tmp_path):
 
 @pytest.mark.parametrize(
     "engine, library, words",
-    [("97 4 1", False, "cannot load {}/libdfssm_trt.so"), ("", True, "TensorRT cannot load the engine of {}")],
+    [("97 4 1 4", False, "cannot load {}/libdfssm_trt.so"), ("", True, "TensorRT cannot load the engine of {}")],
 )
 def test_its_errors_are_one_line(engine, library, words, decode, tmp_path):
     folder = bundle(tmp_path / "bundle", engine)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_harness import checks, pack, speed
+from gpu_harness.__main__ import NO_DEVICE
 from gpu_harness.graph import Weights
 from gpu_harness.plugins import Library, Plugin
 from plugins_trt import adapter, engines
@@ -142,6 +143,10 @@ def test_report(tmp_path, library):
     assert code == 1 and failure.startswith("demo: exit status 1: ") and "demo_fp32.pt" in failure
     assert report["steps"]["memcheck"]["error"].startswith("not run: ")
     assert run("memcheck")[0] == 2
+    if not torch.cuda.is_available():  # one line, and no other step is tried
+        done = subprocess.run([*command, "device,ops"], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[1:] == [f"device: exit status 1: {NO_DEVICE}"]
 
 
 @pytest.mark.skipif(not engines.library(), reason=engines.NO_LIBRARY)

@@ -48,11 +48,16 @@ def _findings(found: tuple[int, list[str]]) -> Record:
     return {"compared": found[0], "failed": found[1]}
 
 
+NO_DEVICE = "torch finds no CUDA device: run this on a GPU, with a torch that is built for it"
+
+
 def device(place: Place) -> Iterator[Record]:
     import torch
 
     from .speed import copy_bandwidth
 
+    if not torch.cuda.is_available():
+        sys.exit(NO_DEVICE)
     facts = torch.cuda.get_device_properties(0)
     yield {"gpu": facts.name, "sm": facts.major * 10 + facts.minor, "bytes": facts.total_memory}
     yield {"torch": torch.__version__, "cuda": torch.version.cuda, "copy_gb_s": copy_bandwidth("cuda") / 1e9}
@@ -244,6 +249,9 @@ def main() -> int:
         limit = min(STEPS[name][0], left)
         print(f"{name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
         steps[name] = run_step(name, [str(options.folder), "--library", str(library)], limit)
+        if name == "device" and (error := steps[name]["error"]):  # no other step can run either
+            print(f"device: {error}", file=sys.stderr)
+            return 1
     out = options.out or options.folder
     text = table(steps)
     (out / "report.json").write_text(json.dumps({"steps": steps, "failures": failures(steps)}, indent=1))

@@ -1,7 +1,7 @@
 // As much of TensorRT as examples/trt_cpp uses, around a toy model of V tokens: conv_state.0 f32[2] is the number that the
 // tokens so far come to, and how many they were; ssm_state.0 half[3] holds the last token. A token t makes of a number n
 // the number (7 n + t + tokens before it + the last one) mod V, whose logit is the largest. A file with "V longest
-// profiles" is its engine.
+// profiles inputs" is its engine: of 4 inputs the last is logits_at, which an engine for one token's logits has not.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,7 +34,7 @@ struct ILogger {
 
 struct Toy {
   int64_t vocab, longest;
-  int32_t profiles;
+  int32_t profiles, inputs;
   int64_t most(int32_t profile) const { return profile == profiles - 1 ? longest : 1; }
 };
 
@@ -43,6 +43,7 @@ class IExecutionContext {
   explicit IExecutionContext(Toy toy) : toy_(toy) {}
   bool setOptimizationProfileAsync(int32_t profile, cudaStream_t) { return profile_ = profile, true; }
   bool setInputShape(const char* name, const Dims& dims) {
+    toy_expects(toy_.inputs == 4 || std::string(name) != "logits_at");
     return shapes_.insert_or_assign(name, dims), true;
   }
   bool setTensorAddress(const char* name, void* address) { return addresses_[name] = address, true; }
@@ -50,7 +51,8 @@ class IExecutionContext {
   bool enqueueV3(cudaStream_t stream) {
     const Dims ids = shapes_.at("input_ids");
     toy_expects(ids.d[0] == 1 && ids.d[1] >= 1 && ids.d[1] <= toy_.most(profile_));
-    toy_expects(shapes_.at("logits_at").nbDims == 1 && shapes_.at("logits_at").d[0] == 1);
+    if (toy_.inputs == 4)
+      toy_expects(shapes_.at("logits_at").nbDims == 1 && shapes_.at("logits_at").d[0] == 1);
     toy_expects(shapes_.at("conv_state.0").d[0] == 1 && shapes_.at("ssm_state.0").d[0] == 1);
     toy_expects(!stream->recording || ran_[ids.d[1]]);  // the first run may allocate
     ran_[ids.d[1]] = true;
@@ -59,7 +61,7 @@ class IExecutionContext {
     toy_expects(at.at("ssm_state.0") == at.at("ssm_state_out.0"));
     stream->add([toy = toy_, tokens = ids.d[1], at] {
       const auto* id = static_cast<const int64_t*>(at.at("input_ids"));
-      toy_expects(*static_cast<const int64_t*>(at.at("logits_at")) == tokens - 1);
+      if (toy.inputs == 4) toy_expects(*static_cast<const int64_t*>(at.at("logits_at")) == tokens - 1);
       auto* sum = static_cast<float*>(at.at("conv_state.0"));
       auto* last = static_cast<uint16_t*>(at.at("ssm_state.0"));
       for (int64_t t = 0; t < tokens; ++t) {
@@ -88,10 +90,10 @@ class ICudaEngine {
   Dims getProfileShape(const char*, int32_t profile, OptProfileSelector) const {
     return Dims2(1, toy_.most(profile));
   }
-  int32_t getNbIOTensors() const { return 7; }
+  int32_t getNbIOTensors() const { return 3 + toy_.inputs; }
   const char* getIOTensorName(int32_t index) const {
-    static const char* const kNames[] = {"input_ids", "conv_state.0",     "ssm_state.0",    "logits_at",
-                                         "logits",    "conv_state_out.0", "ssm_state_out.0"};
+    static const char* const kNames[] = {"input_ids",        "conv_state.0",    "ssm_state.0", "logits",
+                                         "conv_state_out.0", "ssm_state_out.0", "logits_at"};
     return kNames[index];
   }
   Dims getTensorShape(const char* name) const {
@@ -112,7 +114,7 @@ struct IRuntime {
   ICudaEngine* deserializeCudaEngine(const void* data, size_t size) {
     std::istringstream text(std::string(static_cast<const char*>(data), size));
     Toy toy;
-    return text >> toy.vocab >> toy.longest >> toy.profiles ? new ICudaEngine(toy) : nullptr;
+    return text >> toy.vocab >> toy.longest >> toy.profiles >> toy.inputs ? new ICudaEngine(toy) : nullptr;
   }
 };
 
