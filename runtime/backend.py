@@ -61,6 +61,11 @@ class Pool(Protocol):
         next step on, and the logits stay there.
         """
 
+    def weighed(self, row: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Of the logits of row `row`: the largest, as `largest`, as many as a device finds, and the `total_weight` of
+        all by this temperature. None where the host has them all, and of a device that is first asked for it.
+        """
+
     def reset(self, row: int) -> None:
         """Row `row` has read nothing: its state and logits are zeros."""
 
@@ -108,7 +113,13 @@ def choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int
     if sampling.count:
         tokens, logits = pool.largest(row, sampling.count)
         at = sampling.choose_among(logits, position)
+        assert at is not None
         return int(tokens[at]), float(logits[at])
+    if found := pool.weighed(row, sampling.temperature):
+        tokens, logits, total = found
+        at = sampling.choose_among(logits, position, total)
+        if at is not None:
+            return int(tokens[at]), float(logits[at])
     logits = pool.logits[row]
     token = sampling.choose(logits, position)
     return token, float(logits[token])

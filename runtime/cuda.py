@@ -74,10 +74,18 @@ class Cuda:
         """Queue `sampling.largest` of logits f32[rows,vocab], for a `count` of up to `most_largest`: tokens
         i64[rows,count] and values f32[rows,count].
         """
-        assert self._plugins
-        sizes = (ctypes.c_int32(size) for size in (rows, vocab, count))
-        where = (ctypes.c_void_p(address) for address in (logits, tokens, values, self.stream))
-        self._check("dfssm_largest", self._runtime.cudaError_t(self._plugins.dfssm_largest(*where, *sizes)))
+        self._queue("dfssm_largest", (logits, tokens, values), (rows, vocab, count))
+
+    def total_weight(self, logits: int, rows: int, vocab: int, divisors: int, totals: int) -> None:
+        """Queue `sampling.total_weight` of logits f32[rows,vocab], with `sampling.divisor` of the temperatures,
+        f32[rows]: totals i64[rows].
+        """
+        self._queue("dfssm_total_weight", (logits, divisors, totals), (rows, vocab))
+
+    def _queue(self, function: str, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        where = (ctypes.c_void_p(address) for address in (*addresses, self.stream))
+        error = getattr(self._plugins, function)(*where, *(ctypes.c_int32(size) for size in sizes))
+        self._check(function, self._runtime.cudaError_t(error))
 
     def synchronize(self) -> None:
         """Wait for what was queued. A recording that was cut short is given up: nothing else would run before."""

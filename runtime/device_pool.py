@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.trt_build import LOGITS_AT
 
-from .sampling import largest
+from .sampling import divisor, largest
 
 if TYPE_CHECKING:
     from .backend import Ahead
@@ -129,9 +129,21 @@ class DevicePool:
             at = row - self._behind.start
             return self._found.tokens[at, :count].copy(), self._found.logits[at, :count].copy()
         if count <= self._cuda.most_largest and (self._top is None or count > self._top.count):
-            self._top = self._room_for(count)  # from the next step on
-            self._release_graphs()
+            self._look_for(count)
         return largest(self.logits[row], count)
+
+    def weighed(self, row: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int] | None:
+        by, count = divisor(temperature), min(self._cuda.most_largest, self._backend.vocab_size)
+        if not count:
+            return None
+        at, found = row - self._behind.start, self._found
+        if row in self._behind and found and found.weight and found.weight.used[at] == by:
+            return found.tokens[at].copy(), found.logits[at].copy(), int(found.weight.totals[at])
+        if not self._top or not self._top.weight:
+            self._look_for(count, weigh=True)
+        assert self._top and self._top.weight
+        self._top.weight.divisors[row] = by
+        return None
 
     def reset(self, row: int) -> None:
         with self._device():
@@ -226,15 +238,17 @@ class DevicePool:
             else:
                 # The first run of a shape may allocate, which a capture forbids: run, then record it for the next.
                 context = self._backend.step_context(len(rows))
-                self._queue_step(context, read, written, len(rows))
+                self._queue_step(context, read, written, rows)
                 self._cuda.synchronize()
                 if self._backend.recordable(context):
                     if len(self._graphs) > 2 * len(self._host_logits):  # all from row 0 on, and each row alone
                         self._release_graphs()
                     self._cuda.begin_capture()
-                    self._queue_step(context, read, written, len(rows))
+                    self._queue_step(context, read, written, rows)
                     self._graphs[key] = self._cuda.end_capture()
         self._behind, self._found = rows, self._top
+        if self._top and self._top.weight:
+            self._top.weight.used = self._top.weight.divisors[rows.start : rows.stop].copy()
         if self._top and self._top.on_device[0] == self._ids:
             self._next = self._top.tokens[: len(rows), 0]
 
@@ -245,14 +259,20 @@ class DevicePool:
             self._cuda.to_device(self._ids, self._given_ids[: len(ids)])
         self._next = None
 
-    def _queue_step(self, context: Any, read: dict[str, int], written: dict[str, int], rows: int) -> None:
+    def _queue_step(self, context: Any, read: dict[str, int], written: dict[str, int], rows: range) -> None:
         """Queue the engine, and what is looked for in its logits: the part of a step that is recorded."""
-        self._queue(context, (rows, 1), read, written, (self._first_place, 1), self._logits)
+        count, vocab = len(rows), self._backend.vocab_size
+        self._queue(context, (count, 1), read, written, (self._first_place, 1), self._logits)
         if top := self._top:
             tokens, logits = top.on_device
-            self._cuda.largest(self._logits, rows, self._backend.vocab_size, top.count, tokens, logits)
-            self._cuda.to_host(top.tokens[:rows], tokens)
-            self._cuda.to_host(top.logits[:rows], logits)
+            self._cuda.largest(self._logits, count, vocab, top.count, tokens, logits)
+            self._cuda.to_host(top.tokens[:count], tokens)
+            self._cuda.to_host(top.logits[:count], logits)
+            if weight := top.weight:
+                divisors, totals = weight.on_device
+                self._cuda.to_device(divisors, weight.divisors[rows.start : rows.stop])
+                self._cuda.total_weight(self._logits, count, vocab, divisors, totals)
+                self._cuda.to_host(weight.totals[:count], totals)
 
     def _release_graphs(self) -> None:
         while self._graphs:
@@ -310,12 +330,19 @@ class DevicePool:
     def _address(self, name: str, row: int) -> int:
         return int(self._states[name] + row * self._row_bytes[name])
 
-    def _room_for(self, count: int) -> _Largest:
-        rows = len(self._host_logits)
-        tokens, logits = (self._pin((rows, count), np.dtype(kind)) for kind in (np.int64, np.float32))
-        # The one token of each row is the input of the next step.
-        next_ids = self._ids if count == 1 and self._ids_dtype == tokens.dtype else self._allocate(tokens.nbytes)
-        return _Largest(count, (next_ids, self._allocate(logits.nbytes)), tokens, logits)
+    def _look_for(self, count: int, weigh: bool = False) -> None:
+        """From the next step on, for so many logits of each row, and for the weight of all."""
+        rows, weight = len(self._host_logits), None
+        with self._device():  # to make room is work of the stream, which another thread may be recording
+            tokens, logits = (self._pin((rows, count), np.dtype(kind)) for kind in (np.int64, np.float32))
+            # The one token of each row is the input of the next step.
+            next_ids = self._ids if count == 1 and self._ids_dtype == tokens.dtype else self._allocate(tokens.nbytes)
+            if weigh:
+                divisors, totals = self._pin((rows,), np.dtype(np.float32)), self._pin((rows,), np.dtype(np.int64))
+                divisors[:] = 1
+                weight = _Weight((self._allocate(divisors.nbytes), self._allocate(totals.nbytes)), divisors, totals)
+            self._top = _Largest(count, (next_ids, self._allocate(logits.nbytes)), tokens, logits, weight)
+            self._release_graphs()
 
     def _allocate_states(self) -> dict[str, int]:
         return {name: self._allocate(len(self._host_logits) * size) for name, size in self._row_bytes.items()}
@@ -331,6 +358,18 @@ class DevicePool:
 
 
 @dataclass
+class _Weight:
+    """Room for the weight of all logits of each row: what their differences are divided by, f32[rows], and what they
+    come to, i64[rows], in the device's memory and in pinned memory. `used`: the former, of the rows of the last step.
+    """
+
+    on_device: tuple[int, int]
+    divisors: np.ndarray
+    totals: np.ndarray
+    used: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass
 class _Largest:
     """Room for the `count` largest logits of each row: their tokens i64 and themselves f32, in the device's memory, and
     [rows,count] in pinned memory.
@@ -340,3 +379,4 @@ class _Largest:
     on_device: tuple[int, int]
     tokens: np.ndarray
     logits: np.ndarray
+    weight: _Weight | None

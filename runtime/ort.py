@@ -100,6 +100,9 @@ class OrtPool:
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return largest(self.logits[row], count)
 
+    def weighed(self, row: int, temperature: float) -> None:
+        return None
+
     def reset(self, row: int) -> None:
         self._forget(row)
         for tensor in (*self.tensors.values(), self.logits):

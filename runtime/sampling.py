@@ -13,8 +13,6 @@ import numpy as np
 
 from dfssm.opset.numbers import require_real, require_whole
 
-_BLOCK = 256
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -37,87 +35,95 @@ class Sampling:
 
         With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
         """
-        if self.count:
-            tokens, logits = largest(logits, self.count)
-            return int(tokens[self.choose_among(logits, position)])
-        best = int(np.argmax(logits))  # argmax returns a NaN if there is one
-        if not math.isfinite(logits[best]):
-            return best
-        tokens, weights = candidates(logits, self)
-        return int(tokens[draw(weights, _uniform(self.seed, position))])
+        count, total = self.count, None
+        if not count:
+            # Those of a language model that matter are few against its vocabulary: to sort the few hundred largest is
+            # some twenty times cheaper than to sort all.
+            count, total = 256, total_weight(logits, self.temperature)
+        while True:
+            tokens, of_them = largest(logits, count)
+            at = self.choose_among(of_them, position, total)
+            if at is not None:
+                return int(tokens[at])
+            count *= 8
 
     @property
     def count(self) -> int:
         """How many of the largest logits decide: 1 of a greedy choice, 0 where all of them do."""
         return self.top_k if self.temperature else 1
 
-    def choose_among(self, logits: np.ndarray, position: int) -> int:
-        """`choose` from the `count` largest logits, f32[n] in falling order: the index of one."""
-        if len(logits) == 1 or not math.isfinite(logits[0]):
+    def choose_among(self, logits: np.ndarray, position: int, total: int | None = None) -> int | None:
+        """`choose` from the largest logits, f32[n] in falling order: the index of one. All that decide, or as many as
+        the caller has, with the `total_weight` of all: None where the choice is none of these.
+        """
+        if not math.isfinite(logits[0]) or (total is None and len(logits) == 1):
             return 0
-        weights = _weights(logits, self.temperature)
-        kept = _nucleus(weights, self.top_p, weights.sum(dtype=np.float64))
-        return draw(weights[:kept], _uniform(self.seed, position))
+        sums = np.cumsum(weights(logits, logits[0], self.temperature), dtype=np.int64)
+        total = int(sums[-1]) if total is None else total
+        if self.top_p < 1:
+            last = int(np.searchsorted(sums, self.top_p * total))
+            if last == len(sums):
+                return None
+            total = int(sums[last])
+        at = int(np.searchsorted(sums, _random_bits(self.seed, position) * total >> 53, side="right"))
+        return at if at < len(sums) else None
 
 
-def _uniform(seed: int | None, position: int) -> float:
-    """A number in [0, 1), of 53 random bits."""
+def _random_bits(seed: int | None, position: int) -> int:
+    """A whole number below 2^53."""
     bits = os.urandom(8) if seed is None else blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(bits, "little") >> 11) * 2.0**-53
+    return int.from_bytes(bits, "little") >> 11
 
 
-def draw(weights: np.ndarray, uniform: float) -> int:
-    """The index at which the running sum of `weights` f32[n] passes `uniform` (in [0, 1)) of the whole.
+_EXP2 = [np.float32(c) for c in (1.0, 0.69314697, 0.24022120, 0.05550713, 0.00967554, 0.00132765)]
+"""2^x = sum of c_i x^i, for x in [-1/2, 1/2], within 2e-7."""
 
-    In two levels, since a running sum over 50,000 weights takes longer than all the rest of the choice. An
-    index of weight 0 is never drawn.
+_PART = 1 << 14
+
+_TO_WHOLE = np.float32(1.5 * 2**23)
+"""What is added to this is rounded to a whole number, in the low bits of the sum."""
+
+
+def weights(logits: np.ndarray, most: np.float32, temperature: float) -> np.ndarray:
+    """Whole numbers i32[n] in proportion to the probabilities that the softmax gives to logits f32[n], which are finite
+    or -inf; that of the largest of all, `most`, is 2^30.
+
+    The same on every machine: these operations of fp32 are rounded alike everywhere, unlike exp, and sums of whole
+    numbers have no order. A GPU makes them too: plugins/trt/largest/kernel.cu.
     """
-    starts = np.arange(0, len(weights), _BLOCK)
-    sums = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
-    target = uniform * sums[-1]
-    block = _passes(sums, target)
-    inside = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-    return int(starts[block]) + _passes(inside, target - (sums[block - 1] if block else 0.0))
+    with np.errstate(over="ignore"):  # -inf is right
+        x: np.ndarray = logits - most
+        x /= divisor(temperature)
+    x *= np.float32(math.log2(math.e))
+    np.maximum(x, np.float32(-64), out=x)  # of which nothing is left
+    power = x + _TO_WHOLE
+    found = power - _TO_WHOLE
+    x -= found
+    np.multiply(x, _EXP2[-1], out=found)
+    for coefficient in _EXP2[-2:0:-1]:
+        found += coefficient
+        found *= x
+    found += _EXP2[0]
+    exponent, bits = power.view(np.int32), found.view(np.int32)
+    exponent <<= 23
+    bits += exponent
+    found *= np.float32(2**30)
+    return found.astype(np.int32)
 
 
-def _passes(sums: np.ndarray, target: float) -> int:
-    """First index whose running sum is above `target`, which rounding may have put at the last one."""
-    return int(np.searchsorted(sums, min(target, np.nextafter(sums[-1], 0.0)), side="right"))
+def divisor(temperature: float) -> np.float32:
+    """Of the differences of logits: below this fp32 has no quotients; the draw is the greedy choice long before."""
+    return np.float32(max(temperature, 1e-20))
 
 
-def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that remain after the filters and their unnormalised probabilities.
-
-    Args: logits f32[V], finite; `sampling.temperature` > 0.
-    Returns: (tokens i64[n], weights f32[n]); in falling order of weight where a filter is on, else in token
-    order. Equal logits rank by token, so that the same logits give the same set on every machine.
-    """
-    if sampling.top_k:
-        tokens, logits = largest(logits, sampling.top_k)
-        weights = _weights(logits, sampling.temperature)
-        kept = _nucleus(weights, sampling.top_p, weights.sum(dtype=np.float64))
-        return tokens[:kept], weights[:kept]
-    weights = _weights(logits, sampling.temperature)
-    if sampling.top_p == 1:
-        return np.arange(len(weights)), weights
-    # The nucleus of a language model is small against its vocabulary: sorting the few hundred largest is some
-    # twenty times cheaper than sorting all. Their number grows until they hold the probability that is asked
-    # for.
-    total = weights.sum(dtype=np.float64)
-    count = 256
-    while True:
-        tokens, _ = largest(logits, count)
-        held = weights[tokens]
-        if len(tokens) == len(weights) or held.sum(dtype=np.float64) >= sampling.top_p * total:
-            kept = _nucleus(held, sampling.top_p, total)
-            return tokens[:kept], held[:kept]
-        count *= 8
-
-
-def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
-    # Of a temperature below this, fp32 has no quotients; the draw is the greedy choice long before.
-    weights: np.ndarray = np.exp((logits - logits.max()) / np.float32(max(temperature, 1e-20)))
-    return weights
+def total_weight(logits: np.ndarray, temperature: float) -> int:
+    """The sum of `weights`; 0 where a logit is NaN or inf."""
+    most = logits.max()
+    if not math.isfinite(most):
+        return 0
+    # In parts: malloc gives back what is larger than 128 KB, and its pages are then made anew, which took 200 us.
+    parts = (logits[i : i + _PART] for i in range(0, len(logits), _PART))
+    return sum(int(weights(part, most, temperature).sum(dtype=np.int64)) for part in parts)
 
 
 def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,19 +133,10 @@ def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     if count == 1:
         best = int(np.argmax(logits))  # a NaN, if there is one
         return np.array([best]), logits[best : best + 1].copy()
-    number = ~np.isnan(logits)
-    keys = np.where(number, -logits, -np.inf)
-    chosen = np.arange(len(logits))
-    if count < len(logits):
-        chosen = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
-    order = np.lexsort((keys[chosen], number[chosen]))  # by the latter first; stable
+    keys, nan = -logits, np.isnan(logits)
+    keys[nan] = -np.inf
+    bound = np.partition(keys, count - 1)[count - 1] if count < len(keys) else np.inf
+    chosen = np.flatnonzero(keys <= bound)
+    order = np.lexsort((keys[chosen], ~nan[chosen]))  # by the latter first; stable
     tokens = chosen[order[:count]]
     return tokens, logits[tokens]
-
-
-def _nucleus(weights: np.ndarray, top_p: float, total: float) -> int:
-    """How many of `weights`, in falling order, hold `top_p` of `total`, crossing token included."""
-    if top_p == 1:
-        return len(weights)
-    before = np.cumsum(weights, dtype=np.float64) - weights
-    return max(1, int(np.count_nonzero(before < top_p * total)))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dfssm.runtime.sampling import largest
+from dfssm.runtime.sampling import largest, total_weight
 
 _TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int8)": "INT8", "tensor(int64)": "INT64"}
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT64": np.int64}
@@ -109,6 +109,14 @@ class FakeCuda:
             for address, arrays in zip((tokens, values), zip(*found, strict=True), strict=True):
                 array = np.concatenate(arrays)
                 self.at(address, array.nbytes).view(array.dtype)[:] = array
+
+        self._queue(work)
+
+    def total_weight(self, logits, rows, vocab, divisors, totals):
+        def work():
+            of = self.at(logits, 4 * rows * vocab).view(np.float32).reshape(rows, vocab)
+            by = self.at(divisors, 4 * rows).view(np.float32).tolist()
+            self.at(totals, 8 * rows).view(np.int64)[:] = [total_weight(*one) for one in zip(of, by, strict=True)]
 
         self._queue(work)
 

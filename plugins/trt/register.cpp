@@ -59,10 +59,16 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
   return creators.data();
 }
 
-// For the runtime, which calls it beside the engine on one stream (runtime/cuda.py). Returns a cudaError_t.
+// For the runtime, which calls them beside the engine on one stream (runtime/cuda.py). They return a cudaError_t.
 extern "C" __attribute__((visibility("default"))) int dfssm_largest(const float* logits, int64_t* tokens,
                                                                     float* values, cudaStream_t stream,
                                                                     int32_t rows, int32_t vocab,
                                                                     int32_t count) {
   return dfssm::trt::largest({logits, tokens, values, rows, vocab, count}, stream);
+}
+extern "C" __attribute__((visibility("default"))) int dfssm_total_weight(const float* logits,
+                                                                         const float* divisors,
+                                                                         int64_t* totals, cudaStream_t stream,
+                                                                         int32_t rows, int32_t vocab) {
+  return dfssm::trt::total_weight({logits, divisors, totals, rows, vocab}, stream);
 }

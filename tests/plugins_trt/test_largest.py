@@ -1,4 +1,6 @@
-"""The kernel that finds the largest logits, on the host emulation, against NumPy: the same tokens in the same order."""
+"""The kernels that a token is chosen by, on the host emulation, against NumPy: the same tokens in the same order, and
+the same weight of all.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from plugins_trt.emulated import EmulationError
 
 from dfssm.opset import DfssmError
 from dfssm.runtime.cuda import MOST_LARGEST, Cuda
-from dfssm.runtime.sampling import largest
+from dfssm.runtime.sampling import divisor, largest, total_weight
 
 KINDS = {
     "plain": lambda rng, shape: rng.standard_normal(shape),
@@ -42,6 +44,20 @@ def test_equals_numpy(kernels, kind):
                 assert their.tobytes() == logits_of.tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("kind", KINDS)
+def test_total_weight_equals_numpy(kernels, kind):
+    """To the last bit, for any temperature: the choice depends on it."""
+    rng = np.random.default_rng(3)
+    temperatures = (0.0, 1e-6, 0.3, 0.8, 1.0, 1.7, 100.0)
+    for vocab in (1, 31, 1025, 2500):
+        logits = (10 * KINDS[kind](rng, (len(temperatures), vocab))).astype(np.float32)
+        totals, divisors = kernels.new("totals", len(temperatures), np.int64), np.array([*map(divisor, temperatures)])
+        given = kernels.put("logits", logits), kernels.put("divisors", divisors), totals
+        kernels.call("dfssm_trt_total_weight", *given, len(temperatures), vocab)
+        assert totals.tolist() == [total_weight(*row) for row in zip(logits, temperatures, strict=True)]
+
+
 def test_how_many_there_may_be(kernels):
     logits = np.random.default_rng(1).standard_normal((1, MOST_LARGEST + 1)).astype(np.float32)
     tokens, _ = run(kernels, logits, MOST_LARGEST)
@@ -69,3 +85,7 @@ def test_the_runtime_calls_it(monkeypatch):
         assert found.tolist() == expected.tolist() and their.tolist() == logits_of.tolist()
     with pytest.raises(DfssmError, match="CUDA says InvalidValue .dfssm_largest"):
         cuda.largest(logits.ctypes.data, 3, 300, 301, tokens.ctypes.data, values.ctypes.data)
+    totals = np.zeros(3, np.int64)
+    divisors = np.array([0.5, 1, 2], np.float32)
+    cuda.total_weight(logits.ctypes.data, 3, 300, divisors.ctypes.data, totals.ctypes.data)
+    assert totals.tolist() == [total_weight(*row) for row in zip(logits, divisors.tolist(), strict=True)]

@@ -47,13 +47,14 @@ def test_tokens_are_those_that_the_host_chooses(engine, settings, most):
     [
         (GREEDY, 0, 8 + 4),
         (TOP_K, 8, 5 * (8 + 4)),
-        ({"temperature": 1.0, "top_p": 0.9, "seed": 1}, 8, 4 * tiny.CONFIG.vocab_size),
+        ({"temperature": 1.0, "top_p": 0.9, "seed": 1}, 8 + 4, (8 + 4) * tiny.CONFIG.vocab_size + 8),
+        ({"temperature": 1.0, "seed": 1}, 8 + 4, (8 + 4) * tiny.CONFIG.vocab_size + 8),
     ],
-    ids=["greedy", "top k", "of all"],
+    ids=["greedy", "top k", "top p", "of all"],
 )
 @pytest.mark.parametrize("kind", [{}, {"rtx": True}], ids=["trt", "rtx"])
 def test_what_a_token_costs(engine, settings, to_device, to_host, kind):
-    """One wait, unless all logits are asked for; the token that was chosen on the device is read there."""
+    """One wait; the token that was chosen on the device is read there. (Its most are all of these logits.)"""
     counts = []
     for number in (5, 15):
         device = on_device(engine, **kind)
@@ -65,8 +66,33 @@ def test_what_a_token_costs(engine, settings, to_device, to_host, kind):
             pass
         after = cuda.syncs, cuda.copied["to device"], cuda.copied["to host"], cuda.launches
         counts.append(np.subtract(after, before))
-    waits = 1 if settings in (GREEDY, TOP_K) else 2
-    assert (counts[1] - counts[0]).tolist() == [10 * waits, 10 * to_device, 10 * to_host, 10]
+    assert (counts[1] - counts[0]).tolist() == [10, 10 * to_device, 10 * to_host, 10]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.99])
+def test_a_token_that_is_none_of_the_largest(engine, top_p):
+    """All logits are asked for where the choice is not among those that came; it is the same."""
+    settings = {"temperature": 50.0, "top_p": top_p, "seed": 2}  # all but flat
+    device = on_device(engine)
+    device.backend.cuda.most_largest = tiny.CONFIG.vocab_size // 2
+    state, cuda = device.new_state(), device.backend.cuda
+    tokens_of(device, 3, state, **settings)
+    syncs = cuda.syncs
+    assert tokens_of(device, 40, state, [], **settings) == tokens_of(engine, 43, **settings)[3:]
+    assert (50 < cuda.syncs - syncs < 80) if top_p == 1 else (cuda.syncs - syncs == 80)
+
+
+def test_temperatures_of_a_batch_and_their_change(engine):
+    """Each row has its own, by which its logits are weighed from the next step on."""
+    found = []
+    for run in (engine, on_device(engine, max_batch=3)):
+        slots = run.slots(3)
+        batch, tokens = [slots.join() for _ in range(3)], [[[1], [2], [3]]]
+        for temperatures in 4 * [(0.5, 1.0, 2.0)] + 4 * [(1.0, 1.0, 0.0)]:
+            samplings = [Sampling(temperature, seed=4) for temperature in temperatures]
+            tokens.append([[token] for token in slots.choose(batch, tokens[-1], samplings)])
+        found.append(tokens)
+    assert found[0] == found[1]
 
 
 def test_another_token_than_the_chosen_is_read(engine):

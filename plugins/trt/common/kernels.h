@@ -104,6 +104,15 @@ struct LargestArgs {
 };
 cudaError_t largest(const LargestArgs& args, cudaStream_t stream);
 
+// Nor this: the sum of each row's weights by the softmax, 2^30 that of its largest; 0 where one is NaN or inf.
+struct TotalWeightArgs {
+  const float* logits;    // [rows, vocab]
+  const float* divisors;  // [rows], the temperatures
+  int64_t* totals;        // [rows]
+  int32_t rows, vocab;
+};
+cudaError_t total_weight(const TotalWeightArgs& args, cudaStream_t stream);
+
 // Ops fused, in the arithmetic of the ops one after another but for what lies between them, which stays fp32
 // whatever the activations are: bit for bit the same where these are f32. The workspace is scaffold_workspace.
 

@@ -1,4 +1,5 @@
-// The largest logits of each row and their tokens: from them the next token is chosen (runtime/sampling.py).
+// What the next token is chosen from (runtime/sampling.py): the largest logits of each row and their tokens, and the
+// weight of all.
 #include "common/device.h"
 #include "common/kernels.h"
 #include "common/launch.h"
@@ -32,6 +33,15 @@ __device__ T over_block(T value, T (&scratch)[kWarps], Combine&& combine) {
   return value;
 }
 
+__device__ __forceinline__ Key largest_key(const float* logits, int vocab, Key (&scratch)[kWarps]) {
+  Key most = 0;
+  for (int i = threadIdx.x; i < vocab; i += kThreads) {
+    const Key key = key_of(logits[i], i);
+    most = key > most ? key : most;
+  }
+  return over_block(most, scratch, [](Key a, Key b) { return a > b ? a : b; });
+}
+
 // The largest key; of `count` > 1 then the `count`-th, bit by bit from the highest that can differ: as many keys are no
 // smaller than the bound. It ends early where the bits so far part exactly that many.
 __global__ void __launch_bounds__(kThreads) largest(LargestArgs args) {
@@ -47,12 +57,7 @@ __global__ void __launch_bounds__(kThreads) largest(LargestArgs args) {
   };
 
   wait_for_launch_before();
-  Key most = 0;
-  for (int i = threadIdx.x; i < args.vocab; i += kThreads) {
-    const Key key = key_of(logits[i], i);
-    most = key > most ? key : most;
-  }
-  most = over_block(most, keys, [](Key a, Key b) { return a > b ? a : b; });
+  const Key most = largest_key(logits, args.vocab, keys);
   if (args.count == 1) {
     if (threadIdx.x == 0) write(0, most);
     return;
@@ -84,12 +89,47 @@ __global__ void __launch_bounds__(kThreads) largest(LargestArgs args) {
   }
 }
 
+// 2^30 exp((logit - largest) / divisor) as a whole number, in the operations of `weights` in runtime/sampling.py, each
+// rounded as there.
+__device__ __forceinline__ int weight_of(float logit, float largest, float divisor) {
+  constexpr float kLog2E = 1.44269504f, kToWhole = 12582912.0f;
+  constexpr float kExp2[] = {0.69314697f, 0.24022120f, 0.05550713f, 0.00967554f, 0.00132765f};
+  float x = __fmul_rn(__fdiv_rn(__fadd_rn(logit, -largest), divisor), kLog2E);
+  x = fmaxf(x, -64.0f);
+  const float power = __fadd_rn(x, kToWhole);
+  x = __fadd_rn(x, -__fadd_rn(power, -kToWhole));
+  float found = __fmul_rn(x, kExp2[4]);
+#pragma unroll
+  for (int i = 3; i >= 0; --i) found = __fmul_rn(__fadd_rn(found, kExp2[i]), x);
+  found = __fadd_rn(found, 1.0f);
+  found = __uint_as_float(__float_as_uint(found) + (__float_as_uint(power) << 23));
+  return static_cast<int>(__fmul_rn(found, 1073741824.0f));
+}
+
+__global__ void __launch_bounds__(kThreads) total_weight(TotalWeightArgs args) {
+  DFSSM_SHARED(Key, scratch, kWarps);
+  const float* const logits = args.logits + static_cast<size_t>(blockIdx.x) * args.vocab;
+  wait_for_launch_before();
+  const float most = logits[token_of(largest_key(logits, args.vocab, scratch))];
+  Key sum = 0;
+  if (magnitude(most) < kInfinityBits) {
+    const float divisor = args.divisors[blockIdx.x];
+    for (int i = threadIdx.x; i < args.vocab; i += kThreads) sum += weight_of(logits[i], most, divisor);
+  }
+  sum = over_block(sum, scratch, [](Key a, Key b) { return a + b; });
+  if (threadIdx.x == 0) args.totals[blockIdx.x] = static_cast<int64_t>(sum);
+}
+
 }  // namespace of_largest
 
 cudaError_t largest(const LargestArgs& args, cudaStream_t stream) {
   if (args.count < 1 || args.count > kMostLargest || args.count > args.vocab) return cudaErrorInvalidValue;
   static_assert(kMostLargest <= of_largest::kThreads, "one thread for each of them");
   return launch(of_largest::largest, dim3(args.rows), dim3(of_largest::kThreads), 0, stream, args);
+}
+
+cudaError_t total_weight(const TotalWeightArgs& args, cudaStream_t stream) {
+  return launch(of_largest::total_weight, dim3(args.rows), dim3(of_largest::kThreads), 0, stream, args);
 }
 
 }  // namespace dfssm::trt

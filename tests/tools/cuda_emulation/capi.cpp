@@ -24,6 +24,11 @@ int dfssm_trt_largest(const float* logits, int64_t* tokens, float* values, int32
   return trt::largest({logits, tokens, values, rows, vocab, count}, nullptr);
 }
 
+int dfssm_trt_total_weight(const float* logits, const float* divisors, int64_t* totals, int32_t rows,
+                           int32_t vocab) {
+  return trt::total_weight({logits, divisors, totals, rows, vocab}, nullptr);
+}
+
 size_t dfssm_trt_int8_workspace(int32_t n, int32_t K) { return trt::int8_workspace(n, K); }
 int dfssm_trt_int8_matmul(const void* x, const int8_t* w, const float* w_scale, void* y, int32_t n, int32_t K,
                           int32_t M, int32_t type, int32_t y_type, void* workspace) {
