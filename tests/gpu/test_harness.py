@@ -47,10 +47,12 @@ def test_every_op_case(library, tmp_path):
 
 def test_the_largest_logits(library, tmp_path):
     cases = packed(pack.choices(1500, 40), tmp_path)
-    assert checks.check_ops(library, cases) == (12, [])
+    assert checks.check_ops(library, cases) == (15, [])
     for name, words in (("tokens", "other tokens"), ("values", "other logits")):
         case = cases[0] | {name: cases[0][name] + 1}
         assert checks.check_largest(library, case) == (2, [f"the 1 largest of 1500, distinct: {words}"])
+    case, totals = cases[2] | {"totals": cases[2]["totals"] + 1}, cases[2]["totals"].tolist()
+    assert checks.check_largest(library, case) == (1, [f"the weight of 1500, distinct: {totals}"])
 
 
 @pytest.mark.slow

@@ -68,12 +68,16 @@ def check_case(library: Library, case: dict[str, Any]) -> Findings:
 
 
 def check_ops(library: Library, cases: Iterable[dict[str, Any]]) -> Findings:
-    """Cases of plugins, or of `dfssm_largest`."""
+    """Cases of plugins, or of `dfssm_largest` and `dfssm_total_weight`."""
     return _sum(check_largest(library, case) if "logits" in case else check_case(library, case) for case in cases)
 
 
 def check_largest(library: Library, case: dict[str, Any]) -> Findings:
-    """The same tokens in the same order, and their logits, bit for bit."""
+    """The same tokens in the same order, and their logits, bit for bit; or the same weight of all."""
+    if "totals" in case:
+        totals = library.total_weight(library.put(case["logits"]), library.put(case["divisors"])).cpu()
+        wrong = f"the weight of {case['logits'].shape[1]}, {case['kind']}: {totals.tolist()}"
+        return 1, [] if torch.equal(totals, case["totals"]) else [wrong]
     tokens, values = (tensor.cpu() for tensor in library.largest(library.put(case["logits"]), case["count"]))
     name = f"the {case['count']} largest of {case['logits'].shape[1]}, {case['kind']}"
     failed = [] if torch.equal(tokens, case["tokens"]) else [f"{name}: other tokens"]

@@ -175,7 +175,7 @@ EXPORTED int harness_enqueue(const void* handle, const void* const* in, void* co
   });
 }
 
-// The library's function beside the plugins: rows of `logits`, at `tokens` and `values` the `count` largest.
+// The library's functions beside the plugins: rows of `logits`, at `tokens` and `values` the `count` largest.
 EXPORTED int harness_largest(const void* handle, const float* logits, int64_t* tokens, float* values,
                              void* stream, int32_t rows, int32_t vocab, int32_t count) {
   return guarded(-1, [&] {
@@ -192,6 +192,26 @@ EXPORTED int harness_largest(const void* handle, const float* logits, int64_t* t
       library.add_buffer("values", values, 4 * found, kUninitialised);
     }
     host::check(largest(logits, tokens, values, stream, rows, vocab, count) == 0, "dfssm_largest");
+    return 0;
+  });
+}
+
+// The sums of their weights.
+EXPORTED int harness_total_weight(const void* handle, const float* logits, const float* divisors,
+                                  int64_t* totals, void* stream, int32_t rows, int32_t vocab) {
+  return guarded(-1, [&] {
+    const auto& library = *static_cast<const Library*>(handle);
+    auto* total_weight = library.function<int(const float*, const float*, int64_t*, void*, int32_t, int32_t)>(
+        "dfssm_total_weight");
+    host::check(total_weight != nullptr, "dfssm_total_weight");
+    const Forget forget(library);
+    if (library.add_buffer) {
+      const size_t count = static_cast<size_t>(rows);
+      library.add_buffer("logits", logits, count * static_cast<size_t>(vocab) * 4, kConstant);
+      library.add_buffer("divisors", divisors, count * 4, kConstant);
+      library.add_buffer("totals", totals, count * 8, kUninitialised);
+    }
+    host::check(total_weight(logits, divisors, totals, stream, rows, vocab) == 0, "dfssm_total_weight");
     return 0;
   });
 }

@@ -36,7 +36,7 @@ from dfssm.opset.cases import Case
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance, op_tolerance
 from dfssm.runtime.cuda import MOST_LARGEST
-from dfssm.runtime.sampling import largest
+from dfssm.runtime.sampling import divisor, largest, total_weight
 from dfssm.targets import get_target
 from dfssm.targets.trt_build import LOGITS_AT
 from dfssm.targets.trt_lowering import lower
@@ -118,7 +118,7 @@ def large() -> list[Case | FusedCase]:
 
 
 def choices(vocab: int, most: int) -> list[dict[str, Any]]:
-    """Of `dfssm_largest`: distinct logits, ties, some that are no numbers."""
+    """Of `dfssm_largest` and `dfssm_total_weight`: distinct logits, ties, some that are no numbers."""
     rng = np.random.default_rng(0)
     rows = {"distinct": rng.standard_normal((2, vocab)), "ties": rng.integers(-2, 3, (2, vocab))}
     rows["not finite"] = rng.choice([np.nan, np.inf, -np.inf, -1, 1], (2, vocab))
@@ -129,6 +129,10 @@ def choices(vocab: int, most: int) -> list[dict[str, Any]]:
         for count in (1, most):
             tokens, values = map(np.stack, zip(*(largest(row, count) for row in logits), strict=True))
             made.append(given | {"count": count, **tensors_of({"tokens": tokens, "values": values})})
+        temperatures = 0.3, 1.7
+        divisors = np.array([*map(divisor, temperatures)])
+        totals = np.array([total_weight(*row) for row in zip(logits, temperatures, strict=True)])
+        made.append(given | tensors_of({"divisors": divisors, "totals": totals}))
     return made
 
 

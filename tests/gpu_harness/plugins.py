@@ -46,6 +46,15 @@ class Library:
         self.check(code == 0, f"the {count} largest of {vocab}")
         return found
 
+    def total_weight(self, logits: Tensor, divisors: Tensor) -> Tensor:
+        """Queue dfssm_total_weight of logits f32[rows,vocab] by divisors f32[rows]: i64[rows]."""
+        rows, vocab = logits.shape
+        totals = self.empty((rows,), torch.int64)
+        where = (c_void_p(tensor.data_ptr()) for tensor in (logits, divisors, totals))
+        code = self.driver.harness_total_weight(self.handle, *where, self.stream(), rows, vocab)
+        self.check(code == 0, f"the weight of {vocab}")
+        return totals
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Room for a tensor, aligned as device memory is."""
         size = torch.Size(shape).numel() * dtype.itemsize
