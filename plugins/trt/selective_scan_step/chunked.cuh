@@ -90,6 +90,21 @@ struct Sums {
   }
 };
 
+// A tile of 16 x 8 of a product, rows m and columns n of it, over the first `depth` of the inner dimension.
+template <bool kAlong, class Left, class Right>
+__device__ __forceinline__ Sums<Left::kParts, Right::kParts> multiply(const Left& left, const Right& right,
+                                                                      int m, int n, int depth) {
+  Sums<Left::kParts, Right::kParts> sums;
+#pragma unroll 2
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t a[Left::kParts][4], b[2][2];
+    load_left<true>(left, m, k, a);
+    load_right<kAlong>(right, n, k, b);
+    sums.add(a, b);
+  }
+  return sums;
+}
+
 // The powers of two that bring a largest magnitude to 2^14 and back.
 struct Scale {
   float to, back;
@@ -335,14 +350,7 @@ __global__ void __launch_bounds__(kChunkedThreads, 1) chunked_scan(const ScanArg
     // L C . B: the six tiles of 16 x 8 that L leaves.
     if (warp < 6) {
       const int m = warp < 2 ? 0 : 16, n = (warp < 2 ? warp : warp - 2) * 8;
-      Sums<kHalves, kHalves> sums;
-#pragma unroll 2
-      for (int k = 0; k < rows; k += 16) {
-        uint32_t left[kHalves][4], right[2][2];
-        load_left<true>(s.C, m, k, left);
-        load_right<true>(s.B, n, k, right);
-        sums.add(left, right);
-      }
+      const auto sums = multiply<true>(s.C, s.B, m, n, rows);
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const int row = m + g + i / 2 * 8;
@@ -360,24 +368,10 @@ __global__ void __launch_bounds__(kChunkedThreads, 1) chunked_scan(const ScanArg
 #pragma unroll 1
     for (int y_column = warp / 2 * 8; y_column < kColumns; y_column += 32) {
       float y[4];
-      Sums<kHalves, 2> before;
-#pragma unroll 2
-      for (int k = 0; k < rows; k += 16) {
-        uint32_t left[kHalves][4], right[2][2];
-        load_left<true>(s.C, y_row, k, left);
-        load_right<false>(s.h, y_column, k, right);
-        before.add(left, right);
-      }
+      const auto before = multiply<false>(s.C, s.h, y_row, y_column, rows);
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = before[i] * since[i / 2];
-      Sums<2, 2> within;
-#pragma unroll 1
-      for (int k = 0; k <= y_row; k += 16) {
-        uint32_t left[2][4], right[2][2];
-        load_left<true>(s.CB, y_row, k, left);
-        load_right<false>(s.fed, y_column, k, right);
-        within.add(left, right);
-      }
+      const auto within = multiply<false>(s.CB, s.fed, y_row, y_column, y_row + 16);
       const float of_within = of_C.back * of_B.back * (1 / kInner) * of_x.back;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
