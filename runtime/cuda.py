@@ -35,6 +35,7 @@ class Cuda:
         self.recording = False
         self._plugins = ctypes.CDLL(str(plugins)) if plugins else None
         self.most_largest = MOST_LARGEST if plugins else 0
+        self.weighs = hasattr(self._plugins, "dfssm_total_weight")  # the libraries of earlier bundles do not
 
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""

@@ -134,7 +134,7 @@ class DevicePool:
 
     def weighed(self, row: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int] | None:
         by, count = divisor(temperature), min(self._cuda.most_largest, self._backend.vocab_size)
-        if not count:
+        if not count or not self._cuda.weighs:
             return None
         at, found = row - self._behind.start, self._found
         if row in self._behind and found and found.weight and found.weight.used[at] == by:

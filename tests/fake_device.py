@@ -43,7 +43,7 @@ class FakeCuda:
     those of pinned memory may be recorded.
     """
 
-    stream = 7
+    stream, weighs = 7, True
 
     def __init__(self, most_largest=1024):
         self.memory, self.recording, self.launches = {}, False, 0

@@ -76,7 +76,7 @@ def test_the_runtime_calls_it(monkeypatch):
         pytest.skip(reason)
     monkeypatch.setattr(Cuda, "_call", lambda self, name, *arguments: 1)
     cuda = Cuda(adapter.plugin_library())
-    assert cuda._runtime is runtime and cuda.most_largest == MOST_LARGEST
+    assert cuda._runtime is runtime and cuda.most_largest == MOST_LARGEST and cuda.weighs
     logits = np.random.default_rng(2).standard_normal((3, 300)).astype(np.float32)
     tokens, values = np.zeros((3, 7), np.int64), np.zeros((3, 7), np.float32)
     cuda.largest(logits.ctypes.data, 3, 300, 7, tokens.ctypes.data, values.ctypes.data)

@@ -69,6 +69,15 @@ def test_what_a_token_costs(engine, settings, to_device, to_host, kind):
     assert (counts[1] - counts[0]).tolist() == [10, 10 * to_device, 10 * to_host, 10]
 
 
+def test_a_library_of_an_earlier_bundle(engine):
+    """It has no sum of the weights: all logits come to the host."""
+    device = on_device(engine)
+    device.backend.cuda.weighs = False
+    device.backend.cuda.total_weight = None
+    for settings in SETTINGS[-2:]:
+        assert tokens_of(device, 5, **settings) == tokens_of(engine, 5, **settings)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.99])
 def test_a_token_that_is_none_of_the_largest(engine, top_p):
     """All logits are asked for where the choice is not among those that came; it is the same."""
