@@ -1,10 +1,12 @@
 #include "ort.h"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <thread>
 
 namespace dfssm::ort {
 
@@ -254,19 +256,37 @@ void OrtCall::share_out(int64_t units, double unit_ns, Range range, const void* 
   const auto per_chunk =
       std::max<int64_t>(1, static_cast<int64_t>(std::max(kChunkNs, total_ns / kChunks) / unit_ns));
   if (total_ns < kWorthwhileNs || per_chunk >= units) return range(f, 0, units);
+  // Where more threads want to run than there are cores, the scheduler takes a core from the other thread while it
+  // holds a chunk, and this one waits for some ms; alone it would be through. So after such a wait it works alone
+  // for a time, 64 times as long but at most half a second, and then tries again.
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kStalled = std::chrono::milliseconds(1);
+  constexpr Clock::duration kAloneAtMost = std::chrono::milliseconds(500);
+  thread_local Clock::time_point alone_until;
+  const auto start = Clock::now();
+  if (start < alone_until) return range(f, 0, units);
   struct Job {
     Range range;
     const void* f;
     int64_t units, per_chunk;
-  } job{range, f, units, per_chunk};
+    std::thread::id caller;
+    Clock::time_point worked;  // until when the caller did
+  } job{range, f, units, per_chunk, std::this_thread::get_id(), start};
   const auto chunk = [](void* data, size_t index) {
-    const Job& mine = *static_cast<const Job*>(data);
+    Job& mine = *static_cast<Job*>(data);
     const int64_t begin = static_cast<int64_t>(index) * mine.per_chunk;
     mine.range(mine.f, begin, std::min(begin + mine.per_chunk, mine.units));
+    if (std::this_thread::get_id() == mine.caller) mine.worked = Clock::now();
   };
-  // 0: as many batches of neighbouring chunks as there are threads. With one thread they run right here.
+  // Each chunk goes to the thread that is free: cores may differ in speed, or be lent to others. Threads begin at
+  // equal parts of neighbouring chunks, so they read in order. With one thread all run right here.
   const auto chunks = static_cast<size_t>((units + per_chunk - 1) / per_chunk);
-  check(api->KernelContext_ParallelFor(context_, chunk, chunks, 0, &job));
+  check(api->KernelContext_ParallelFor(context_, chunk, chunks, chunks, &job));
+  const auto end = Clock::now();
+  const auto waited = end - job.worked;
+  if (waited > kStalled && waited > job.worked - start) {
+    alone_until = end + std::min(64 * waited, kAloneAtMost);
+  }
 }
 
 namespace {

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
+#include <thread>
 
 #include "dfssm_opset.h"
 #include "kernels.h"
@@ -90,11 +91,14 @@ class Prologue {
       piece(i);
       done_.fetch_add(1, std::memory_order_release);
     }
-    while (done_.load(std::memory_order_acquire) < pieces_) {
+    // Soon, unless its thread lost the core: then to give way brings it back.
+    for (int spins = 0; done_.load(std::memory_order_acquire) < pieces_; ++spins) {
+      if (spins > kSpins) std::this_thread::yield();
     }
   }
 
  private:
+  static constexpr int kSpins = 1 << 14;  // tens of us
   const int64_t pieces_;
   std::atomic<int64_t> taken_{0}, done_{0};
 };
