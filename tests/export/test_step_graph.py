@@ -188,6 +188,7 @@ def test_weights_are_read_one_at_a_time(tmp_path):
     write_model(model, tmp_path / "model.onnx", lambda done, total: seen.append((done, total)))
     assert sorted(read) == sorted(tensors)
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))] and len(seen) > 10
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]  # no draft of one
 
 
 def test_missing_tensor_is_named():
