@@ -104,8 +104,12 @@ void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t bl
 // accumulators, NB tiles, NB expanded tiles, the mask of ones.
 constexpr int kTokenTile = 12;
 
+//
+// `ahead` is prefetched, and `stride` bytes further for each line that is read. Three or four tokens, which read their
+// weights from memory as one does, take 0.7 times as long with it.
 template <int NB, int NT>
-void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0) {
+void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0, const uint8_t* ahead,
+                int64_t stride) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int64_t block_bytes = kTileRows * a.K / 8;
   const uint8_t* tile = tiles_of(a, plane, block * kTileRows);
@@ -116,7 +120,11 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
   for (int64_t c = a.K / kTileColumns; c > 0; --c, tile += 64) {
     __m512i bits[NB];
 #pragma GCC unroll 2
-    for (int b = 0; b < NB; ++b) bits[b] = _mm512_loadu_si512(tile + b * block_bytes);
+    for (int b = 0; b < NB; ++b) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      ahead += stride;
+      bits[b] = _mm512_loadu_si512(tile + b * block_bytes);
+    }
 #pragma GCC unroll 1
     for (int j = 0; j < 8; ++j, q += 4 * NT) {
       __m512i u8[NB];
@@ -136,7 +144,8 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
   for (int i = 0; i < NB * NT; ++i) finish(a, plane, block + i / NT, t0 + i % NT, acc[i / NT][i % NT]);
 }
 
-using TokenTile = void (*)(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0);
+using TokenTile = void (*)(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0,
+                           const uint8_t* ahead, int64_t stride);
 constexpr TokenTile kTokenTiles[2][kTokenTile + 1] = {
     {nullptr, nullptr, nullptr, token_tile<1, 3>, token_tile<1, 4>, token_tile<1, 5>, token_tile<1, 6>,
      token_tile<1, 7>, token_tile<1, 8>, token_tile<1, 9>, token_tile<1, 10>, token_tile<1, 11>,
@@ -154,9 +163,11 @@ inline int64_t tile_start(int64_t n, int64_t i) { return n * i / tile_count(n); 
 void many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t block1) {
   for (int64_t block = block0; block < block1; block += 2) {
     const int64_t blocks = min(2, block1 - block);
+    const uint8_t* tile = tiles_of(a, plane, block * kTileRows);
     for (int64_t i = 0; i < tile_count(a.n); ++i) {
       const int64_t t0 = tile_start(a.n, i), t1 = tile_start(a.n, i + 1);
-      kTokenTiles[blocks - 1][t1 - t0](a, plane, block, t0);
+      // Tiles after the first find the weights in cache: one line, again and again.
+      kTokenTiles[blocks - 1][t1 - t0](a, plane, block, t0, tile + (i == 0 ? 12 << 10 : 0), i == 0 ? 64 : 0);
     }
   }
 }
