@@ -41,7 +41,12 @@ def _options_of_targets(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "-o", "--output", type=click.Path(), metavar="DIR", help="The bundle to write.  [default: ./MODEL-TARGET]"
 )
-@click.option("--state-dtype", metavar="TYPE", help="Store the SSM state as fp32, fp16 or int8.  [default: by target]")
+@click.option(
+    "--state-dtype",
+    metavar="TYPE",
+    help="Store the SSM state as fp32, fp16 or int8; as int8-deferred or the like, written for every eighth token.  "
+    "[default: by target]",
+)
 @click.option(
     "--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json.  [default: the one beside MODEL, if any]"
 )

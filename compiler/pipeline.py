@@ -17,7 +17,7 @@ from dfssm.opset.extras import require
 from dfssm.opset.files import new_folder, writing
 from dfssm.opset.hashing import sha256
 from dfssm.opset.paths import GOLDEN, MANIFEST
-from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.targets import TARGETS, Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
 from dfssm.targets.text import load_tokenizer
@@ -127,8 +127,14 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
     """
     target = get_target(request.target)
     state_dtype = request.state_dtype or target.DEFAULT_STATE_DTYPE
-    if state_dtype not in STATE_DTYPES:
-        raise DfssmError(f"unknown state dtype '{state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
+    if state_dtype not in STATE_FORMS:
+        raise DfssmError(f"unknown state dtype '{state_dtype}': choose one of {', '.join(STATE_FORMS)}")
+    if state_dtype.endswith(DEFERRED):
+        kept = f"--state-dtype {state_dtype.removesuffix(DEFERRED)}"
+        if not target.DEFERRED:
+            raise DfssmError(f"target {request.target} has no deferred states: compile with {kept}, or for ort-cpu")
+        if request.emit == triton.REPOSITORY:
+            raise DfssmError(f"a model repository for Triton has no deferred states: compile with {kept}")
     for name in request.options:
         if name not in {option.name for option in target.OPTIONS}:
             raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")

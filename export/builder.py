@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from dfssm.opset import DOMAIN, OPS
+from dfssm.opset import DOMAIN
 from dfssm.opset.functions import function_proto
+from dfssm.opset.ops import DEFERRED_OPS, OPS
 
 Shape = Sequence[int | str]
 
@@ -55,13 +56,14 @@ class GraphBuilder(ir.tape.Tape):
 
         The body of the op joins the file as a function, once; attributes left out take the default of the schema.
         """
-        attributes = OPS[op].resolve(attributes)
+        schema = (OPS | DEFERRED_OPS)[op]
+        attributes = schema.resolve(attributes)
         values = [
             ir.val((rename or {}).get(spec.name, f"{name}/{spec.name}"), dtype, shape)
-            for spec, (dtype, shape) in zip(OPS[op].outputs, outputs, strict=False)
+            for spec, (dtype, shape) in zip(schema.outputs, outputs, strict=False)
         ]
         if op not in self._functions:
-            state_dtype = outputs[1][0].numpy().name if op == "SelectiveScanStep" else "float32"
+            state_dtype = outputs[1][0].numpy().name if op.endswith("ScanStep") else "float32"
             proto = function_proto(op, state_dtype=state_dtype, **attributes)
             self._functions[op] = ir.serde.deserialize_function(proto)
         self.op_multi_out(op, inputs, attributes, outputs=values, domain=DOMAIN, name=name)

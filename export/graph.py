@@ -14,7 +14,8 @@ from dfssm.model.config import DFSSMConfig
 from dfssm.model.tensors import PARTS, SCAFFOLD
 from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET
-from dfssm.opset.schema import LAYOUT_CANONICAL
+from dfssm.opset.ops import IN_PLACE_OF
+from dfssm.opset.schema import DEFERRED, LAYOUT_CANONICAL
 
 from .builder import GraphBuilder, Shape
 
@@ -34,8 +35,10 @@ def build_step_graph(
     `--state-dtype` and decides how the states are stored between steps; all arithmetic is fp32.
 
     Inputs: `input_ids` i64 [B,T]; `logits_to_keep` i64 [] with default 0; for each layer i `conv_state.{i}` f32
-    [B,C,W-1], `ssm_state.{i}` [B,H,N,P] and, for int8, `ssm_scale.{i}` f32 [B,H,N]. Outputs: `logits` f32 [B,keep,V],
-    then the states as `*_out.{i}`, shaped as the inputs.
+    [B,C,W-1], `ssm_state.{i}` [B,H,N,P] and, for int8, `ssm_scale.{i}` f32 [B,H,N]; where the state is deferred,
+    `conv_state.{i}` is [B,W+15,C] and there are `pending_x.{i}`, `pending_B.{i}`, `pending_decay.{i}` and
+    `pending_count.{i}` (`Sizes.states`). Outputs: `logits` f32 [B,keep,V], then the states as `*_out.{i}`, shaped as
+    the inputs.
     """
     return _StepGraph(config, tensors, state_dtype, layout).build()
 
@@ -48,10 +51,19 @@ class _StepGraph:
             kind: (ir.DataType.from_numpy(np.dtype(dtype)), ("B", *shape))
             for kind, (dtype, shape) in config.states(state_dtype).items()
         }
+        self.deferred = state_dtype.endswith(DEFERRED)
+        self.scan_states = [  # of each layer
+            {kind: ir.val(f"{kind}.{i}", *stored) for kind, stored in self.states.items() if kind != "conv_state"}
+            for i in range(config.n_layer)
+        ]
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
         self.last_axis = self.g.initializer(ir.tensor([-1], name="axes.last"))
+
+    def form(self, op: str) -> str:
+        """The op, or the one of a deferred state."""
+        return IN_PLACE_OF[op] if self.deferred else op
 
     def build(self) -> ir.Model:
         ids = ir.val("input_ids", I64, ("B", "T"))
@@ -161,12 +173,13 @@ class _StepGraph:
         """xBC [B,T,conv_dim], convolved."""
         c, stored = self.config, self.states["conv_state"]
         state = ir.val(f"conv_state.{i}", *stored)
+        count = [self.scan_states[i]["pending_count"]] if self.deferred else []
         y, new_state = self.g.dfssm(
-            "CausalConv1dStep",
-            [zxBCdt, state, self.g.weight(f"layers.{i}.conv.weight"), self.g.weight(f"layers.{i}.conv.bias")],
+            self.form("CausalConv1dStep"),
+            [zxBCdt, state, *(self.g.weight(f"layers.{i}.conv.{part}") for part in ("weight", "bias")), *count],
             [(F32, ("B", "T", c.conv_dim)), stored],
             name,
-            rename={"new_state": f"conv_state_out.{i}"},
+            rename=dict.fromkeys(("new_state", "new_window"), f"conv_state_out.{i}"),
             activation="silu",
             x_start=c.d_inner,
         )
@@ -177,15 +190,15 @@ class _StepGraph:
     def scan(self, i: int, xBC: ir.Value, zxBCdt: ir.Value, name: str) -> ir.Value:
         """The recurrence's y [B,T,d_inner]."""
         c = self.config
-        stored = {kind: state for kind, state in self.states.items() if kind != "conv_state"}
-        states = [ir.val(f"{kind}.{i}", *what) for kind, what in stored.items()]
+        states = self.scan_states[i]
         parameters = [self.g.weight(f"layers.{i}.scan.{part}") for part in ("A_log", "D", "dt_bias")]
         y, *new_states = self.g.dfssm(
-            "SelectiveScanStep",
-            [xBC, zxBCdt, xBC, xBC, *parameters, *states],
-            [(F32, ("B", "T", c.d_inner)), *stored.values()],
+            self.form("SelectiveScanStep"),
+            [xBC, zxBCdt, xBC, xBC, *parameters, *states.values()],
+            [(F32, ("B", "T", c.d_inner)), *(self.states[kind] for kind in states)],
             name,
-            rename={"new_state": f"ssm_state_out.{i}", "new_state_scale": f"ssm_scale_out.{i}"},
+            rename={"new_state": f"ssm_state_out.{i}", "new_state_scale": f"ssm_scale_out.{i}"}
+            | {f"new_{kind}": f"{kind}_out.{i}" for kind in states},
             ngroups=c.ngroups,
             dt_min=c.dt_limit[0],
             dt_max=c.dt_limit[1],
@@ -194,6 +207,6 @@ class _StepGraph:
             B_start=c.d_inner,
             C_start=c.d_inner + c.ngroups * c.d_state,
         )
-        self.inputs += states
+        self.inputs += states.values()
         self.outputs += new_states
         return y

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from .arithmetic import Array
 from .errors import DfssmError
-from .schema import BLOCK
-
-SLOTS = 2 * BLOCK
-"""Pending tokens that a state has room for."""
+from .schema import BLOCK, SLOTS
 
 
 def kept(count: int, tokens: int) -> int:

@@ -46,6 +46,9 @@ STATE_FORMS = STATE_DTYPES | {name + DEFERRED: dtype for name, dtype in STATE_DT
 BLOCK = 8
 """Tokens by which a deferred state is updated."""
 
+SLOTS = 2 * BLOCK
+"""Pending tokens that a deferred state has room for."""
+
 TINY = 1e-30
 """A row of activations or of int8 state whose largest magnitude is below this counts as zero."""
 

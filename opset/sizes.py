@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .schema import STATE_DTYPES
+from .schema import DEFERRED, SLOTS, STATE_FORMS
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,21 @@ class Sizes:
     def states(self, state_dtype: str = "fp32") -> dict[str, tuple[str, tuple[int, ...]]]:
         """What a layer keeps of one sequence: the name in the step graph, the dtype by NumPy's name, the shape.
 
-        `state_dtype`: of the SSM state, a `--state-dtype`.
+        `state_dtype`: a `--state-dtype`.
         """
+        dtype, deferred = STATE_FORMS[state_dtype], state_dtype.endswith(DEFERRED)
+        past = self.d_conv - 1
         stored: dict[str, tuple[str, tuple[int, ...]]] = {
-            "conv_state": ("float32", (self.conv_dim, self.d_conv - 1)),
-            "ssm_state": (STATE_DTYPES[state_dtype], (self.nheads, self.d_state, self.headdim)),
+            "conv_state": ("float32", (past + SLOTS, self.conv_dim) if deferred else (self.conv_dim, past)),
+            "ssm_state": (dtype, (self.nheads, self.d_state, self.headdim)),
         }
-        if state_dtype == "int8":
+        if deferred:
+            stored |= {
+                "pending_x": ("float32", (SLOTS, self.d_inner)),
+                "pending_B": ("float32", (SLOTS, self.ngroups * self.d_state)),
+                "pending_decay": ("float32", (SLOTS, self.nheads)),
+                "pending_count": ("uint8", ()),
+            }
+        if dtype == "int8":
             stored["ssm_scale"] = ("float32", (self.nheads, self.d_state))
         return stored

@@ -17,7 +17,12 @@ from .memory import trim
 from .sampling import largest
 from .state import Layout, State
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 """Of states, by the names of ONNX Runtime."""
 
 # The arena keeps what a long prompt needed; decoding needs a hundredth of it.
@@ -96,6 +101,17 @@ class OrtPool:
             bind = partial(Batch, self.session, logits)
             self._ahead = RowAhead(row, {name: tensor[at] for name, tensor in self.tensors.items()}, logits, bind)
         return self._ahead
+
+    def rollback(self, row: int, tokens: int) -> None:
+        """Row `row` has not read the last `tokens` that it has: of a deferred state, with nothing copied. `logits` stay
+        those of the last run. DfssmError where so many are not pending.
+        """
+        counts = [tensor for name, tensor in self.tensors.items() if name.startswith("pending_count.")]
+        left = int(counts[0][row]) - tokens if counts else -1
+        if left < 0:
+            raise DfssmError(f"{tokens} tokens cannot be taken back: compile with a -deferred --state-dtype")
+        for count in reversed(counts):  # the one that was asked last: whoever is interrupted may ask again
+            count[row] = left
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return largest(self.logits[row], count)

@@ -25,7 +25,7 @@ from .rows import RECENT, Rows
 FORMAT = "dfssm-state"
 VERSION = 1
 
-_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int8", "int64")))  # of the tensors in a state file
+_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int8", "uint8", "int64")))  # of the tensors in a state file
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and shape of one row
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dfssm.opset import DfssmError, hashing, paths
 from dfssm.opset.paths import MANIFEST
-from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.schema import STATE_FORMS
 
 from . import TARGETS, get_target
 from .files import Files
@@ -165,8 +165,8 @@ def _read(path: Path, content: bytes) -> Manifest:
     manifest = Manifest(**document)
     if manifest.target not in TARGETS:
         raise DfssmError(f"{path}: unknown target {manifest.target!r}, known are {', '.join(TARGETS)}")
-    if manifest.state_dtype not in tuple(STATE_DTYPES):  # what JSON holds need not be hashable
-        raise DfssmError(f"{path}: unknown state_dtype {manifest.state_dtype!r}, known are {', '.join(STATE_DTYPES)}")
+    if manifest.state_dtype not in tuple(STATE_FORMS):  # what JSON holds need not be hashable
+        raise DfssmError(f"{path}: unknown state_dtype {manifest.state_dtype!r}, known are {', '.join(STATE_FORMS)}")
     if not (isinstance(manifest.machine, str | None) and isinstance(manifest.model_sha256, str)):
         raise DfssmError(f"{path}: 'machine' or 'model_sha256' is no text: compile the model again")
     for name, entry in manifest.files.items():

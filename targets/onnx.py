@@ -35,6 +35,7 @@ IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
 LIBRARY = ""
+DEFERRED = True
 IN_PLACE = False  # a function body in stock ops reads what it has written
 EXACT = False  # sums are added up as ONNX Runtime likes on this CPU
 

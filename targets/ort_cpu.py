@@ -18,7 +18,7 @@ import numpy as np
 from dfssm.opset import DOMAIN, VERSION, DfssmError
 from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUT_ROW64, Layout
 from dfssm.opset.layouts import LAYOUTS as ALL_LAYOUTS
-from dfssm.opset.ops import MODULES
+from dfssm.opset.ops import IN_PLACE_OF, MODULES
 from dfssm.opset.packing import to_layout, up_to_layout
 
 from .bundle import DATA, MODEL
@@ -69,6 +69,7 @@ IS_ENGINE = False
 FILES = (MODEL, DATA)
 WEIGHTS = DATA
 IN_PLACE = True
+DEFERRED = True
 EXACT = True  # with any number of threads, too
 
 LIBRARY = "libdfssm_ort_cpu.so"
@@ -225,7 +226,7 @@ def _check_kernels(session: onnxruntime.InferenceSession, library: Path) -> None
         return  # an older ONNX Runtime does not tell
     parts = session.get_provider_graph_assignment_info()
     kernels = {node.op_type for part in parts for node in part.get_nodes() if node.domain == DOMAIN}
-    missing = sorted(set(MODULES["OPS"]) - kernels)
+    missing = sorted(op for op in MODULES["OPS"] if not {op, IN_PLACE_OF.get(op)} & kernels)
     if missing:
         raise DfssmError(
             f"{library} has no kernel for {', '.join(missing)} of {DOMAIN} version {VERSION}: it is another version; "

@@ -75,6 +75,7 @@ class Target(Protocol):
     """Whether bundles hold an engine (then it is an `EngineTarget`) in the place of the step graph."""
     FILES: tuple[str, ...]  # that every bundle has
     WEIGHTS: str  # the one of them whose hash tells one model from another
+    DEFERRED: bool  # the state may be a deferred one
     IN_PLACE: bool  # a state may be written where it is read
     EXACT: bool  # runs give the same bits wherever `kernels` says the same
     LIBRARY: str  # the native library that runs bundles, which they hold a copy of; "" for none

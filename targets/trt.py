@@ -49,6 +49,7 @@ VERIFIED_BY = ("ort-cpu", "onnx")
 IS_ENGINE = True
 FILES = (ENGINE,)
 WEIGHTS = ENGINE
+DEFERRED = False
 IN_PLACE = False  # as far as the target knows: the engine itself says which outputs lie on their inputs
 EXACT = False  # TensorRT-RTX chooses kernels as it runs
 

@@ -4,7 +4,6 @@ import numpy as np
 
 from dfssm.model.config import DFSSMConfig
 from dfssm.opset.reference import REFERENCES
-from dfssm.opset.schema import STATE_DTYPES
 
 CONFIGS = {
     "plain": dict(),
@@ -27,13 +26,8 @@ def config(name: str) -> DFSSMConfig:
 
 def zero_states(c: DFSSMConfig, batch: int, state_dtype: str) -> dict[str, np.ndarray]:
     """The graph's state inputs before the first token, by name."""
-    states = {}
-    for i in range(c.n_layer):
-        states[f"conv_state.{i}"] = np.zeros((batch, c.conv_dim, c.d_conv - 1), np.float32)
-        states[f"ssm_state.{i}"] = np.zeros((batch, c.nheads, c.d_state, c.headdim), STATE_DTYPES[state_dtype])
-        if state_dtype == "int8":
-            states[f"ssm_scale.{i}"] = np.zeros((batch, c.nheads, c.d_state), np.float32)
-    return states
+    kinds = c.states(state_dtype).items()
+    return {f"{kind}.{i}": np.zeros((batch, *shape), dtype) for i in range(c.n_layer) for kind, (dtype, shape) in kinds}
 
 
 def step(c: DFSSMConfig, tensors: dict, ids: np.ndarray, states: dict) -> tuple[np.ndarray, dict]:
@@ -51,12 +45,14 @@ def step(c: DFSSMConfig, tensors: dict, ids: np.ndarray, states: dict) -> tuple[
 
         x = op["RMSNorm"](h, w("norm.weight"), eps=c.norm_eps)
         z, xBC, dt = np.split(scaffold(x, "in_proj"), np.cumsum([c.d_inner, c.conv_dim]), axis=-1)
-        xBC, new[f"conv_state.{i}"] = op["CausalConv1dStep"](
-            xBC, states[f"conv_state.{i}"], w("conv.weight"), w("conv.bias"), activation="silu"
+        deferred = f"pending_count.{i}" in states
+        counts = [states[f"pending_count.{i}"]] if deferred else []
+        xBC, new[f"conv_state.{i}"] = op["DeferredConv1dStep" if deferred else "CausalConv1dStep"](
+            xBC, states[f"conv_state.{i}"], w("conv.weight"), w("conv.bias"), *counts, activation="silu"
         )
         x, B, C = np.split(xBC, np.cumsum([c.d_inner, c.ngroups * c.d_state]), axis=-1)
-        state_names = [name for name in (f"ssm_state.{i}", f"ssm_scale.{i}") if name in states]
-        y, *new_states = op["SelectiveScanStep"](
+        state_names = [name for name in states if name.endswith(f".{i}") and not name.startswith("conv_state")]
+        y, *new_states = op["DeferredScanStep" if deferred else "SelectiveScanStep"](
             x, dt, B, C, w("scan.A_log"), w("scan.D"), w("scan.dt_bias"), *(states[name] for name in state_names),
             ngroups=c.ngroups, dt_min=c.dt_limit[0], dt_max=c.dt_limit[1],
         )  # fmt: skip

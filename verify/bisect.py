@@ -68,7 +68,7 @@ def bisect(path: Path, threads: int, progress: Callable[[int, int], None]) -> di
         theirs = inference(bodies)({name: known[name] for name in wanted})
         states = {name: ours[name.replace(".", "_out.")] for name in states}
         for tap, name, kind in _values([*taps, Tap("/lm_head", "logits", "", ("logits",))]):
-            output = "new_state" if kind.endswith(".new_state") else "y"
+            output = kind.rpartition(".")[2]
             tolerance = tolerance_of_op(tap.op, output, config, manifest.state_dtype, piece.shape[1])
             difference = Difference(tolerance)
             difference.add(widened(ours, name), widened(theirs, name))
@@ -86,8 +86,5 @@ def _values(taps: list[Tap]) -> Iterator[tuple[Tap, str, str]]:
     """What is compared, in the graph's order: a tap, one of its outputs, and the kind of that, as in the manifest."""
     for tap in taps:
         for name in tap.outputs:
-            if name in tap.outputs[1:]:
-                if not name.startswith("ssm_scale_out."):  # a part of its state
-                    yield tap, name, f"{tap.op}.new_state"
-            else:
-                yield tap, name, name if name == "logits" else f"{tap.op}.{name.rpartition('/')[2]}"
+            if not name.startswith("ssm_scale_out."):  # a part of its state
+                yield tap, name, name if name == "logits" else f"{tap.op}.{tap.output(name)}"

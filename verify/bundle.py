@@ -14,7 +14,7 @@ import numpy as np
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
 from dfssm.opset.files import writing
-from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, open_bundle
@@ -50,7 +50,7 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
     Returns the manifest's `verification` (docs/format.md). Raises DfssmError naming the op that is off. For as long as
     it takes, a file lies in `folder`.
     """
-    student = load_student(model, state_dtype)
+    student = load_student(model, state_dtype.removesuffix(DEFERRED))
     config = student.config
     found: dict[str, Difference] = {}
 
@@ -61,12 +61,10 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
     def compare(tap: Tap, output: str, ours: np.ndarray, bundle: np.ndarray) -> None:
         if not np.isfinite(ours).all():
             raise DfssmError(f"the model's numbers are not finite, first in {tap.name}: its weights are too large")
-        of_state = output in tap.outputs[1:]
-        name = tap.op if output == "logits" else f"{tap.op}.{'new_state' if of_state else output.rpartition('/')[2]}"
+        of_op = tap.output(output)
+        name = tap.op if output == "logits" else f"{tap.op}.{of_op}"
         if name not in found:
-            found[name] = Difference(
-                tolerance_of_op(tap.op, "new_state" if of_state else "y", config, state_dtype, TOKENS)
-            )
+            found[name] = Difference(tolerance_of_op(tap.op, of_op, config, state_dtype, TOKENS))
         difference = found[name]
         difference.add(bundle, ours)
         if not difference.passed:
@@ -80,7 +78,7 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         taps = write_tapped(folder / MODEL, folder)
     taps = [tap for tap in taps if tap.op != "Residual"]
     calls = [TOKENS] + [1] * target.VERIFY_STEPS
-    long = growth.TOKENS if state_dtype == "fp16" else 0  # in the others nothing saturates
+    long = growth.TOKENS if STATE_FORMS[state_dtype] == "float16" else 0  # in the others nothing saturates
     advance = _counter(progress, 2 * len(calls) + len(student.layers) + long // growth.CALL)
     try:
         other = _follow(open_graph, student, taps, lambda tap: True, calls, compare, advance)
@@ -118,7 +116,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
     if target.IS_ENGINE:
         return compare_engine(bundle, model, calls, SEED, progress)
     own = own_library(opened, target.LIBRARY, asked=False)
-    student = load_student(model, manifest.state_dtype)
+    student = load_student(model, manifest.state_dtype.removesuffix(DEFERRED))
     if student.config.to_dict() != manifest.config:
         raise DfssmError(f"{bundle} was not compiled from {model}: their configs differ")
     found: dict[str, Difference] = {}
@@ -128,7 +126,10 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
         name = output if of_state or output == "logits" else tap.name
         if name not in found:
             found[name] = Difference(*_layer_tolerances(name, student, manifest.state_dtype))
-        cuts = np.cumsum([] if of_state else calls[:-1], dtype=int)  # a share is one of the largest value of its call
+        if of_state:
+            found[name].add(bundle, ours)
+            return
+        cuts = np.cumsum(calls[:-1], dtype=int)  # a share is one of the largest value of its call
         for pair in zip(np.split(bundle, cuts, axis=1), np.split(ours, cuts, axis=1), strict=True):
             found[name].add(*pair)
 
@@ -201,10 +202,10 @@ def _layer_tolerances(name: str, student: DFSSMLM, state_dtype: str) -> tuple[To
     if name.endswith(".norm"):
         return noise, noise  # nothing is rounded before it
     worst = model_tolerance(1, student.config.d_model)
-    if "_state_out." not in name:
+    if "_out." not in name:
         return worst, noise
     if name.startswith("ssm_state_out."):
-        rounding = op_tolerance("SelectiveScanStep", {"T": 1, "state": STATE_DTYPES[state_dtype]}, "new_state")
+        rounding = op_tolerance("SelectiveScanStep", {"T": 1, "state": STATE_FORMS[state_dtype]}, "new_state")
         worst = Tolerance(worst.relative + rounding.relative, f"{worst.reason}; {rounding.reason}")
     return worst, None
 

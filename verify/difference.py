@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dfssm.model.config import DFSSMConfig
-from dfssm.opset.schema import STATE_DTYPES
+from dfssm.opset.schema import STATE_FORMS
 from dfssm.opset.tolerances import Tolerance, op_tolerance, reduction
 
 MANY = 16
@@ -64,5 +64,5 @@ def tolerance_of_op(op: str, output: str, config: DFSSMConfig, state_dtype: str,
     if op == "logits":
         return op_tolerance("Int8MatMul", {})
     sizes: dict[str, Any] = {"R": c.rank, "planes": c.planes, "W": c.d_conv, "N": c.d_state, "T": tokens}
-    sizes |= {"state": STATE_DTYPES[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
+    sizes |= {"state": STATE_FORMS[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
     return op_tolerance(op, sizes, output)

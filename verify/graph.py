@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from dfssm.opset import DOMAIN
+from dfssm.opset.ops import DEFERRED_OPS, OPS
 from dfssm.runtime.ort import DTYPES
 from dfssm.targets.bundle import MODEL, Bundle
 from dfssm.targets.session import run_error
@@ -45,6 +46,11 @@ class Tap:
     def name(self) -> str:
         """`node` with dots."""
         return _dotted(self.node)
+
+    def output(self, name: str) -> str:
+        """What the schema of the op calls the output `name`."""
+        schema = (OPS | DEFERRED_OPS).get(self.op)
+        return schema.outputs[self.outputs.index(name)].name if schema else name.rpartition("/")[2]
 
 
 def write_tapped(source: Path, folder: Path) -> list[Tap]:

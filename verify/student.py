@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfssm.model.deferred import deferred_conv1d, deferred_scan
 from dfssm.model.student import DFSSMLM, DFSSMState
 from dfssm.model.teacher import Mamba2State
+from dfssm.opset.ops import DEFERRED_OPS
 
+from .difference import widened
 from .graph import Tap, Values
 
 Compare = Callable[[Tap, str, np.ndarray, np.ndarray], None]
@@ -42,7 +45,8 @@ class Follower:
             module = self.student.get_submodule(tap.module)
             if len(tap.outputs) > 1:
                 parent, _, name = tap.module.rpartition(".")
-                setattr(self.student.get_submodule(parent), name, _CallByCall(module, self, tap, held(tap)))
+                stand_in = _DeferredCallByCall if tap.op in DEFERRED_OPS else _CallByCall
+                setattr(self.student.get_submodule(parent), name, stand_in(module, self, tap, held(tap)))
             else:
                 module.register_forward_hook(self._hook(tap, held(tap)))
         with torch.no_grad(), _one_thread():
@@ -107,6 +111,42 @@ class _CallByCall(nn.Module):
         if not is_scan:
             compare_states()
         return y, state
+
+
+class _DeferredCallByCall(_CallByCall):
+    """The same where the state is deferred: its states are those of the graph, one by one."""
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        *inputs, unused = arguments
+        follower, tap, start = self.follower, self.tap, 0
+        is_scan = tap.op == "DeferredScanStep"
+        layer = tap.outputs[1].rpartition(".")[2]
+        names = tap.outputs[1:] if is_scan else (*tap.outputs[1:], f"pending_count_out.{layer}")
+        stored = [[torch.from_numpy(value) for value in follower.values[name]] for name in names]
+        state = [torch.zeros_like(values[0]) for values in stored]
+        ys = []
+        for call, tokens in enumerate(follower.calls):
+            piece = [v[:, start : start + tokens] for v in inputs]
+            start += tokens
+            y, own = self._run(piece, state)
+            ys.append(y)
+            state = [values[call] for values in stored]
+            ours, theirs = (dict(zip(tap.outputs[1:], map(Tensor.numpy, of), strict=False)) for of in (own, state))
+            for name in tap.outputs[1:]:
+                if not name.startswith("ssm_scale_out."):
+                    follower.compare(tap, name, widened(ours, name), widened(theirs, name))
+        return follower.pass_on(tap, torch.cat(ys, dim=1), self.held), unused
+
+    def _run(self, inputs: list[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        m: Any = self.module
+        x, *others = inputs
+        if others:
+            dt, B, C = others
+            limits = {"ngroups": m.ngroups, "dt_limit": m.dt_limit}
+            return deferred_scan(x, dt, B, C, m.A_log, m.D, m.dt_bias, state, **limits)
+        window, count = state
+        y, window = deferred_conv1d(x, window, m.weight, m.bias, int(count[0]))
+        return y, [window]
 
 
 @contextmanager

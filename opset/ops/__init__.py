@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     DEFERRED_OPS: dict[str, Op]
     FUSED: dict[str, FusedOp]
 
+IN_PLACE_OF = {"CausalConv1dStep": "DeferredConv1dStep", "SelectiveScanStep": "DeferredScanStep"}
+"""Op -> the one that a graph with a deferred state has in its place."""
+
 MODULES = {
     "OPS": {  # in the order of docs/ops.md
         "BinaryScaffoldMatMul": "binary_scaffold_matmul",
@@ -24,7 +27,7 @@ MODULES = {
         "GatedRMSNorm": "gated_rms_norm",
         "RMSNorm": "rms_norm",
     },
-    "DEFERRED_OPS": {  # in the place of CausalConv1dStep and SelectiveScanStep where the state is deferred; CPU only
+    "DEFERRED_OPS": {  # of a deferred state; the CPU's only
         "DeferredConv1dStep": "deferred_conv1d_step",
         "DeferredScanStep": "deferred_scan_step",
     },

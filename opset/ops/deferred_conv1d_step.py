@@ -9,8 +9,8 @@ import numpy as np
 
 from ..arithmetic import F32, Array, columns_ref, silu, silu_ref
 from ..draw import sizes
-from ..pending import COUNTS, SLOTS, check_count, gather, kept, update
-from ..schema import Attribute, Between, Op, Row, Value, columns, starts, tensor
+from ..pending import COUNTS, check_count, gather, kept, update
+from ..schema import SLOTS, Attribute, Between, Op, Row, Value, columns, starts, tensor
 from ..tolerances import Tolerance, reduction
 
 

@@ -90,7 +90,7 @@ class TestCompare:
         text = invoke("compare", tiny_bundle, tiny_model, "--tokens", 8).stdout
         assert "layers.1" in text and "gated_norm" in text and text.endswith("passed\n")
 
-    @pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+    @pytest.mark.parametrize("state_dtype", ["fp32", "int8", "fp16-deferred", "int8-deferred"])
     def test_other_state_dtypes_pass(self, invoke, cpu_target, tmp_path, tiny_model, state_dtype):
         bundle = tiny.write_bundle(tmp_path / "b", target=cpu_target, state_dtype=state_dtype, tokenizer=False)
         assert invoke("compare", bundle, tiny_model, "--tokens", 10).exit_code == 0

@@ -14,11 +14,15 @@ from onnx.reference import ReferenceEvaluator
 from dfssm.export.graph import FORMAT_VERSION, build_step_graph
 from dfssm.export.writer import PAGE, write_model
 from dfssm.opset import OPS, layouts
+from dfssm.opset.ops import IN_PLACE_OF
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.targets import get_target
 
 LAYOUTS = {layout.name: value for value, layout in layouts.LAYOUTS.items()}
+
+
+STATES = [*STATE_DTYPES, "int8-deferred"]
 
 
 def write(folder, config, state_dtype="fp32", layout="canonical"):
@@ -52,13 +56,13 @@ def assert_close(config, actual, expected, state_dtype="fp32"):
         got = actual[1][name]
         assert got.dtype == want.dtype, name
         if want.dtype == np.int8:  # compared as what it stands for: q alone says nothing when the scale moved
-            scale = name.replace("state", "scale")
+            scale = name.replace("ssm_state", "ssm_scale")
             got, want = (q * states[scale][..., None] for q, states in ((got, actual[1]), (want, expected[1])))
         tolerance.check(np.asarray(got, np.float32), np.asarray(want, np.float32), name)
 
 
 @pytest.mark.parametrize("name", student_ref.CONFIGS)
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_valid_typed_and_named(name, state_dtype, layout, tmp_path):
     config = student_ref.config(name)
@@ -81,12 +85,17 @@ def test_valid_typed_and_named(name, state_dtype, layout, tmp_path):
     assert [n for n in names if n.startswith("/layers")] == expected
     assert names[-2:] == ["/norm_f", "/lm_head"]
 
-    per_layer = ["conv_state", "ssm_state"] + ["ssm_scale"] * (state_dtype == "int8")
+    per_layer = ["conv_state", "ssm_state"]
+    if state_dtype.endswith("-deferred"):
+        per_layer += ["pending_x", "pending_B", "pending_decay", "pending_count"]
+    if state_dtype.startswith("int8"):
+        per_layer += ["ssm_scale"]
     states = [(part, i) for i in range(config.n_layer) for part in per_layer]
     assert [v.name for v in graph.input] == ["input_ids", "logits_to_keep", *(f"{p}.{i}" for p, i in states)]
     assert [v.name for v in graph.output] == ["logits", *(f"{p}_out.{i}" for p, i in states)]
     assert set(tiny.tensors(config)) <= {t.name for t in graph.initializer}
-    assert {f.name for f in model.functions} == set(OPS)
+    form = IN_PLACE_OF if state_dtype.endswith("-deferred") else {}
+    assert {f.name for f in model.functions} == {form.get(op, op) for op in OPS}
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 21), ("ai.dfssm", 1)]
     assert model.ir_version == 10
 
@@ -96,7 +105,7 @@ def test_valid_typed_and_named(name, state_dtype, layout, tmp_path):
 
 
 @pytest.mark.parametrize("name", student_ref.CONFIGS)
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bodies_equal_reference(name, state_dtype, layout, tmp_path):
     """ONNX's own evaluator and stock ONNX Runtime, which run the function bodies, against the NumPy student."""

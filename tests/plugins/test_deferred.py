@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-from deferred import CUTS, conv_case, read, scan_case
+from deferred import CUTS, TOKEN_INPUTS, conv_case, read, scan_case
 from kernel_calls import each_isa, native
 from kernel_calls import run as run_kernel
+
+from dfssm import _native
+from dfssm.opset.tolerances import reduction, rms_error
 
 # Head dimensions and state sizes with and without whole vectors; as many as a pass takes, and more.
 CASES = [
@@ -43,3 +46,41 @@ def test_a_count_that_is_none_is_refused(isa, case):
     inputs["pending_count"][1] = 16
     with pytest.raises(ValueError, match=f"{case.op}: input 'pending_count' has 16, expected at most 15"):
         getattr(native(isa), case.op)(isa, **inputs)
+
+
+def test_it_is_the_immediate_state_over_10000_tokens():
+    """fp32: sums in another order. Narrower: no farther from fp32 than a state that is rounded after every token."""
+    tokens, isa = 10_000, _native.default_isa()
+    case = scan_case("float32", B=1, T=tokens, P=8, N=16)
+    inputs = case.inputs()
+    steps = {name: inputs[name] for name in TOKEN_INPUTS}
+    fixed = {name: inputs[name] for name in ("A_log", "D", "dt_bias")}
+
+    def immediate(dtype):
+        states = {"state": np.zeros((1, 2, 16, 8), dtype)}
+        if dtype == "int8":
+            states["state_scale"] = np.zeros((1, 2, 16), np.float32)
+        y = np.empty_like(inputs["x"])
+        for t in range(tokens):
+            token = {name: value[:, t : t + 1].copy() for name, value in steps.items()}
+            run_kernel(
+                "SelectiveScanStep", isa, token | fixed | states, in_place=True, out=y[:, t : t + 1], **case.attributes
+            )
+        return y
+
+    def deferred(dtype):
+        states = {
+            "state": np.zeros((1, 2, 16, 8), dtype),
+            "pending_x": np.zeros((1, 16, 16), np.float32),
+            "pending_B": np.zeros((1, 16, 32), np.float32),
+            "pending_decay": np.zeros((1, 16, 2), np.float32),
+            "pending_count": np.zeros(1, np.uint8),
+        }
+        if dtype == "int8":
+            states["state_scale"] = np.zeros((1, 2, 16), np.float32)
+        return run_kernel("DeferredScanStep", isa, steps | fixed | states, **case.attributes)[0]
+
+    exact = immediate("float32")
+    reduction(16 + 8).check(deferred("float32"), exact)
+    for dtype in ("float16", "int8"):
+        assert rms_error(deferred(dtype), exact) < rms_error(immediate(dtype), exact)

@@ -58,25 +58,25 @@ inline void fold_chunk(const Fold& fold, const In* in, Out* out, int64_t p, Lane
   out += p;
   I32 largest_of_all = zero_int();
   for (int64_t n = 0; n < f.N; ++n, in += f.P, out += f.P) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (size_t byte = 0; byte < NV * kLanes * sizeof(In); byte += 64) lines.next();
     F32 h[NV];
     load_chunk(in, last, h);
     const F32 factor = broadcast(sizeof(In) == 1 ? f.scale[n] * f.total : f.total);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) h[i] = h[i] * factor;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kBlock; ++j) {
       const F32 B = broadcast(f.B[n * kBlock + j]);
       F32 x[NV];
       load_chunk(f.x + j * f.P + p, last, x);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) h[i] = fma(B, x[i], h[i]);
     }
     store_chunk(out, last, h);
     if constexpr (kMagnitudes) {
       I32 m = bits_of(abs(h[0]));
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 1; i < NV; ++i) m = max(m, bits_of(abs(h[i])));
       float* row = magnitudes->lanes + n * kLanes;
       if (p > 0) m = max(m, bits_of(load(row, Full{})));
@@ -100,8 +100,8 @@ void fold_rows(const Fold& f, const In* in, Out* out, RowMagnitudes* magnitudes,
 
 // From `in` to `out`, which may be the same, rounded. `tile` [kRowBlock, P] and the scales: int8 states only.
 template <class State, class Prefetch>
-void fold_state(const Fold& all, const State* in, State* out, float* out_scale, float* tile,
-                Prefetch& ahead) {
+[[gnu::noinline]] void fold_state(const Fold& all, const State* in, State* out, float* out_scale, float* tile,
+                                  Prefetch& ahead) {
   if constexpr (sizeof(State) > 1) {
     fold_rows(all, in, out, nullptr, ahead);
   } else {
@@ -139,33 +139,33 @@ inline void read_chunk(const Read<Row>& read, const State* h, int64_t p, Lanes l
   Prefetch lines = ahead;
   h += p;
   F32 sums[NT][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int t = 0; t < NT; ++t) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) sums[t][i] = zero();
   }
   for (int64_t n = 0; n < r.N; ++n, h += r.P) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (size_t byte = 0; byte < NV * kLanes * sizeof(State); byte += 64) lines.next();
     F32 row[NV];
     load_chunk(h, last, row);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < NT; ++t) {
       const F32 C = broadcast(r.C[t * r.C_stride + n]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) sums[t][i] = fma(C, row[i], sums[t][i]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int t = 0; t < NT; ++t) {
     F32 y[NV];
     load_chunk(r.y + t * r.y_stride + p, last, y);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) y[i] = fma(broadcast(r.total[t]), sums[t][i], y[i]);
     for (int64_t j = 0; j <= r.behind + t; ++j) {
       F32 x[NV];
       load_chunk(r.x(j) + p, last, x);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) y[i] = fma(broadcast(r.share[t][j]), x[i], y[i]);
     }
     store_chunk(r.y + t * r.y_stride + p, last, y);
@@ -174,7 +174,7 @@ inline void read_chunk(const Read<Row>& read, const State* h, int64_t p, Lanes l
 }
 
 template <int NT, class State, class Row, class Prefetch>
-void read_tokens(const Read<Row>& r, const State* h, Prefetch& ahead) {
+[[gnu::noinline]] void read_tokens(const Read<Row>& r, const State* h, Prefetch& ahead) {
   constexpr int NV = NT == 1 ? 64 / kLanes : kChunk;
   int64_t p = 0;
   for (; p + NV * kLanes <= r.P; p += NV * kLanes) read_chunk<NT, NV>(r, h, p, Full{}, ahead);

@@ -269,14 +269,14 @@ constexpr int kChunk = 4, kChunkOfTokens = 2;
 // NV vectors of a row, the last one perhaps partial.
 template <int NV, class T, class Lanes>
 inline void load_chunk(const T* p, Lanes last, F32 (&v)[NV]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int i = 0; i + 1 < NV; ++i) v[i] = load(p + i * kLanes, Full{});
   v[NV - 1] = load(p + (NV - 1) * kLanes, last);
 }
 
 template <int NV, class T, class Lanes>
 inline void store_chunk(T* p, Lanes last, const F32 (&v)[NV]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int i = 0; i + 1 < NV; ++i) store(p + i * kLanes, v[i], Full{});
   store(p + (NV - 1) * kLanes, v[NV - 1], last);
 }
