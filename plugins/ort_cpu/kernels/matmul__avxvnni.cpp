@@ -35,8 +35,8 @@ inline __m128i sums(__m256i a, __m256i b, __m256i c, __m256i d) {
 
 // Up to NR rows from m on by tokens [t, t + NT). VPDPBUSD wants one unsigned side: w ^ 0x80 is w + 128, and 128 * sum(q)
 // is taken off at the end. Rows that are not there repeat the last one, and are not stored.
-template <int NR, int NT>
-void int8_tile(const Int8Args& a, int64_t m, int64_t rows, int64_t t, Ahead ahead) {
+template <int NR, int NT, class Prefetch>
+void int8_tile(const Int8Args& a, int64_t m, int64_t rows, int64_t t, Prefetch ahead) {
   const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
   const int8_t* w[NR];
   for (int r = 0; r < NR; ++r) w[r] = a.w + (m + min(r, rows - 1)) * a.K;
@@ -90,14 +90,12 @@ void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
   const int64_t rows = a.n == 1 ? 8 : 4;
   for (int64_t m = m0; m < m1; m += rows) {
     const int64_t count = min(rows, m1 - m);
-    const Ahead ahead(a.w + m * a.K);
-    if (a.n == 1) {
-      int8_tile<8, 1>(a, m, count, 0, ahead);
-      continue;
-    }
-    int64_t t = 0;
-    for (; t + 2 <= a.n; t += 2) int8_tile<4, 2>(a, m, count, t, ahead);
-    if (t < a.n) int8_tile<4, 1>(a, m, count, t, ahead);
+    with_prefetch(a.w + m * a.K, [&](auto ahead) {
+      if (a.n == 1) return int8_tile<8, 1>(a, m, count, 0, ahead);
+      int64_t t = 0;
+      for (; t + 2 <= a.n; t += 2) int8_tile<4, 2>(a, m, count, t, ahead);
+      if (t < a.n) int8_tile<4, 1>(a, m, count, t, ahead);
+    });
   }
 }
 
