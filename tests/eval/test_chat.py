@@ -11,11 +11,19 @@ from dfssm.opset import DfssmError, child
 CHAT = [{"role": "system", "content": "é"}, {"role": "user", "content": "a"}]
 
 
+SOON = 2.0
+"""Of what never ends; what does has a minute, whatever else the machine does."""
+
+
+@pytest.fixture(autouse=True)
+def _a_minute(monkeypatch):
+    monkeypatch.setattr(child, "SECONDS", 60.0)
+
+
 @pytest.fixture
 def template(tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "SECONDS", 1.0)
-
-    def make(text, **config):
+    def make(text, seconds=60.0, **config):
+        monkeypatch.setattr(child, "SECONDS", seconds)
         (tmp_path / "chat_template.jinja").write_bytes(text if isinstance(text, bytes) else text.encode())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         return ChatTemplate(tmp_path)
@@ -54,9 +62,9 @@ DOUBLE = "{% set n = namespace(x='a') %}{% for a in range(60) %}{% set n.x = n.x
 @pytest.mark.parametrize(
     "text, words",
     [
-        (LOOP, "it takes more than 1 s"),
-        ("{{ 9 ** ((messages | length + 7) ** 9) }}", "it takes more than 1 s"),
-        (DOUBLE, "it takes more than 1 s|MemoryError"),
+        (LOOP, f"it takes more than {SOON:.0f} s"),
+        ("{{ 9 ** ((messages | length + 7) ** 9) }}", f"it takes more than {SOON:.0f} s"),
+        (DOUBLE, f"it takes more than {SOON:.0f} s|MemoryError"),
         ("{{ 'a' * 10 ** 12 }}", "MemoryError"),
         ("{{ 'a' * (messages | length * 5 * 10 ** 7) }}", "its answer has 1000000.. bytes"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
@@ -65,7 +73,8 @@ DOUBLE = "{% set n = namespace(x='a') %}{% for a in range(60) %}{% set n.x = n.x
     ],
 )
 def test_what_takes_too_much_or_reaches_out_is_one_line_and_the_next_is_rendered(template, text, words):
-    made = template("{% if messages | length == 2 %}" + text + "{% endif %}b")
+    text = "{% if messages | length == 2 %}" + text + "{% endif %}b"
+    made = template(text, seconds=SOON if "takes" in words else 60.0)
     with pytest.raises(DfssmError, match=rf"^the chat template refuses these messages \(.*({words}).*\): use another$"):
         made([CHAT[1], CHAT[1]])
     assert made(CHAT[1:]) == "b"
@@ -74,7 +83,7 @@ def test_what_takes_too_much_or_reaches_out_is_one_line_and_the_next_is_rendered
 @pytest.mark.parametrize("text", ["{% if %}", "{{ a", "{{" + "(" * 100_000, "{{ 9 ** (9 ** 9) }}", b"\xff"])
 def test_what_is_no_template_is_one_line(template, text, tmp_path):
     with pytest.raises(DfssmError, match=rf"^{tmp_path}.*cannot be read \(.*\); put a right one there$"):
-        template(text)
+        template(text, seconds=SOON if b"**" in os.fsencode(text) else 60.0)
 
 
 def test_it_runs_elsewhere(template, tmp_path):
