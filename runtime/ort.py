@@ -43,14 +43,14 @@ class OrtBackend:
 
     def __init__(self, session: onnxruntime.InferenceSession, in_place: bool):
         self.session, self._in_place = session, in_place
+        states = [t for t in session.get_inputs() if t.name not in ("input_ids", "logits_to_keep")]
+        written, found = {t.name.replace(".", "_out.") for t in states}, [t.name for t in session.get_outputs()]
+        if found[:1] != ["logits"] or not written <= set(found) or any(t.type not in DTYPES for t in states):
+            raise DfssmError(f"{session.dfssm_path} is not the graph of a step: compile the model again")
         self.vocab_size: int = session.get_outputs()[0].shape[-1]
         table = session.dfssm_weights.get("embedding.weight")
         self.d_model: int | None = table.shape()[-1] if table else None
-        self.layout: Layout = {
-            tensor.name: (np.dtype(DTYPES[tensor.type]), tuple(tensor.shape[1:]))
-            for tensor in session.get_inputs()
-            if tensor.name not in ("input_ids", "logits_to_keep")
-        }
+        self.layout: Layout = {t.name: (np.dtype(DTYPES[t.type]), tuple(t.shape[1:])) for t in states}
 
     def pool(self, rows: int) -> OrtPool:
         return self.bind(State.zeros("", self.layout, self.vocab_size, rows))

@@ -171,7 +171,7 @@ def _read(path: Path, content: bytes) -> Manifest:
         raise DfssmError(f"{path}: 'machine' or 'model_sha256' is no text: compile the model again")
     for name, entry in manifest.files.items():
         # A name is looked up below the bundle only: "../x" in a manifest from elsewhere must not reach out of it.
-        of_bundle = Path(name).name == name and name.isprintable()
+        of_bundle = Path(name).name == name and name not in ("", "..") and name.isprintable()
         whole = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == _ENTRIES[version]
         if not (of_bundle and whole):
             raise DfssmError(f"{path}: the entry of file {name!r} is not valid: compile the model again")

@@ -1,7 +1,8 @@
 """From text to tokens: the one rule of all that reads text, whether it runs, measures or trains a model.
 
-A text is taken whole, neither cut nor padded, whatever its tokenizer.json asks for. Where a text begins, its special
-tokens (BOS) are those of the tokenizer's template. It ends with the ids of the model's config, else <|endoftext|>.
+A text is taken whole, neither cut nor padded, and always as the same tokens (no dropout), whatever its tokenizer.json
+asks for. Where a text begins, its special tokens (BOS) are those of the tokenizer's template. It ends with the ids of
+the model's config, else <|endoftext|>.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def parse(content: bytes) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):  # of a training: other tokens each time
+            tokenizer.model.dropout = None
         # Much of what a file lacks shows only in use: an id for what is unknown, a token that a template names.
         for text in _PROBES:
             tokenizer.decode(tokenizer.encode(text).ids)

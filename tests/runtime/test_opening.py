@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 from fake_device import FakeCuda, FakeEngine
@@ -20,7 +21,7 @@ from dfssm.runtime.ort import OrtBackend
 from dfssm.runtime.state import State
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
-from dfssm.targets.bundle import MANIFEST, open_bundle, read_manifest
+from dfssm.targets.bundle import MANIFEST, file_entry, open_bundle, read_manifest
 
 IDS = [[1, 2, 3, 250, 7]]
 
@@ -110,6 +111,44 @@ def test_a_folder_that_is_exchanged_while_it_is_opened_does_not_mix(bundle, tmp_
     state = State.zeros("", backend.layout, backend.vocab_size, 1)
     backend.bind(state).run(np.array(IDS), 0, lambda: None)
     assert np.array_equal(state.logits, expected[0]) and not np.array_equal(logits(bundle)[0], expected[0])
+
+
+def renamed(old: str, new: str):
+    """An edit of a graph: one of its inputs or outputs gets another name, everywhere."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        for value in (*graph.input, *graph.output):
+            value.name = new if value.name == old else value.name
+        for node in graph.node:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        renamed("conv_state.0", "conv_state.x"),
+        renamed("ssm_state.1", "other"),
+        renamed("conv_state_out.0", "conv_state_out.9"),
+        renamed("logits", "other"),
+        lambda graph: graph.ClearField("output"),
+        lambda graph: graph.output.pop(),
+        lambda graph: graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.STRING, [1])),
+    ],
+    ids=["input", "state", "new_state", "logits", "no_outputs", "one_less", "string"],
+)
+def test_a_graph_that_is_no_step_is_one_line(bundle, edit):
+    """Its inputs and outputs were looked up by name and type as if there could be no others."""
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    edit(model.graph)
+    onnx.save(model, bundle / "model.onnx")
+    manifest = read_manifest(bundle)
+    files = manifest.files | {"model.onnx": file_entry(bundle / "model.onnx")}
+    (bundle / MANIFEST).write_text(dataclasses.replace(manifest, files=files).to_json())
+    with pytest.raises(DfssmError, match="model.onnx is not the graph of a step: compile the model again"):
+        Engine.load(bundle)
 
 
 SIZES = {

@@ -72,6 +72,7 @@ def test_what_is_no_json_is_one_line(bundle, text):
         ({"target": "gpu"}, "unknown target 'gpu', known are ort-cpu, onnx, trt"),
         ({"state_dtype": "fp8"}, "unknown state_dtype 'fp8'"),
         ({"files": {"../model.onnx": {"sha256": "", "bytes": 1}}}, "file '../model.onnx' is not valid"),
+        *(({"files": {name: {"sha256": "", "bytes": 1}}}, f"file '{name}' is not valid") for name in ("", ".", "..")),
         ({"files": {"model.onnx": {"sha256": "", "bytes": 1}}}, "file 'model.onnx' is not valid"),
         ({"files": {"model.onnx": {"bytes": 1}}}, "file 'model.onnx' is not valid"),
         ({"files": {"model.onnx": 3}}, "file 'model.onnx' is not valid"),

@@ -27,6 +27,16 @@ def test_a_text_is_taken_whole_whatever_the_file_asks_for(tokenizer, tmp_path):
         assert ids == tokenizer.encode(text).ids and len(ids) != 8
 
 
+def test_dropout_of_a_training_is_none_here(tokenizer, tmp_path):
+    """It would make other tokens of a text each time."""
+    contents = json.loads(tokenizer.to_str())
+    contents["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json", "another")
+    expected = tokenizer.encode("hello world").ids
+    assert all(loaded.encode("hello world").ids == expected for _ in range(20))
+
+
 def test_padding_beyond_all_memory_is_not_done(tokenizer, tmp_path):
     contents = json.loads(tokenizer.to_str())
     contents["padding"] = {
