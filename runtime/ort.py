@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnxruntime
 from dfssm.opset.errors import DfssmError
 from dfssm.targets.session import run_error
 
-from .ahead import RowAhead
+from .ahead import PENDING_COUNT, RowAhead
 from .memory import trim
 from .sampling import largest
 from .state import Layout, State
@@ -75,7 +74,7 @@ class OrtPool:
     ):
         self.session, self.tensors, self.logits = session, tensors, logits
         self._in_place = in_place
-        self._written = tensors if in_place else {name: np.empty_like(tensor) for name, tensor in tensors.items()}
+        self._written = {} if in_place else {name: np.empty_like(tensor) for name, tensor in tensors.items()}
         self._batches: dict[tuple[int, int], Batch] = {}  # first row and number of rows -> them, bound
         self._ahead: RowAhead | None = None
 
@@ -90,23 +89,23 @@ class OrtPool:
     def ahead(self, row: int) -> RowAhead:
         """For one row at a time: another one is settled."""
         if self._ahead is None or self._ahead.row != row:
-            if not self._in_place or not all(tensor.dtype == np.float32 for tensor in self.tensors.values()):
+            at = slice(row, row + 1)
+            counts = [tensor[at] for name, tensor in self.tensors.items() if name.startswith(PENDING_COUNT)]
+            if not self._in_place or not counts:
                 raise DfssmError(
-                    "speculation needs a bundle of target ort-cpu with fp32 states, of which a run of several tokens "
-                    "has the bits of runs of one: compile with --target ort-cpu --state-dtype fp32"
+                    "speculation needs a bundle of target ort-cpu with a deferred state, of which tokens can be "
+                    "taken back: compile with --target ort-cpu --state-dtype fp16-deferred"
                 )
             self.pull()
-            at = slice(row, row + 1)
-            logits = self.logits[at]
-            bind = partial(Batch, self.session, logits)
-            self._ahead = RowAhead(row, {name: tensor[at] for name, tensor in self.tensors.items()}, logits, bind)
+            self._ahead = RowAhead(row, self._batch(row, 1), self.logits[at], counts)
         return self._ahead
 
     def rollback(self, row: int, tokens: int) -> None:
         """Row `row` has not read the last `tokens` that it has: of a deferred state, with nothing copied. `logits` stay
         those of the last run. DfssmError where so many are not pending.
         """
-        counts = [tensor for name, tensor in self.tensors.items() if name.startswith("pending_count.")]
+        self._settle(row)
+        counts = [tensor for name, tensor in self.tensors.items() if name.startswith(PENDING_COUNT)]
         left = int(counts[0][row]) - tokens if counts else -1
         if left < 0:
             raise DfssmError(f"{tokens} tokens cannot be taken back: compile with a -deferred --state-dtype")
@@ -169,22 +168,21 @@ class OrtPool:
             rows = slice(start, start + count)
             read = {name: tensor[rows] for name, tensor in self.tensors.items()}
             written = {name: tensor[rows] for name, tensor in self._written.items()}
-            self._batches[start, count] = Batch(self.session, self.logits[rows], read, written, not self._in_place)
+            self._batches[start, count] = Batch(self.session, read, written, self.logits[rows])
         return self._batches[start, count]
 
 
 class Batch:
-    """Rows bound to `session`: their logits f32[n,V], and the states, by name, that it reads and that it writes. With
-    `copy_back` what it wrote becomes what it reads.
+    """Rows bound to `session`: the states that it reads, by name, those that it writes where they are others, and the
+    logits f32[n,V].
     """
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
+        read: dict[str, np.ndarray],
+        written: dict[str, np.ndarray],
         logits: np.ndarray,
-        read: Mapping[str, np.ndarray],
-        written: Mapping[str, np.ndarray],
-        copy_back: bool = False,
     ):
         self._session, self._io = session, session.io_binding()
         # What `session.run_with_iobinding` calls: itself it is Python, in which Ctrl-C may come at any line.
@@ -200,8 +198,8 @@ class Batch:
         for name, tensor in read.items():
             kind, layer = name.split(".")
             self._bind("bind_input", name, tensor)
-            self._bind("bind_output", f"{kind}_out.{layer}", written[name])
-        self._written_back = [(read[name], tensor) for name, tensor in written.items()] if copy_back else []
+            self._bind("bind_output", f"{kind}_out.{layer}", written.get(name, tensor))
+        self._written_back = [(read[name], tensor) for name, tensor in written.items()]
 
     def run(self, ids: np.ndarray, done: Callable[[], object], release_memory: bool = False) -> None:
         """Run ids i64[n,T]: states and logits are then in their buffers. `done` as in `Pool.run`."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import ahead
+from dfssm.opset.schema import BLOCK
+
 from .state import State
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-MOST = ahead.MOST - 1
+MOST = BLOCK - 1
 """Drafts of a run."""
 
 Draft = Callable[[Sequence[int], int], Sequence[int]]
@@ -23,9 +24,6 @@ Draft = Callable[[Sequence[int], int], Sequence[int]]
 # Time of a run of 1 to 8 tokens, in runs of one (1.3B, between that of one thread and of two, AVX2 and AVX-512). Only
 # how many drafts pay depends on it: with the time of the machine itself, texts are 0 to 5 % faster.
 _TIMES = 1.0, 1.2, 1.6, 1.75, 1.9, 2.1, 2.2, 2.4
-
-# Time, in such runs, of a token that is read again after a wrong draft.
-_AGAIN = 0.2
 
 # The share of right drafts is that of the last 20 or so. Where no draft pays, every 16th run tries one.
 _FORGET, _TRY = 0.95, 16
@@ -70,8 +68,7 @@ class Speculation:
     def _drafts(self, left: int) -> Sequence[int]:
         share = self._right / self._tried
         tokens = list(accumulate(share**count for count in range(self._most + 1)))  # a run with so many drafts
-        again = [_AGAIN * (1 - share**count) * tokens[count] for count in range(self._most + 1)]
-        best = max(range(self._most + 1), key=lambda count: tokens[count] / (_TIMES[count] + again[count]))
+        best = max(range(self._most + 1), key=lambda count: tokens[count] / _TIMES[count])
         self._without = 0 if best else self._without + 1
         count = min(best or int(self._without % _TRY == 0), left)
         return self._draft(self._ids, count)[:count] if count else ()

@@ -13,7 +13,7 @@ from dfssm.runtime.speculation import Speculation
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return str(tiny.write_bundle(tmp_path_factory.mktemp("fp32") / "bundle"))
+    return str(tiny.write_bundle(tmp_path_factory.mktemp("deferred") / "bundle", state_dtype="fp16-deferred"))
 
 
 def test_each_rate_has_its_share_of_right_drafts(bundle):

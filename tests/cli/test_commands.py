@@ -48,8 +48,17 @@ class TestRun:
         assert drawn == text("--temperature", 3, "--seed", 1) != text("--temperature", 3, "--seed", 2)
         assert text("--temperature", 3, "--top-k", 1) == text() == text("--temperature", 3, "--top-p", 1e-6)
 
-    def test_speculation_is_the_same_text_in_fewer_runs(self, invoke, cpu_target, tmp_path):
-        run = "run", tiny.write_bundle(tmp_path / "b", target=cpu_target), "-p", "hello", "-n", 200, "--eos", 1
+    def test_speculation_is_the_same_text_in_fewer_runs(self, invoke, tmp_path):
+        run = (
+            "run",
+            tiny.write_bundle(tmp_path / "b", tiny.CONFIG, "ort-cpu", "fp16-deferred"),
+            "-p",
+            "hello",
+            "-n",
+            200,
+            "--eos",
+            1,
+        )
         plain, found = loads(invoke(*run, "--json")), loads(invoke(*run, "--json", "--speculate"))
         counts = found["speculation"]
         assert plain["speculation"] is None and found["tokens"] == plain["tokens"]

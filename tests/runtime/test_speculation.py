@@ -29,9 +29,13 @@ SETTINGS = {
 }
 
 
+FORMS = "fp32-deferred", "fp16-deferred", "int8-deferred"
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    engine = Engine.load(tiny.write_bundle(tmp_path_factory.mktemp("fp32") / "bundle"), threads=1)
+    folder = tiny.write_bundle(tmp_path_factory.mktemp("int8") / "bundle", state_dtype="int8-deferred")
+    engine = Engine.load(folder, threads=1)
     engine.config["eos_token_id"] = None  # random weights would end the text anywhere
     return engine
 
@@ -59,8 +63,10 @@ def forced(plain, rate, seed=0):
     return draft
 
 
-def contents(state):
-    return [array.tolist() for array in (*state.tensors.values(), state.logits, state.tokens, state.recent)]
+def contents(engine, state):
+    """What a state is, bit for bit: that is what comes of it, as its tokens may be pending or in its tensors."""
+    future = engine.logits([list(range(20))] * state.batch, state.clone())
+    return [array.tolist() for array in (future, state.logits, state.tokens, state.recent)]
 
 
 BITS = """
@@ -77,17 +83,21 @@ for folder in sys.argv[2:]:
         every = engine.logits(ids[:, 9 : 9 + tokens], at_once)
         steps = [engine.step(column, by_step) for column in ids[:, 9 : 9 + tokens].T]
         assert every.tobytes() == np.stack(steps, 1).tobytes(), (folder, tokens)
-        for name, tensor in by_step.tensors.items():
-            assert tensor.tobytes() == at_once.tensors[name].tobytes(), (folder, tokens, name)
+        after = [engine.logits(ids[:, :10], state) for state in (at_once, by_step)]
+        assert after[0].tobytes() == after[1].tobytes(), (folder, tokens)
 """
 
 
 @pytest.mark.parametrize("isa", _native.isas())
 def test_a_run_of_few_tokens_is_runs_of_one_bit_for_bit(isa, tmp_path):
     folders = [
-        str(tiny.write_bundle(tmp_path / f"{name}-{layout}", student_ref.config(name), options={"isa": layout}))
-        for name in student_ref.CONFIGS
-        for layout in ("scalar", "avx2", "avx512vnni")
+        str(
+            tiny.write_bundle(
+                tmp_path / f"{name}-{laid_out}", student_ref.config(name), "ort-cpu", form, options={"isa": laid_out}
+            )
+        )
+        for name, form in zip(student_ref.CONFIGS, itertools.cycle(FORMS))
+        for laid_out in ("scalar", "avx2", "avx512vnni")
     ]
     for threads in ("1", "2"):
         command = [sys.executable, "-c", BITS, threads, *folders]
@@ -103,7 +113,7 @@ def test_text_and_state_are_those_of_the_plain_run(engine, settings, rate):
         state = engine.new_state()
         found = finished(engine, state=state, speculate=most, draft=forced(plain, rate, most), **settings)
         assert (found.tokens, found.text, found.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
-        assert contents(state) == contents(plain_state)
+        assert contents(engine, state) == contents(engine, plain_state)
         own = finished(engine, speculate=most, draft=forced(plain, rate, most), **settings)
         assert (own.tokens, own.text) == (alone.tokens, alone.text)
         counts = found.speculation
@@ -143,7 +153,7 @@ def test_a_text_that_is_cut_has_read_what_it_shows(engine, settings, pieces):
     engine.prefill(PROMPT, read)
     for token in text.tokens:
         engine.step([token], read)
-    assert contents(state) == contents(read)
+    assert contents(engine, state) == contents(engine, read)
     rest = finished(engine, "", state=state, speculate=3, **settings | {"max_tokens": TOTAL - len(text.tokens)})
     assert text.text + rest.text == plain.text
 
@@ -161,8 +171,8 @@ def test_the_state_is_of_the_moment_between_pieces(engine, settle):
         assert (state.tokens, state.recent.tolist()) == (read.tokens, read.recent.tolist())
         assert state.logits.tolist() == read.logits.tolist()
         if settle:
-            assert contents(state) == contents(read)
-    assert contents(state) == contents(read)
+            assert contents(engine, state) == contents(engine, read)
+    assert contents(engine, state) == contents(engine, read)
 
 
 def test_rows_of_a_state_and_slots_are_settled_before_they_run(engine):
@@ -177,7 +187,7 @@ def test_rows_of_a_state_and_slots_are_settled_before_they_run(engine):
     assert texts[0].tokens == texts[1].tokens == plain.tokens
     read = engine.new_state()
     engine.prefill([*PROMPT, *plain.tokens], read)
-    assert contents(batch.row(0)) == contents(batch.row(2)) == contents(read)
+    assert contents(engine, batch.row(0)) == contents(engine, batch.row(2)) == contents(engine, read)
 
 
 ACTS = {  # on row 0 of a pool, which has read ahead, and row 1: what both have read then
@@ -212,13 +222,12 @@ def test_a_row_that_reads_ahead_is_settled_or_forgotten(engine, act, kept):
     assert pool.logits[0].tolist() == states["kept"].logits[0].tolist()
     change, *expected = ACTS[act]
     change(pool, states["other"].tensors)
-    found = engine.new_state()
     for row, name in enumerate(expected):
+        found, logits = engine.new_state(), states[name].logits if act == "write" else pool.logits[row : row + 1]
         pool.read(row, found.tensors)
-        for key, tensor in states[name].tensors.items():
-            assert found.tensors[key].tobytes() == tensor.tobytes(), (row, key)
-        if act != "write":
-            assert pool.logits[row].tolist() == states[name].logits[0].tolist()
+        found.logits[:] = logits
+        found.tokens[:], found.recent[:] = states[name].tokens, states[name].recent
+        assert contents(engine, found) == contents(engine, states[name]), row
 
 
 def test_stops_and_ends_are_those_of_the_plain_run(engine, settings):
@@ -229,7 +238,7 @@ def test_stops_and_ends_are_those_of_the_plain_run(engine, settings):
         plain = finished(engine, state=states[0], **ended)
         found = finished(engine, state=states[1], speculate=7, draft=forced(free, 0.9), **ended)
         assert (found.tokens, found.text, found.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
-        assert contents(states[0]) == contents(states[1])
+        assert contents(engine, states[0]) == contents(engine, states[1])
 
 
 def test_no_draft_is_read_past_the_last_token(engine):
@@ -255,7 +264,7 @@ def test_turns_of_a_chat_are_those_of_the_plain_run(engine, settings):
             for state, most in zip(states, (0, 7), strict=True)
         ]
         assert texts[0].tokens == texts[1].tokens and texts[0].text == texts[1].text
-    assert contents(states[0]) == contents(states[1])
+    assert contents(engine, states[0]) == contents(engine, states[1])
 
 
 def test_ctrl_c_at_any_point(engine):
@@ -274,12 +283,12 @@ def test_ctrl_c_at_any_point(engine):
             text.close()
             if state.rows.broken:
                 state.reset()
-                assert contents(state) == contents(engine.new_state())
+                assert contents(engine, state) == contents(engine, engine.new_state())
                 return False
             if state.tokens[0]:
                 read = engine.new_state()
                 engine.prefill([*PROMPT, *text.tokens][: state.tokens[0]], read)
-                assert contents(state) == contents(read)
+                assert contents(engine, state) == contents(engine, read)
             return True
 
         return act, check
@@ -346,15 +355,14 @@ def test_sampled_texts_have_the_model_s_distribution(engine, monkeypatch, rank):
     assert chi2 < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3, (chi2, freedom)
 
 
-@pytest.mark.parametrize("state_dtype", ["fp16", "int8"])
-def test_bundles_that_cannot_are_refused(engine, state_dtype, tmp_path):
-    narrow = Engine.load(tiny.write_bundle(tmp_path / "narrow", state_dtype=state_dtype))
-    portable = Engine.load(tiny.write_bundle(tmp_path / "portable", target="onnx"))
-    for other in (narrow, portable):
-        with pytest.raises(DfssmError, match="speculation needs .* --target ort-cpu --state-dtype fp32"):
+def test_bundles_that_cannot_are_refused(tmp_path):
+    at_once = Engine.load(tiny.write_bundle(tmp_path / "at_once"))
+    portable = Engine.load(tiny.write_bundle(tmp_path / "portable", target="onnx", state_dtype="fp16-deferred"))
+    for other in (at_once, portable):
+        with pytest.raises(DfssmError, match="speculation needs .* --target ort-cpu --state-dtype fp16-deferred"):
             other.generate("a", speculate=2)
     with pytest.raises(DfssmError, match="TensorRT does not promise: use a bundle of target ort-cpu"):
-        on_device(engine).generate("a", speculate=2)
+        on_device(at_once).generate("a", speculate=2)
 
 
 @pytest.mark.parametrize("most", [-1, 8, 1.5, True, None])
@@ -372,7 +380,7 @@ def test_a_wrong_draft_is_named_and_breaks_nothing(engine, drafts, named):
         list(engine.generate(PROMPT, state=state, speculate=2, draft=lambda ids, count: drafts))
     read = engine.new_state()
     engine.prefill(PROMPT, read)
-    assert contents(state) == contents(read)
+    assert contents(engine, state) == contents(engine, read)
 
 
 def test_prompt_lookup_gives_what_followed_the_longest_end_that_was_there_before():
