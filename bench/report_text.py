@@ -180,4 +180,7 @@ def plots(figures: Figures, file: Path) -> None:
     prompts = list(named["prompt "].values())
     axes[1, 2].plot([f["prompt"] for f in prompts], [f["prefill_tok_s"] for f in prompts], "o-")
     axes[1, 2].set(title="length of the prompt", xlabel="tokens", ylabel="prefill, tok/s", ylim=0)
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.remove()
     figure.savefig(file, metadata={"Date": None})
