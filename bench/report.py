@@ -21,6 +21,7 @@ from .report_text import filled, plots, tables
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
 STATES = {"fp32": "fp32", "fp16": "1.3b", "int8": "int8"}
+STATES |= {deferred: deferred for deferred in ("fp16-deferred", "int8-deferred")}
 """Form of the state -> the bundle with it."""
 
 BUNDLES: dict[str, tuple[str, list[str]]] = {size: (size, []) for size in SIZES}
