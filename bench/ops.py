@@ -44,7 +44,7 @@ def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
     whole, clocks = [], []
     with tempfile.TemporaryDirectory(prefix="dfssm-ops-") as folder:
         with open_bundle(engine.folder, hashes=False) as bundle:
-            session = ort_cpu.open_session(bundle, engine.threads, profile=f"{folder}/profile")
+            session = ort_cpu.open_profiled(bundle, engine.threads, f"{folder}/profile")
         profiled = Engine(engine.folder, engine.manifest, OrtBackend(session, ort_cpu.IN_PLACE), engine.threads)
         token = np.zeros(1, np.int64)
         states = [(each, each.new_state()) for each in (engine, profiled)]

@@ -186,20 +186,29 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
 
 
 def open_session(
-    folder: str | Path | Files,
-    threads: int = 0,
-    model: str = MODEL,
-    own: Path | None = None,
-    mmap: bool = True,
-    profile: str = "",
+    folder: str | Path | Files, threads: int = 0, model: str = MODEL, own: Path | None = None, mmap: bool = True
 ) -> onnxruntime.InferenceSession:
-    """The graph `model` of `folder` with the op library registered. `profile`: as of `session_options`.
+    """The graph `model` of `folder` with the op library registered.
 
     Raises DfssmError when the library is missing, does not load or is of another version, or when ONNX Runtime refuses
     the model.
     """
+    return _open(folder, session_options(threads), model, own, mmap)
+
+
+def open_profiled(folder: str | Path | Files, threads: int, profile: str) -> onnxruntime.InferenceSession:
+    """The step of `folder`, with ONNX Runtime's profiler; `profile` as of `session_options`. DfssmError as above."""
+    return _open(folder, session_options(threads, profile))
+
+
+def _open(
+    folder: str | Path | Files,
+    options: onnxruntime.SessionOptions,
+    model: str = MODEL,
+    own: Path | None = None,
+    mmap: bool = True,
+) -> onnxruntime.InferenceSession:
     library = find_library(own)
-    options = session_options(threads, profile)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _register(options, library)
     session = create_session(folder, model, options, mmap)
