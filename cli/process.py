@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import resource
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
     """Run a command and exit: with 0; 1 for an error that the user can mend, for a failed check, and where nobody reads
-    the output; 2 for wrong usage; 130 for Ctrl-C. A bug keeps its traceback.
+    the output; 2 for wrong usage; 130 for Ctrl-C; 143 and 129 for SIGTERM and SIGHUP. A bug keeps its traceback.
     """
     with errors_in_one_line(name):
         status = command.main(args=args, prog_name=name, standalone_mode=False)
@@ -38,7 +40,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     """In the `with` block, an error that is no bug ends the process as `run` says, with a line on stderr."""
     _open_standard_streams()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ends_by_signal():
             warnings.showwarning = partial(_warn, name)
             yield
         sys.stdout.flush()
@@ -64,6 +66,26 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         _exit(1, f"{name}: error: there is too little memory ({reason(error)}): free some, or ask for less")
+
+
+@contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """In the `with` block SIGTERM and SIGHUP end the process as an error would, so that drafts are removed. One that is
+    ignored, as under nohup, or handled stays so.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL and here]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _command(error: click.ClickException) -> str:

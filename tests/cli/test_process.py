@@ -166,6 +166,32 @@ def test_ctrl_c_is_130_and_leaves_no_traceback(endless, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+# A file at whose writing the process waits; what it prints, it does first.
+WAITING = """
+import sys, time
+from dfssm.cli.process import errors_in_one_line
+from dfssm.opset.files import new_folder
+
+with errors_in_one_line("wait"), new_folder(sys.argv[1], replace=True) as draft:
+    (draft / "a").write_text("new")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_end_by_signal_leaves_no_draft(number, ignored, tmp_path):
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL  # nohup ignores SIGHUP
+    code = WAITING.replace("60", "0.5") if ignored else WAITING
+    command = [sys.executable, "-c", code, tmp_path / "target"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, handler))
+    assert process.stdout.readline() == b"writing\n" and len(os.listdir(tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + number)
+    assert os.listdir(tmp_path) == (["target"] if ignored else [])
+
+
 def test_a_terminal_that_lacks_a_character_goes_on(tiny_bundle):
     done = dfssm(
         *("run", tiny_bundle, "-p", "hello", "-n", 60, "--temperature", 3, "--seed", 1),
