@@ -196,6 +196,7 @@ def test_a_terminal_that_lacks_a_character_goes_on(tiny_bundle):
     done = dfssm(
         *("run", tiny_bundle, "-p", "hello", "-n", 60, "--temperature", 3, "--seed", 1),
         env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        encoding="latin-1",
     )
     assert done.returncode == 0 and "?" in done.stdout
 

@@ -148,11 +148,12 @@ def built(tmp_path_factory):
     return engines.build(models, (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "engines")
 
 
-def test_library_shows_three_symbols_and_needs_neither_tensorrt_nor_a_driver():
+def test_library_shows_four_symbols_and_needs_neither_tensorrt_nor_a_driver():
     if not (library := engines.library()):
         pytest.skip(engines.NO_LIBRARY)
     symbols = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True).splitlines()
-    assert [line.split()[-1] for line in symbols] == ["dfssm_largest", "getCreators", "setLoggerFinder"]
+    names = ["dfssm_largest", "dfssm_total_weight", "getCreators", "setLoggerFinder"]
+    assert [line.split()[-1] for line in symbols] == names
     needed = re.findall(r"NEEDED.*\[(.*)\]", subprocess.check_output(["readelf", "-d", library], text=True))
     assert needed and not [name for name in needed if re.search("nvinfer|tensorrt|cuda", name)]
 
