@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from dfssm.opset import DOMAIN
 from dfssm.opset.functions import function_proto
-from dfssm.opset.ops import DEFERRED_OPS, OPS
+from dfssm.opset.ops import ALL_OPS
 
 Shape = Sequence[int | str]
 
@@ -56,7 +56,7 @@ class GraphBuilder(ir.tape.Tape):
 
         The body of the op joins the file as a function, once; attributes left out take the default of the schema.
         """
-        schema = (OPS | DEFERRED_OPS)[op]
+        schema = ALL_OPS[op]
         attributes = schema.resolve(attributes)
         values = [
             ir.val((rename or {}).get(spec.name, f"{name}/{spec.name}"), dtype, shape)

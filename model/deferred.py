@@ -13,7 +13,7 @@ from dfssm.opset.pending import kept
 from dfssm.opset.schema import BLOCK
 
 from .functional import discretize
-from .quant import half, quantize
+from .quant import half, quantize_state
 
 
 def deferred_conv1d(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -84,8 +84,7 @@ def _suffix_products(decay: Tensor) -> Tensor:
 
 def _narrow(h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if dtype == torch.int8:
-        q, scale = quantize(h)
-        return q.nan_to_num(0.0).to(torch.int8), scale[..., 0]
+        return quantize_state(h)
     return (half(h) if dtype == torch.float16 else h), None
 
 

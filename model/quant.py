@@ -122,6 +122,12 @@ def dequantized(x: Tensor) -> Tensor:
     return q * s
 
 
+def quantize_state(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x[...,P] as an int8 state is stored, i8 and a scale f32[...]; a row that is not finite is 0 with scale NaN."""
+    q, s = quantize(x)
+    return q.nan_to_num(0.0).to(torch.int8), s[..., 0]
+
+
 def half(x: Tensor) -> Tensor:
     """x as fp16, saturating at +-65504; NaN stays NaN. The gradient passes where nothing saturates."""
     return x.clamp(-HALF_MAX, HALF_MAX).half()

@@ -26,8 +26,8 @@ from .quant import (
     half,
     int8_matmul,
     pack_bits,
-    quantize,
     quantize_rows,
+    quantize_state,
     trained_int8_matmul,
     trained_scaffold_matmul,
     unpack_bits,
@@ -136,8 +136,8 @@ class DFSSMState(Mamba2State):
     def narrow(cls, state: Mamba2State, state_dtype: str) -> Self:
         """Round an fp32 SSM state to its storage, as SelectiveScanStep does at the end of a call."""
         if state_dtype == "int8":
-            codes = [quantize(t) for t in state.ssm]
-            return cls(state.conv, [q.nan_to_num(0.0).to(torch.int8) for q, _ in codes], [s[..., 0] for _, s in codes])
+            codes, scales = zip(*map(quantize_state, state.ssm), strict=True)
+            return cls(state.conv, list(codes), list(scales))
         return cls(state.conv, [half(t) if state_dtype == "fp16" else t for t in state.ssm])
 
     def widen(self) -> Mamba2State:

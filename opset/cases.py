@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import Array
-from .ops import DEFERRED_OPS, OPS
+from .ops import ALL_OPS, DEFERRED_OPS, OPS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     def inputs(self) -> dict[str, Array]:
         """The op's inputs by name, absent optional ones left out. Columns that the op must not read are NaN."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
-        inputs = (OPS | DEFERRED_OPS)[self.op].draw(rng, self.attributes, self.kind, **self.sizes)
+        inputs = ALL_OPS[self.op].draw(rng, self.attributes, self.kind, **self.sizes)
         return {name: _in_wider(value, self.attributes.get(f"{name}_start", -1)) for name, value in inputs.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from onnx import helper, parser
 
-from .ops import DEFERRED_OPS, FUSED, OPS
+from .ops import ALL_OPS, FUSED
 from .schema import DOMAIN, VERSION, Op, Tensor, Value, in_wider
 
 ONNX_OPSET = 21
@@ -59,7 +59,7 @@ def function_proto(name: str, state_dtype: str = "float32", **attributes: Value)
     SelectiveScanStep. An input that is read as a range of columns is called `<name>_all` in the body.
     The body of a fused op has nodes of the others; whoever uses it adds theirs.
     """
-    op = (OPS | DEFERRED_OPS | FUSED)[name]
+    op = (ALL_OPS | FUSED)[name]
     resolved = op.resolve(attributes)
     wanted = [t for t in op.inputs if not t.optional or state_dtype == "int8"]
     made = [t for t in op.outputs if not t.optional or state_dtype == "int8"]
@@ -79,5 +79,5 @@ def make_node(name: str, inputs: list[str], outputs: list[str], node_name: str, 
     """A node of op `name` with every attribute written out: onnx's ReferenceEvaluator does not fill the defaults of
     attributes that a function body refers to.
     """
-    written: dict[str, Any] = {**(OPS | DEFERRED_OPS)[name].resolve(attributes)}
+    written: dict[str, Any] = {**ALL_OPS[name].resolve(attributes)}
     return helper.make_node(name, inputs, outputs, node_name, domain=DOMAIN, **written)

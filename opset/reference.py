@@ -6,7 +6,7 @@ raises DfssmError naming op, input, expected and got.
 """
 
 from .arithmetic import HALF_MAX, TINY, columns_ref, half_ref, integer_matmul_ref, quantize_activations_ref, silu_ref
-from .ops import DEFERRED_OPS, OPS
+from .ops import ALL_OPS
 from .ops.binary_scaffold_matmul import binary_scaffold_matmul_ref
 from .ops.causal_conv1d_step import causal_conv1d_step_ref
 from .ops.deferred_conv1d_step import deferred_conv1d_step_ref
@@ -37,5 +37,5 @@ __all__ = [
     "softplus_ref",
 ]
 
-REFERENCES = {name: op.reference for name, op in (OPS | DEFERRED_OPS).items()}
+REFERENCES = {name: op.reference for name, op in ALL_OPS.items()}
 """Op name -> reference; call it with the op's input names and attributes as keywords."""

@@ -89,15 +89,14 @@ class OrtPool:
     def ahead(self, row: int) -> RowAhead:
         """For one row at a time: another one is settled."""
         if self._ahead is None or self._ahead.row != row:
-            at = slice(row, row + 1)
-            counts = [tensor[at] for name, tensor in self.tensors.items() if name.startswith(PENDING_COUNT)]
+            counts = self._counts(row)
             if not self._in_place or not counts:
                 raise DfssmError(
                     "speculation needs a bundle of target ort-cpu with a deferred state, of which tokens can be "
                     "taken back: compile with --target ort-cpu --state-dtype fp16-deferred"
                 )
             self.pull()
-            self._ahead = RowAhead(row, self._batch(row, 1), self.logits[at], counts)
+            self._ahead = RowAhead(row, self._batch(row, 1), self.logits[row : row + 1], counts)
         return self._ahead
 
     def rollback(self, row: int, tokens: int) -> None:
@@ -105,12 +104,12 @@ class OrtPool:
         those of the last run. DfssmError where so many are not pending.
         """
         self._settle(row)
-        counts = [tensor for name, tensor in self.tensors.items() if name.startswith(PENDING_COUNT)]
-        left = int(counts[0][row]) - tokens if counts else -1
+        counts = self._counts(row)
+        left = int(counts[0][0]) - tokens if counts else -1
         if left < 0:
             raise DfssmError(f"{tokens} tokens cannot be taken back: compile with a -deferred --state-dtype")
         for count in reversed(counts):  # the one that was asked last: whoever is interrupted may ask again
-            count[row] = left
+            count[0] = left
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return largest(self.logits[row], count)
@@ -150,6 +149,11 @@ class OrtPool:
     def push(self) -> None:
         if self._ahead is not None:
             self._ahead.forget()
+
+    def _counts(self, row: int) -> list[np.ndarray]:
+        """How many tokens of the row are pending, u8[1] of each layer; none where the state is not deferred."""
+        at = slice(row, row + 1)
+        return [tensor[at] for name, tensor in self.tensors.items() if name.startswith(PENDING_COUNT)]
 
     def _settle(self, start: int, count: int = 1) -> None:
         """Rows that are to be read are in their own memory."""

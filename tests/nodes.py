@@ -8,15 +8,13 @@ from onnx import helper
 from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.cases import Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
-from dfssm.opset.ops import DEFERRED_OPS, OPS
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.reference import REFERENCES
 from dfssm.opset.tolerances import op_tolerance
 
 STATES = {"state", "state_scale", "window", "pending_x", "pending_B", "pending_decay", "pending_count"}
 ACTIVATIONS = {"x", "y", "z", "dt", "B", "C"} | STATES
 """Inputs that change from call to call; all others are weights."""
-
-ALL_OPS = OPS | DEFERRED_OPS
 
 
 def expected_outputs(case: Case, inputs: dict | None = None) -> list[np.ndarray]:

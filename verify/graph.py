@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from dfssm.opset import DOMAIN
-from dfssm.opset.ops import DEFERRED_OPS, OPS
+from dfssm.opset.ops import ALL_OPS
 from dfssm.runtime.ort import DTYPES
 from dfssm.targets.bundle import MODEL, Bundle
 from dfssm.targets.session import run_error
@@ -49,7 +49,7 @@ class Tap:
 
     def output(self, name: str) -> str:
         """What the schema of the op calls the output `name`."""
-        schema = (OPS | DEFERRED_OPS).get(self.op)
+        schema = ALL_OPS.get(self.op)
         return schema.outputs[self.outputs.index(name)].name if schema else name.rpartition("/")[2]
 
 

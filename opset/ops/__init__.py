@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     OPS: dict[str, Op]
     DEFERRED_OPS: dict[str, Op]
+    ALL_OPS: dict[str, Op]
     FUSED: dict[str, FusedOp]
 
 IN_PLACE_OF = {"CausalConv1dStep": "DeferredConv1dStep", "SelectiveScanStep": "DeferredScanStep"}
@@ -38,10 +39,14 @@ MODULES = {
 }
 """Op name -> its module, of each of the tables."""
 
+ALL_NAMES = MODULES["OPS"].keys() | MODULES["DEFERRED_OPS"].keys()
+"""Of ALL_OPS, which are those that a model file may have: OPS and DEFERRED_OPS."""
+
 
 def __getattr__(name: str) -> object:
-    if name not in MODULES:
+    tables = ("OPS", "DEFERRED_OPS") if name == "ALL_OPS" else (name,)
+    if not set(tables) <= MODULES.keys():
         raise AttributeError(f"module '{__name__}' has no attribute {name!r}")
-    found = {op: import_module(f".{module}", __name__).OP for op, module in MODULES[name].items()}
+    found = {op: import_module(f".{module}", __name__).OP for of in tables for op, module in MODULES[of].items()}
     globals()[name] = found
     return found

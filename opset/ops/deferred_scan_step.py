@@ -11,10 +11,18 @@ import numpy as np
 from ..arithmetic import F32, HALF_MAX, NUMBERS, Array, columns_ref, half_ref, quantize
 from ..draw import sizes
 from ..pending import COUNTS, check_count, gather, kept, update
-from ..schema import BLOCK, SLOTS, STATE_DTYPES, Attribute, Between, Multiple, Op, Row, Value, columns, starts, tensor
-from ..tolerances import EPS16, Tolerance, reduction
+from ..schema import BLOCK, SLOTS, Between, Multiple, Op, Row, Value, tensor
+from ..tolerances import Tolerance, reduction
 from .deferred_conv1d_step import counts
-from .selective_scan_step import DISCRETIZE, discretize_ref, quantize_state_ref
+from .selective_scan_step import (
+    ATTRIBUTES,
+    DISCRETIZE,
+    INPUTS,
+    STATES,
+    discretize_ref,
+    quantize_state_ref,
+    rounded_state,
+)
 from .selective_scan_step import draw as draw_immediate
 
 
@@ -297,14 +305,10 @@ def _tolerance(sizes: Mapping[str, Any], output: str) -> Tolerance:
         return Tolerance(1 / SLOTS, "a whole number below that of slots")
     if output.startswith("new_pending"):
         return reduction(1)
-    dtype = sizes.get("state", "float32")
-    # As in SelectiveScanStep; y too is computed from what was rounded.
-    step = {"float32": 0.0, "float16": EPS16, "int8": 1 / 127}[dtype]
-    terms = BLOCK if output.startswith("new_state") else sizes["N"] + BLOCK
-    return Tolerance(step + reduction(terms).relative, f"{dtype} state, one rounding step apart")
+    # y too is computed from what was rounded.
+    return rounded_state(sizes, BLOCK if output.startswith("new_state") else sizes["N"] + BLOCK)
 
 
-_STATES = "|".join(STATE_DTYPES.values())
 _PENDING = (
     ("pending_x", "float32", "B S H * P"),
     ("pending_B", "float32", "B S ngroups * N"),
@@ -315,29 +319,17 @@ _PENDING = (
 OP = Op(
     "DeferredScanStep",
     inputs=(
-        columns("x", "B T H * P"),
-        columns("dt", "B T H"),
-        columns("B", "B T ngroups * N"),
-        columns("C", "B T ngroups * N"),
-        tensor("A_log", "float32", "H"),
-        tensor("D", "float32", "H"),
-        tensor("dt_bias", "float32", "H"),
-        tensor("state", _STATES, "B H N P"),
+        *INPUTS,
         *(tensor(*spec) for spec in _PENDING),
         tensor("state_scale", "float32", "B H N", scale_of="state"),
     ),
     outputs=(
         tensor("y", "float32", "B T H * P"),
-        tensor("new_state", _STATES, "B H N P", over="state"),
+        tensor("new_state", STATES, "B H N P", over="state"),
         *(tensor(f"new_{name}", dtype, shape, over=name) for name, dtype, shape in _PENDING),
         tensor("new_state_scale", "float32", "B H N", scale_of="state", over="state_scale"),
     ),
-    attributes=(
-        Attribute("ngroups", 1, least=1),
-        Attribute("dt_min", 0.0, at_most="dt_max"),
-        Attribute("dt_max", math.inf),
-        *starts("x", "dt", "B", "C"),
-    ),
+    attributes=ATTRIBUTES,
     requires=(Multiple("H", "ngroups"), Between("S", SLOTS, SLOTS, "two blocks of tokens")),
     reference=deferred_scan_step_ref,
     body=_body,

@@ -229,38 +229,49 @@ def _cases() -> Iterator[Row]:
 def _tolerance(sizes: Mapping[str, Any], output: str) -> Tolerance:
     if not output.startswith("new_state"):
         return reduction(sizes["N"] + sizes["T"])
+    return rounded_state(sizes, sizes["T"])
+
+
+def rounded_state(sizes: Mapping[str, Any], terms: int) -> Tolerance:
+    """Of what is computed with so many `terms` and stored, or from what was. int8: a last-bit difference of fp32 may
+    move a value across a rounding tie, one step of the row's scale.
+    """
     dtype = sizes.get("state", "float32")
-    # int8: a last-bit difference of fp32 may move a value across a rounding tie, one step of the row's scale
     step = {"float32": 0.0, "float16": EPS16, "int8": 1 / 127}[dtype]
-    return Tolerance(step + reduction(sizes["T"]).relative, f"{dtype} state, one rounding step apart")
+    return Tolerance(step + reduction(terms).relative, f"{dtype} state, one rounding step apart")
 
 
-_STATES = "|".join(STATE_DTYPES.values())
+STATES = "|".join(STATE_DTYPES.values())
+INPUTS = (
+    columns("x", "B T H * P"),
+    columns("dt", "B T H"),
+    columns("B", "B T ngroups * N"),
+    columns("C", "B T ngroups * N"),
+    tensor("A_log", "float32", "H"),
+    tensor("D", "float32", "H"),
+    tensor("dt_bias", "float32", "H"),
+    tensor("state", STATES, "B H N P"),
+)
+ATTRIBUTES = (
+    Attribute("ngroups", 1, least=1),
+    Attribute("dt_min", 0.0, at_most="dt_max"),
+    Attribute("dt_max", math.inf),
+    *starts("x", "dt", "B", "C"),
+)
+"""Of DeferredScanStep, too."""
 
 OP = Op(
     "SelectiveScanStep",
     inputs=(
-        columns("x", "B T H * P"),
-        columns("dt", "B T H"),
-        columns("B", "B T ngroups * N"),
-        columns("C", "B T ngroups * N"),
-        tensor("A_log", "float32", "H"),
-        tensor("D", "float32", "H"),
-        tensor("dt_bias", "float32", "H"),
-        tensor("state", _STATES, "B H N P"),
+        *INPUTS,
         tensor("state_scale", "float32", "B H N", scale_of="state"),
     ),
     outputs=(
         tensor("y", "float32", "B T H * P"),
-        tensor("new_state", _STATES, "B H N P", over="state"),
+        tensor("new_state", STATES, "B H N P", over="state"),
         tensor("new_state_scale", "float32", "B H N", scale_of="state", over="state_scale"),
     ),
-    attributes=(
-        Attribute("ngroups", 1, least=1),
-        Attribute("dt_min", 0.0, at_most="dt_max"),
-        Attribute("dt_max", math.inf),
-        *starts("x", "dt", "B", "C"),
-    ),
+    attributes=ATTRIBUTES,
     requires=(Multiple("H", "ngroups"),),
     reference=selective_scan_step_ref,
     body=_body,

@@ -104,7 +104,6 @@ void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t bl
 // accumulators, NB tiles, NB expanded tiles, the mask of ones.
 constexpr int kTokenTile = 12;
 
-//
 // `ahead` is prefetched, and `stride` bytes further for each line that is read. Three or four tokens, which read their
 // weights from memory as one does, take 0.7 times as long with it.
 template <int NB, int NT>
