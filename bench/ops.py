@@ -1,7 +1,7 @@
 """Where the time of a token goes: every op of a bundle, as ONNX Runtime's profiler sees it, beside the memory's limit.
 
-The profiler makes a step slower, but not the kernels in it. So kernels are timed in a session that is profiled, and
-what is left of a token is taken from one that is not, in the same rounds.
+Kernels are timed in a session that is profiled, what is left of a token in one that is not, in the same rounds: the
+profiler makes a step slower. It slows kernels a little, too, so that what is left may come out below zero.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.ops import MODULES
+from dfssm.opset.ops import ALL_NAMES
 from dfssm.runtime import Engine
 from dfssm.runtime.ort import OrtBackend
+from dfssm.runtime.state import State
 from dfssm.targets import ort_cpu
 from dfssm.targets.bundle import open_bundle
 from dfssm.targets.cpu_library import CpuLibrary
 
 from .bandwidth import Bandwidth, Probes
+from .traffic import state_bytes
 
 STEPS, ROUNDS, WARM = 16, 9, 4  # the profiler keeps a million events: 350 a step
-
-_BYTES = {"float": 4, "float16": 2, "int8": 1, "uint8": 1, "int64": 8}
 
 
 def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
@@ -65,7 +65,10 @@ def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
         events = json.loads(Path(session.end_profiling()).read_text())
     seconds, cycles = float(np.median(whole)), float(np.median(clocks)) * engine.threads
     read, write = (float(np.median(probes.rates)) * 1e9 for probes in (reads, writes))
-    table = [_row(op, nodes, cycles, read, write) for op, nodes in _by_op(events).items()]
+    table = [
+        _row(op, nodes, _states_of(op, states[0][1], engine.manifest.state_dtype), cycles, read, write)
+        for op, nodes in _by_op(events).items()
+    ]
     ours = sum(row["seconds"] for row in table)
     return {
         "table": table,
@@ -80,30 +83,37 @@ def _by_op(events: list[dict]) -> dict[str, dict[str, list[dict]]]:
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for event in events:
         name, op = event["name"], event.get("args", {}).get("op_name")
-        if name.endswith("_kernel_time") and op in MODULES["OPS"]:
+        if name.endswith("_kernel_time") and op in ALL_NAMES:
             found[op][name].append(event)
     return found
 
 
-def _row(op: str, nodes: dict[str, list[dict]], cycles: float, read: float, write: float) -> dict[str, Any]:
-    """A line of the table. States are what an op writes besides its first output; it reads as much of them."""
+def _states_of(op: str, state: State, state_dtype: str) -> tuple[float, float]:
+    """Bytes of state that all nodes of the op read and write a token."""
+    if not op.endswith("Step"):
+        return 0.0, 0.0
+    of_conv = op.endswith("Conv1dStep")
+    tensors = {name: t for name, t in state.tensors.items() if name.startswith("conv_state") == of_conv}
+    return state_bytes(tensors, state_dtype)
+
+
+def _row(
+    op: str, nodes: dict[str, list[dict]], states: tuple[float, float], cycles: float, read: float, write: float
+) -> dict[str, Any]:
+    """A line of the table. `states`: bytes that are read and written; `read`, `write`: bytes a second of the memory."""
     took = 1e-6 * float(np.median(sum(np.array([event["dur"] for event in of[WARM:]]) for of in nodes.values())))
     shapes = [of[0]["args"] for of in nodes.values()]
     parameters = sum(int(each["parameter_size"]) for each in shapes)
-    states = 2 * sum(_bytes(tensor) for each in shapes for tensor in each["output_type_shape"][1:])
+    held, written = states
     weights = sum(_weights(each["input_type_shape"]) for each in shapes)
     return {
         "op": op,
         "nodes": len(nodes),
         "seconds": took,
-        "gb_s": (parameters + states) / took / 1e9,
+        "gb_s": (parameters + held + written) / took / 1e9,
         "weights_cycle": weights / took / cycles if weights else None,
-        "floor_share": (parameters / read + states / write) / took,
+        "floor_share": ((parameters + held - written) / read + 2 * written / write) / took,
     }
-
-
-def _bytes(tensor: dict[str, list[int]]) -> int:
-    return sum(_BYTES[kind] * math.prod(shape) for kind, shape in tensor.items())
 
 
 def _weights(inputs: list[dict[str, list[int]]]) -> int:

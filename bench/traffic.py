@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset.schema import BLOCK, DEFERRED
+from dfssm.opset.schema import BLOCK, DEFERRED, SLOTS
 
 from .bandwidth import Probes
 
@@ -21,16 +21,15 @@ def state_bytes(tensors: Mapping[str, np.ndarray], state_dtype: str) -> tuple[fl
     if not state_dtype.endswith(DEFERRED):
         whole = sum(tensor.nbytes for tensor in tensors.values())
         return whole, whole
-    slots = next(tensor.shape[1] for name, tensor in tensors.items() if name.startswith("pending_x"))
     read = written = 0.0
     for name, tensor in tensors.items():
         rows = tensor.shape[1] if tensor.ndim > 1 else 1
         if name.startswith("ssm_"):
             shares = 1.0, 1 / BLOCK
         elif name.startswith("conv_state"):
-            shares = (rows - slots) / rows, 1 / rows
-        elif rows == slots:
-            shares = (BLOCK + 1) / 2 / slots, 1 / slots  # 1 to BLOCK are pending
+            shares = (rows - SLOTS) / rows, 1 / rows
+        elif rows == SLOTS:
+            shares = (BLOCK + 1) / 2 / SLOTS, 1 / SLOTS  # 1 to BLOCK are pending
         else:
             shares = 1.0, 1.0  # their number
         read, written = read + shares[0] * tensor.nbytes, written + shares[1] * tensor.nbytes

@@ -94,15 +94,27 @@ def test_a_deferred_state_is_read_by_every_token_and_written_by_every_eighth():
     assert state_bytes(tensors, "fp16") == (512 + 2048 + 1 + 760,) * 2
 
 
-def test_ops_say_where_a_token_goes(tmp_path):
-    bundle = tiny.write_bundle(tmp_path / "b", target="ort-cpu", state_dtype="fp16")
+@pytest.mark.parametrize(
+    ("state_dtype", "conv", "scan"),
+    [
+        ("fp16", "CausalConv1dStep", "SelectiveScanStep"),
+        ("fp16-deferred", "DeferredConv1dStep", "DeferredScanStep"),
+    ],
+)
+def test_ops_say_where_a_token_goes(state_dtype, conv, scan, tmp_path):
+    bundle = tiny.write_bundle(tmp_path / "b", target="ort-cpu", state_dtype=state_dtype)
     arguments = ["bench", str(bundle), "--ops", "--rounds", "1", "--tokens", "2", "--prompt", "2"]
     ops = json.loads(CliRunner().invoke(dfssm, [*arguments, "--json"], catch_exceptions=False).stdout)["ops"]
     nodes, layers = {row["op"]: row["nodes"] for row in ops["table"]}, tiny.CONFIG.n_layer
     assert nodes == {
-        "RMSNorm": layers + 1, "BinaryScaffoldMatMul": 2 * layers, "CausalConv1dStep": layers,
-        "SelectiveScanStep": layers, "GatedRMSNorm": layers, "Int8MatMul": 1,
+        "RMSNorm": layers + 1, "BinaryScaffoldMatMul": 2 * layers, conv: layers,
+        scan: layers, "GatedRMSNorm": layers, "Int8MatMul": 1,
     }  # fmt: skip
+    # GB/s times seconds is bytes: of the states, what the limit of a whole token counts, and the weights of the op.
+    read, written = state_bytes(Engine.load(bundle).new_state().tensors, state_dtype)
+    c, moved = tiny.CONFIG, {row["op"]: 1e9 * row["gb_s"] * row["seconds"] for row in ops["table"]}
+    weights = 4 * layers * (c.conv_dim * (c.d_conv + 1) + 3 * c.nheads)
+    assert moved[conv] + moved[scan] == pytest.approx(weights + read + written)
     assert {row["op"] for row in ops["table"] if row["weights_cycle"]} == {"BinaryScaffoldMatMul", "Int8MatMul"}
     within = sum(row["seconds"] for row in ops["table"]) / ops["seconds"]
     assert ops["outside_share"] == pytest.approx(1 - within)
