@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
+from typing import Any
 
 import click
 
@@ -12,6 +13,18 @@ from dfssm.opset.errors import DfssmError
 from dfssm.targets.text import require_utf8
 
 from .options import SEED, bundle_argument, json_option, print_result, real, threads_option, trust_option, whole
+
+
+class Bias(click.ParamType):
+    """ID=NUMBER."""
+
+    name = "bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        token, equals, number = str(value).partition("=")
+        if not equals:
+            self.fail(f"{value} is not ID=NUMBER", param, ctx)
+        return whole(0).convert(token, param, ctx), real(-100, 100).convert(number, param, ctx)
 
 
 @click.command()
@@ -33,10 +46,51 @@ from .options import SEED, bundle_argument, json_option, print_result, real, thr
     metavar="P",
     help="Sample from the most likely tokens whose probabilities add up to P.",
 )
+@click.option(
+    "--min-p",
+    type=real(0, 1),
+    default=0.0,
+    metavar="P",
+    help="Sample from the tokens at least P times as likely as the most likely one; 0: all.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=real(0.01, 100),
+    default=1.0,
+    metavar="R",
+    help="Divide the logits of tokens of the prompt and the text by R where positive, else multiply; 1: off.",
+)
+@click.option(
+    "--presence-penalty",
+    type=real(-2, 2),
+    default=0.0,
+    metavar="A",
+    help="Lower the logits of tokens that the text has by A; 0: off.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=real(-2, 2),
+    default=0.0,
+    metavar="A",
+    help="Lower the logits of tokens that the text has by A for each time; 0: off.",
+)
+@click.option(
+    "--logit-bias", multiple=True, type=Bias(), metavar="ID=BIAS", help="Add BIAS to the logit of a token. Repeatable."
+)
 @click.option("--seed", type=SEED, metavar="S", help="Random seed; the same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
 @click.option(
+    "--stop-id", "stop_ids", multiple=True, type=whole(0), metavar="ID", help="Stop at this token, too. Repeatable."
+)
+@click.option(
     "--eos", multiple=True, type=whole(0), metavar="ID", help="Stop at this token, not at the model's own. Repeatable."
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on where the model ends its text.")
+@click.option(
+    "--logprobs",
+    type=whole(0),
+    metavar="K",
+    help="With --json: the log-probability of each token, and the K most likely ones.",
 )
 @click.option(
     "--speculate", is_flag=True, help="Guess tokens from what was there before, and check them together: the same text."
@@ -46,8 +100,12 @@ from .options import SEED, bundle_argument, json_option, print_result, real, thr
 @threads_option
 @trust_option
 @json_option
-def run(bundle, prompt, eos, speculate, load_state, save_state, threads, as_json, **settings) -> None:
+def run(bundle, prompt, eos, logit_bias, speculate, load_state, save_state, threads, as_json, **settings) -> None:
     """Generate text with BUNDLE. It streams to stdout; a line with the speed follows on stderr."""
+    if settings["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs is for --json.")
+    if settings["ignore_eos"] and eos:
+        raise click.UsageError("Give either --eos or --ignore-eos.")
     bundle = paths.bundle(bundle)
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")
@@ -57,13 +115,14 @@ def run(bundle, prompt, eos, speculate, load_state, save_state, threads, as_json
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     for text in (prompt, *settings["stop"]):
         require_utf8(text)
-    from dfssm.runtime import Engine
+    from dfssm.runtime import Engine, GenerationConfig
     from dfssm.runtime.speculation import MOST
 
+    config = GenerationConfig(eos=eos or None, logit_bias=dict(logit_bias), **settings)
     engine = Engine.load(bundle, threads=threads)
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
     most = MOST if speculate else 0
-    generation = engine.generate(prompt, state=state, eos=eos or None, speculate=most, **settings)
+    generation = engine.generate(prompt, config, state=state, speculate=most)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     for piece in generation:
@@ -76,10 +135,20 @@ def run(bundle, prompt, eos, speculate, load_state, save_state, threads, as_json
             click.echo(rest, nl=False)
     figures = _figures(generation, engine)
     if as_json:
-        print_result({"text": generation.text, "tokens": generation.tokens} | figures, True, str)
+        told = None if config.logprobs is None else [_told(one, engine.tokenizer) for one in generation.logprobs]
+        print_result({"text": generation.text, "tokens": generation.tokens} | figures | {"logprobs": told}, True, str)
     else:
         click.echo()
         click.echo(_speed(figures), err=True)
+
+
+def _told(one, tokenizer) -> dict:
+    """The log-probabilities of a token, with the texts of it and of the most likely ones by themselves."""
+    entries = [
+        {"token": token, "text": tokenizer.decode([token], skip_special_tokens=False), "logprob": logprob}
+        for token, logprob in ((one.token, one.logprob), *one.top)
+    ]
+    return entries[0] | {"top": entries[1:]}
 
 
 def _figures(generation, engine) -> dict:

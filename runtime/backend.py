@@ -12,6 +12,7 @@ from dfssm.targets.bundle import Bundle
 from dfssm.targets.trust import own_library
 
 from .config import require_config
+from .sampler import Sampler
 from .sampling import Sampling
 from .state import Layout, State
 
@@ -55,6 +56,9 @@ class Pool(Protocol):
 
     def ahead(self, row: int) -> Ahead:
         """Row `row`, to read ahead. DfssmError where a run of several tokens has not the bits of runs of one."""
+
+    def logits_of(self, row: int) -> np.ndarray:
+        """f32[V], those of row `row` alone, which a device copies to the host."""
 
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`sampling.largest` of the logits of row `row`. A device that is asked for so many finds them itself from the
@@ -108,8 +112,19 @@ class Backend(Protocol):
         """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
 
 
-def choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
-    """The token that `sampling` takes after the `position` tokens that row `row` has read, and its logit."""
+def choose(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int, float]:
+    """The token that `sampler` takes after the `position` tokens that row `row` has read, and its logit."""
+    if sampler.needs_logits:
+        logits = pool.logits_of(row)
+        token = sampler.choose(logits, position)
+        return token, float(logits[token])
+    token, logit = _choose(pool, row, sampler.sampling, position)
+    sampler.add(token)
+    return token, logit
+
+
+def _choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
+    """Where a device may keep the logits."""
     if sampling.count:
         tokens, logits = pool.largest(row, sampling.count)
         at = sampling.choose_among(logits, position)
@@ -120,7 +135,7 @@ def choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int
         at = sampling.choose_among(logits, position, total)
         if at is not None:
             return int(tokens[at]), float(logits[at])
-    logits = pool.logits[row]
+    logits = pool.logits_of(row)
     token = sampling.choose(logits, position)
     return token, float(logits[token])
 

@@ -123,6 +123,13 @@ class DevicePool:
             "use a bundle of target ort-cpu, or leave it out"
         )
 
+    def logits_of(self, row: int) -> np.ndarray:
+        found: np.ndarray = self._host_logits[row]
+        if row in self._behind:
+            with self._device():
+                self._cuda.to_host(found, self._logits + (row - self._behind.start) * found.nbytes)
+        return found
+
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         count = min(count, self._backend.vocab_size)
         if row in self._behind and self._found and count <= self._found.count:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,9 +23,10 @@ from dfssm.targets.text import end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
 from .backend import Ahead, Backend, Pool, choose, open_backend
-from .generation import Generation
+from .generation import Generation, GenerationConfig
 from .memory import trim
 from .rows import Rows
+from .sampler import Sampler
 from .sampling import Sampling
 from .slots import Slots
 from .speculation import MOST, Draft, PromptLookup
@@ -165,44 +167,44 @@ class Engine:
     def generate(
         self,
         prompt: str | Tokens,
+        config: GenerationConfig = GenerationConfig(),  # noqa: B008 (it is frozen)
         *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Iterable[str] | None = (),
-        eos: int | Iterable[int] | None = None,
         state: State | None = None,
+        after: Generation | None = None,
         speculate: int = 0,
         draft: Draft | None = None,
+        **options: Any,
     ) -> Generation:
         """Continue `prompt`: an iterator over pieces of text, made as they are asked for.
 
-        Args: `state` (batch 1) continues what it has read, with a `prompt` that may then be empty; it ends up
-            having read everything generated. `stop`: strings that end the text and are not part of it. `eos`: ids
-            that end it, instead of the model's own; () is none. The sampling arguments are those of `Sampling`;
-            temperature 0 is greedy. `speculate`: up to so many tokens (at most 7), which `draft` guesses, are read
+        Args: `options`: fields of `GenerationConfig` that are not as in `config`, max_tokens=64 say. `state` (batch 1)
+            continues what it has read, with a `prompt` that may then be empty; it ends up having read everything
+            generated. `after`: the generation that read and wrote what `state` has; its tokens count in penalties, and
+            processors see them. `speculate`: up to so many tokens (at most 7), which `draft` guesses, are read
             together with the last one, and kept as far as they are those that are chosen: the text is the same, bit for
             bit, and sooner there where guesses are right. By default they come from the prompt and the text so far.
         Raises DfssmError for an empty prompt without a state, an id that the model does not know, or a setting out of
         range.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable | None) else list(stop or ())
-        if not all(isinstance(text, str) for text in stops):
-            raise DfssmError(f"stop is {stop!r}: give a string, or a list of them")
+        config = dataclasses.replace(config, **options)
         if not isinstance(prompt, str):
             prompt = self.token_ids(prompt)
             if prompt.ndim > 1 and len(prompt) > 1:
                 raise DfssmError(f"the prompt has {len(prompt)} rows, generate continues one: call it for each")
             prompt = prompt.reshape(-1)
-        if eos is None:
-            ends = set(end_tokens(self.config.get("eos_token_id"), self.tokenizer))
-        else:
-            ends = set(self.token_ids(list(eos) if isinstance(eos, Set | Iterator) else eos).reshape(-1).tolist())
         require_whole("speculate", speculate, 0, MOST, "drafts of a run")
-        return Generation(self, prompt, max_tokens, sampling, stops, ends, state, speculate, draft or PromptLookup())
+        return Generation(self, prompt, config, state, after, speculate, draft or PromptLookup())
+
+    def ends(self, config: GenerationConfig) -> dict[int, str]:
+        """The tokens that end a text, each with its `finish_reason`. DfssmError for one that the model does not have,
+        also in `logit_bias`.
+        """
+        config.require_vocabulary(self.vocab_size)
+        eos = config.eos
+        if eos is None:
+            eos = () if config.ignore_eos else end_tokens(self.config.get("eos_token_id"), self.tokenizer)
+        stop_ids, eos_ids = (self.token_ids(ids).reshape(-1).tolist() for ids in (config.stop_ids, eos))
+        return dict.fromkeys(stop_ids, "stop") | dict.fromkeys(eos_ids, "eos")
 
     def run(self, pool: Pool, rows: Rows, span: range, ids: np.ndarray) -> None:
         """Read ids i64[n,T] into the rows `span` of `pool`, of which `rows` keeps the books."""
@@ -213,9 +215,9 @@ class Engine:
         """`state` (batch 1) as a row that reads ahead. DfssmError where this bundle cannot."""
         return self._pool(state).ahead(state.span.start)
 
-    def choose(self, state: State, sampling: Sampling) -> tuple[int, float]:
+    def choose(self, state: State, sampling: Sampling | Sampler) -> tuple[int, float]:
         """The token that `sampling` takes after what `state` (batch 1) has read, and its logit."""
-        return choose(self._pool(state), state.span.start, sampling, int(state.tokens[0]))
+        return choose(self._pool(state), state.span.start, Sampler.of(sampling), int(state.tokens[0]))
 
     def require_finite(self, state: State) -> None:
         """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""

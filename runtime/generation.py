@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -12,6 +14,7 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.numbers import require_whole
 from dfssm.targets.text import encode
 
+from .sampler import Sampler, TokenLogprobs
 from .sampling import Sampling
 from .speculation import Draft, Speculation
 from .state import State
@@ -19,6 +22,39 @@ from .text import StopFilter, TextStream
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Sampling):
+    """How a text is made: how its tokens are chosen, which are the fields of `Sampling`, and when it ends.
+
+    Attributes:
+        max_tokens: it has at most so many.
+        stop: strings that end it and are not part of it.
+        stop_ids: tokens that end it and are not part of it, as a stop string does.
+        eos: tokens that end it, instead of the model's own; () is none.
+        ignore_eos: the same as eos=(): the text goes on after the model's end.
+    """
+
+    max_tokens: int = 128
+    stop: str | Iterable[str] | None = ()
+    stop_ids: int | Iterable[int] = ()
+    eos: int | Iterable[int] | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("max_tokens", self.max_tokens)
+        stop = self.stop if isinstance(self.stop, Iterable | None) else [self.stop]
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(text, str) for text in stop):
+            raise DfssmError(f"stop is {self.stop!r}: give a string, or a list of them")
+        object.__setattr__(self, "stop", stop)
+        for name in ("stop_ids", "eos"):
+            ids = getattr(self, name)
+            object.__setattr__(self, name, tuple(ids) if isinstance(ids, Set | Iterator) else ids)
+        if self.ignore_eos and self.eos not in (None, ()):
+            raise DfssmError(f"eos is {self.eos!r} with ignore_eos: give one of them")
 
 
 class Generation:
@@ -29,9 +65,10 @@ class Generation:
     The state serves one generation at a time, until that has ended, was closed (`with` does so) or is gone.
 
     Attributes:
-        tokens: the generated ids, without the end-of-text token. text: the pieces joined.
-        finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string), "cancelled" (closed before its
-            end, or an error was raised) or None (not finished).
+        tokens: the generated ids, without the one that ended it. text: the pieces joined.
+        logprobs: of each of `tokens`, where they were asked for.
+        finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string or id), "cancelled" (closed before
+            its end, or an error was raised) or None (not finished).
         prompt_tokens: how many tokens the prompt had. prefill_seconds: time of reading it.
         steps, decode_seconds: tokens read after it, and the time of that and of choosing them.
         speculation: of drafts, where they were asked for: `runs` of the model, drafts that were read and `kept`.
@@ -46,15 +83,12 @@ class Generation:
         self,
         engine: Engine,
         prompt: str | np.ndarray,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: list[str],
-        ends: set[int],
+        config: GenerationConfig,
         state: State | None,
+        after: Generation | None,
         speculate: int,
         draft: Draft,
     ):
-        require_whole("max_tokens", max_tokens)
         if state is not None:
             if state.batch != 1:
                 raise DfssmError(f"generate continues one sequence, the state has {state.batch}: use state.row(i)")
@@ -69,13 +103,17 @@ class Generation:
         self.prompt_tokens = len(self._prompt)
         if fresh and not self.prompt_tokens:
             raise DfssmError("the prompt is empty: give at least one token, or a state to continue from")
-        self._engine, self._max_tokens, self._sampling = engine, max_tokens, sampling
+        self._engine, self.config, self._max_tokens = engine, config, config.max_tokens
         self._tokenizer = engine.tokenizer
-        self._ends, self._owns_state = ends, state is None
+        self._ends, self._owns_state = engine.ends(config), state is None
+        given, generated = after.history if after else ([], [])
+        if self.prompt_tokens:  # another turn
+            given, generated = [*given, *generated, *self._prompt.tolist()], []
+        self._sampler, self._before = Sampler(config, given, generated), len(generated)
         self.state = engine.new_state() if state is None else state
         self.speculation = Speculation(engine, self.state, speculate, draft) if speculate else None
         self._stream: TextStream | None = None
-        self._filter = StopFilter(stop)
+        self._filter = StopFilter(tuple(config.stop or ()))
         self.tokens: list[int] = []
         self.text = self._whole_text = ""  # without and with what may be the beginning of a stop string
         self.finish_reason: str | None = None
@@ -83,6 +121,15 @@ class Generation:
         self.steps = 0
         self.state.rows.claimed.add(self.state.span.start)
         self._claimed = True
+
+    @property
+    def history(self) -> tuple[list[int], list[int]]:
+        """What penalties and processors see: the tokens that were given, and those that were generated."""
+        return self._sampler.prompt, self._sampler.generated[: self._before + len(self.tokens)]
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        return self._sampler.logprobs[: len(self.tokens)]
 
     def __iter__(self) -> Self:
         return self
@@ -121,7 +168,7 @@ class Generation:
         """After the iteration, where nothing will go on from the caller's state: the part of a character that the text
         ends in, as U+FFFD.
         """
-        rest = self._stream.flush() if self._stream and self.finish_reason != "stop" else ""
+        rest = self._stream.flush() if self._stream and not self._filter.stopped else ""
         self.text += rest
         return rest
 
@@ -133,12 +180,12 @@ class Generation:
         if len(self.tokens) == self._max_tokens:
             return self._end("length")
         start = time.perf_counter()
-        token, logit = self._engine.choose(self.state, self._sampling)
+        token, logit = self._engine.choose(self.state, self._sampler)
         self.decode_seconds += time.perf_counter() - start
         if not math.isfinite(logit):
             self._engine.require_finite(self.state)
         if token in self._ends:
-            return self._end("eos")
+            return self._end(self._ends[token])
         text = stream.push(token)
         piece = self._filter.push(text)
         position = self.state.tokens[0]
@@ -181,7 +228,7 @@ class Generation:
     def _end(self, reason: str) -> str:
         """The text that was held back, up to a stop string that it may still contain."""
         rest = ""
-        if reason != "stop":
+        if not self._filter.stopped:
             continues = reason == "length" and not self._owns_state
             rest = self._filter.push("" if continues or not self._stream else self._stream.flush())
             if self._filter.stopped:

@@ -111,6 +111,10 @@ class OrtPool:
         for count in reversed(counts):  # the one that was asked last: whoever is interrupted may ask again
             count[0] = left
 
+    def logits_of(self, row: int) -> np.ndarray:
+        found: np.ndarray = self.logits[row]
+        return found
+
     def largest(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return largest(self.logits[row], count)
 

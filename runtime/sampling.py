@@ -1,34 +1,95 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, top-p. NumPy only, deterministic by
-seed.
-"""
+"""Choosing the next token from logits: what changes them, the filters, the draw. NumPy only, deterministic by seed."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 
+from dfssm.opset.errors import DfssmError
 from dfssm.opset.numbers import require_real, require_whole
+
+Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""processor(ids i64[T], logits f32[V]) -> logits f32[V], perhaps the same array: `ids` is the text so far, with its
+prompt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. The filters apply in this order, the one of Hugging Face's logits warpers."""
+    """How to choose the next token of a text.
 
-    temperature: float = 0.0  # 0 = greedy: the largest logit, the first of equals
-    top_k: int = 0  # keep the k largest; 0 = all
-    top_p: float = 1.0  # keep the smallest set of largest tokens whose probability reaches p; 1 = all
-    seed: int | None = None  # None = another draw every time
+    Logits are changed first, in this order: repetition penalty, frequency and presence penalty, logit bias, processors.
+    Then the filters apply, in the order of Hugging Face's logits warpers: temperature, top-k, top-p, min-p. What needs
+    the text so far, penalties and processors, takes a `Sampler`.
+
+    Attributes:
+        temperature: 0 = greedy, the largest logit, the first of equals.
+        top_k: keep the k largest; 0 = all.
+        top_p: keep the smallest set of largest tokens whose probability reaches p; 1 = all.
+        seed: None = another draw every time.
+        min_p: keep the tokens that are at least p times as probable as the most probable one; 0 = all.
+        repetition_penalty: the logit of each token that the prompt or the generated text has is divided by this where
+            it is positive, else multiplied (as Hugging Face's RepetitionPenaltyLogitsProcessor); 1 = none.
+        presence_penalty, frequency_penalty: subtracted from the logit of each token that was generated, the latter as
+            many times as it was (OpenAI's); tokens of the prompt do not count. 0 = none.
+        logit_bias: token id -> what is added to its logit.
+        processors: functions (ids, logits) -> logits, called in this order; see `Processor`.
+        logprobs: report the log-probability of each token and of so many of the most probable ones, by the model's own
+            logits; None = report nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    processors: tuple[Processor, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         require_real("temperature", self.temperature, 0, 1_000_000, "0 = greedy")
         require_whole("top_k", self.top_k, meaning="0 = all tokens")
         require_real("top_p", self.top_p, 1e-9, 1, "1 = all tokens")
+        require_real("min_p", self.min_p, 0, 1, "0 = all tokens")
+        require_real("repetition_penalty", self.repetition_penalty, 0.01, 100, "1 = none")
+        require_real("presence_penalty", self.presence_penalty, -2, 2, "0 = none")
+        require_real("frequency_penalty", self.frequency_penalty, -2, 2, "0 = none")
         if self.seed is not None:
             require_whole("seed", self.seed)
+        if self.logprobs is not None:
+            require_whole("logprobs", self.logprobs)
+        if not isinstance(self.logit_bias, Mapping):
+            raise DfssmError(f"logit_bias is {self.logit_bias!r}: give a mapping from token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            require_whole("a token id of logit_bias", token)
+            require_real(f"logit_bias of token {token}", bias, -100, 100)
+        processors = (self.processors,) if callable(self.processors) else self.processors
+        if not isinstance(processors, Iterable):
+            raise DfssmError(f"processors is {processors!r}: give functions (ids, logits) -> logits")
+        for processor in processors:
+            if not callable(processor):
+                raise DfssmError(f"a logits processor is {processor!r}: give a function (ids, logits) -> logits")
+        object.__setattr__(self, "processors", tuple(processors))
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the choice depends on which tokens came before."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.processors)
+
+    def require_vocabulary(self, size: int) -> None:
+        """DfssmError where `logit_bias` names a token that a model of `size` tokens does not have."""
+        for token in self.logit_bias:
+            if token >= size:
+                raise DfssmError(f"logit_bias names token {token}: this model has ids 0 to {size - 1}")
 
     def choose(self, logits: np.ndarray, position: int) -> int:
         """The token after `position` others, from logits f32[V]. One whose logit is NaN or inf, where there is one.
@@ -58,13 +119,19 @@ class Sampling:
         """
         if not math.isfinite(logits[0]) or (total is None and len(logits) == 1):
             return 0
-        sums = np.cumsum(weights(logits, logits[0], self.temperature), dtype=np.int64)
+        found = weights(logits, logits[0], self.temperature)
+        sums = np.cumsum(found, dtype=np.int64)
         total = int(sums[-1]) if total is None else total
+        kept = len(sums) + (int(sums[-1]) < total)  # of the largest; one more than there are: it takes others to tell
         if self.top_p < 1:
-            last = int(np.searchsorted(sums, self.top_p * total))
-            if last == len(sums):
-                return None
-            total = int(sums[last])
+            kept = int(np.searchsorted(sums, self.top_p * total)) + 1
+        if self.min_p:
+            likely = int(np.searchsorted(-found, -self.min_p * found[0], side="right"))
+            kept = min(kept, likely) if likely < len(sums) else kept
+        if kept <= len(sums):
+            total = int(sums[kept - 1])
+        elif self.top_p < 1 or self.min_p:
+            return None
         at = int(np.searchsorted(sums, _random_bits(self.seed, position) * total >> 53, side="right"))
         return at if at < len(sums) else None
 

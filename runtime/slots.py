@@ -13,6 +13,7 @@ from dfssm.opset.numbers import require_whole
 
 from .backend import choose
 from .rows import Rows
+from .sampler import Sampler
 from .sampling import Sampling
 from .state import State, require_model
 
@@ -121,17 +122,21 @@ class Slots:
         return logits
 
     def choose(
-        self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]], samplings: Sequence[Sampling]
+        self,
+        slots: Sequence[Slot],
+        ids: np.ndarray | Sequence[Sequence[int]],
+        samplings: Sequence[Sampling | Sampler],
     ) -> list[int]:
-        """`run`, and the token that each slot's `Sampling` takes next. A device keeps the logits then, unless one
-        needs all of a row.
+        """`run`, and the token that each slot's `Sampling` takes next; one with penalties, processors or logprobs goes
+        in the `Sampler` of its text. A device keeps the logits then, unless one needs all of a row.
         """
         if len(samplings) != len(slots):
             raise DfssmError(f"{len(slots)} slots and {len(samplings)} samplings: give each slot one")
+        samplers = [Sampler.of(sampling) for sampling in samplings]
         span = self._run(slots, ids)
         chosen = [
-            choose(self.pool, row, sampling, int(self.rows.tokens[row]))
-            for row, sampling in zip(span, samplings, strict=True)
+            choose(self.pool, row, sampler, int(self.rows.tokens[row]))
+            for row, sampler in zip(span, samplers, strict=True)
         ]
         if not all(math.isfinite(logit) for _, logit in chosen):
             self.engine.check(self.pool, self.rows, span, self.pool.logits[span.start : span.stop])

@@ -48,6 +48,48 @@ class TestRun:
         assert drawn == text("--temperature", 3, "--seed", 1) != text("--temperature", 3, "--seed", 2)
         assert text("--temperature", 3, "--top-k", 1) == text() == text("--temperature", 3, "--top-p", 1e-6)
 
+    def test_every_option_of_sampling_reaches_the_engine(self, invoke, tiny_bundle):
+        """The text is that of `Engine.generate` with these options, and another than without any one of them."""
+        from dfssm.runtime import Engine
+
+        engine = Engine.load(tiny_bundle, threads=1)
+        base = {"temperature": 1.3, "seed": 4, "ignore_eos": True}
+        options = ["-n", 30, "--temperature", 1.3, "--seed", 4, "--ignore-eos", "--threads", 1]
+        for more, settings in (
+            (["--min-p", 0.4], {"min_p": 0.4}),
+            (["--repetition-penalty", 1.7], {"repetition_penalty": 1.7}),
+            (["--presence-penalty", 1.5], {"presence_penalty": 1.5}),
+            (["--frequency-penalty", 1.5], {"frequency_penalty": 1.5}),
+            (["--logit-bias", "104=-9.5", "--logit-bias", "5=3"], {"logit_bias": {104: -9.5, 5: 3.0}}),
+            (["--logprobs", 2], {"logprobs": 2}),
+        ):
+            found = loads(invoke("run", tiny_bundle, "-p", "hello", "--json", *options, *more))
+            expected, free = (engine.generate("hello", max_tokens=30, **base | one) for one in (settings, {}))
+            list(expected), list(free)
+            assert found["tokens"] == expected.tokens and (free.tokens != expected.tokens) == (
+                "logprobs" not in settings
+            )
+            told = [(one["token"], one["logprob"], len(one["top"])) for one in found["logprobs"] or []]
+            assert told == [(one.token, one.logprob, 2) for one in expected.logprobs]
+        stopped = loads(invoke("run", tiny_bundle, "-p", "hello", "--json", *options, "--stop-id", free.tokens[3]))
+        assert (
+            stopped["finish_reason"] == "stop" and stopped["tokens"] == free.tokens[: free.tokens.index(free.tokens[3])]
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            (["--logit-bias", "5"], "5 is not ID=NUMBER"),
+            (["--logit-bias", "a=1"], "a is not an integer from 0"),
+            (["--logit-bias", "1=1e9"], "1e9 is not a number from -100 to 100"),
+            (["--logprobs", "2"], "--logprobs is for --json"),
+            (["--eos", "2", "--ignore-eos"], "Give either --eos or --ignore-eos"),
+        ],
+    )
+    def test_options_that_do_not_fit_are_named(self, invoke, tiny_bundle, options, named):
+        result = invoke("run", tiny_bundle, "-p", "hello", *options)
+        assert result.exit_code == 2 and named in result.stderr
+
     def test_speculation_is_the_same_text_in_fewer_runs(self, invoke, tmp_path):
         run = (
             "run",
