@@ -2,9 +2,24 @@
 
 from .engine import Engine
 from .generation import Generation, GenerationConfig
+from .request import Request
 from .sampler import Sampler, TokenLogprobs
 from .sampling import Sampling
+from .scheduler import QueueFull, Scheduler
 from .slots import Slot, Slots
 from .state import State
 
-__all__ = ["Engine", "Generation", "GenerationConfig", "Sampler", "Sampling", "Slot", "Slots", "State", "TokenLogprobs"]
+__all__ = [
+    "Engine",
+    "Generation",
+    "GenerationConfig",
+    "QueueFull",
+    "Request",
+    "Sampler",
+    "Sampling",
+    "Scheduler",
+    "Slot",
+    "Slots",
+    "State",
+    "TokenLogprobs",
+]

@@ -121,6 +121,19 @@ class Slots:
         self.engine.check(self.pool, self.rows, span, logits)
         return logits
 
+    def read(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> None:
+        """`run` without a look at the logits: `next` is to choose by them."""
+        self._run(slots, ids)
+
+    def next(self, slot: Slot, sampling: Sampling | Sampler) -> int:
+        """The token that `sampling` takes after what the slot has read. Raises DfssmError as `run` does."""
+        row = self._row(slot)
+        self.rows.require_sound([row])
+        token, logit = choose(self.pool, row, Sampler.of(sampling), slot.tokens)
+        if not math.isfinite(logit):
+            self.engine.check(self.pool, self.rows, range(row, row + 1), self.pool.logits[row : row + 1])
+        return token
+
     def choose(
         self,
         slots: Sequence[Slot],
