@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dfssm.model import PACKAGES
+from dfssm.model.text import packages, text_files
 from dfssm.opset import paths
 from dfssm.opset.extras import require
 
@@ -13,19 +14,34 @@ from .options import bundle_argument, json_option, print_result, progress_bar, t
 
 @click.command()
 @bundle_argument
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), required=False)
+@click.option("--teacher", type=click.Path(), help="Compare with this Mamba-2 checkpoint, in place of MODEL.")
+@click.option("--data", multiple=True, type=click.Path(), metavar="PATH", help="With --teacher: text to run, files or "
+              "folders; without it random tokens. Repeatable.")  # fmt: skip
 @click.option("--tokens", type=whole(2, 4096), default=64, metavar="N", help="Number of tokens to run.")
 @trust_option
 @json_option
-def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
-    """Compare BUNDLE with its student in PyTorch.
+def compare(
+    bundle: str, model: str | None, teacher: str | None, data: tuple[str, ...], tokens: int, as_json: bool
+) -> None:
+    """Compare BUNDLE with its student in PyTorch, or a bundle or student with its teacher.
 
     MODEL is the student (model.pt or .safetensors) that the bundle was compiled from. Most tokens are run as one
     prompt, the last ones step by step. Each PyTorch layer gets the inputs of the bundle's layer, so that an error shows
     in the layer that makes it. Of a TensorRT engine logits and states are compared. Exits with 1 if an error exceeds
     its tolerance.
+
+    With --teacher, BUNDLE may also be a student. Both models read the same tokens; the errors of the discretised A, of
+    the scan's outputs and of the states after each token are printed for each layer.
     """
-    of_bundle, of_model = paths.bundle(bundle), paths.student(model)
+    if (model is None) == (teacher is None):
+        raise click.UsageError("Give either MODEL or --teacher.")
+    if data and teacher is None:
+        raise click.UsageError("--data is for --teacher.")
+    if teacher is not None:
+        _compare_teacher(bundle, teacher, data, tokens, as_json)
+        return
+    of_bundle, of_model = paths.bundle(bundle), paths.student(str(model))
     require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
     from dfssm.verify.bundle import compare_bundle
 
@@ -34,6 +50,38 @@ def compare(bundle: str, model: str, tokens: int, as_json: bool) -> None:
     print_result(result, as_json, _text)
     if not result["passed"]:
         raise click.exceptions.Exit(1)
+
+
+def _compare_teacher(path: str, teacher: str, data: tuple[str, ...], tokens: int, as_json: bool) -> None:
+    _, of_model = paths.find(path, "bundle", "student")
+    of_teacher = paths.teacher(teacher)
+    require(PACKAGES, {"compile": ["onnx", "onnx-ir"], "": packages(text_files(data))})
+    from dfssm.verify.teacher import compare_teacher
+
+    with progress_bar("compare") as progress:
+        result = compare_teacher(of_model, of_teacher, data, tokens, progress)
+    print_result(result, as_json, _text_of_teacher)
+
+
+def _text_of_teacher(result: dict) -> str:
+    octaves = result["layers"][0]["state"]["by_tokens"]
+    shown = list(octaves)[-1:] if len(octaves) < 4 else list(octaves)[:: max(1, len(octaves) // 4)]
+    rows = [["layer", "A", "A, largest", "y", "state", *(f"to token {last}" for last in shown)]]
+    for i, layer in enumerate(result["layers"]):
+        A, y, state = (layer[name] for name in ("decay", "y", "state"))
+        by_tokens = [f"{state['by_tokens'][last]:.3f}" for last in shown]
+        rows.append([str(i), *(f"{v:.4f}" for v in (A["rms_rel"], A["max_abs"])), f"{y['rms_rel']:.3f}",
+                     f"{state['rms_rel']:.3f}", *by_tokens])  # fmt: skip
+    tokens = f"{result['tokens']} tokens" + ("" if result["data"] else " at random")
+    lines = [
+        f"{tokens}; rms errors relative to the teacher's rms; largest: the largest difference",
+        "",
+        table(rows, right=set(range(1, len(rows[0])))),
+        "",
+        "A: exp(-exp(A_log) d) of each head and token; y: output of the scan; state: after each token, and after those",
+        "of the second half before the token that is named.",
+    ]
+    return "\n".join(lines)
 
 
 def _text_of_engine(result: dict) -> str:
