@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from dfssm.opset.files import write_file
+from dfssm.opset.markdown import filled
 
-from .report_text import filled, plots, tables
+from .report_text import plots, tables
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
 STATES = {"fp32": "fp32", "fp16": "1.3b", "int8": "int8"}

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.markdown import table
 
 Figures = dict[str, dict[str, Any]]
 """Name of a point of `report.POINTS` -> what `dfssm bench --json` printed."""
 
-PLACE = re.compile(r"(<!-- measured: ([a-z]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-
 BASE = 65e6  # what Python, NumPy and ONNX Runtime may take beside the file and the state
-
-
-def filled(text: str, made: dict[str, str]) -> str:
-    """`text` with every table in its place, between `<!-- measured: NAME -->` and `<!-- end -->`. DfssmError for a
-    name that no table has.
-    """
-
-    def table(match: re.Match) -> str:
-        if match[2] not in made:
-            raise DfssmError(f"there is no table '{match[2]}': choose one of {', '.join(made)}")
-        return f"{match[1]}{made[match[2]]}\n"
-
-    return PLACE.sub(table, text)
 
 
 def tables(figures: Figures) -> dict[str, str]:
     """Name -> a table, of what was measured."""
     made = {"goals": _goals, "peers": _peers, "ops": _ops, "points": _points, "machine": _machine}
     return {name: make(figures) for name, make in made.items()}
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["-"] * len(head), *rows])
 
 
 def _decode(found: dict) -> str:
@@ -87,7 +67,7 @@ def _goals(figures: Figures) -> str:
         slower = 1 - figures["busy 2"]["tok_s"] / figures["busy 1"]["tok_s"]
         what = "2 threads beside 2 busy processes, slower than 1 thread there by"
         rows.append([what, "10 %", f"{100 * slower:.0f} %", "not run"])
-    return _table(["", "goal", "AVX-512 VNNI", "AVX2 kernels"], rows)
+    return table(["", "goal", "AVX-512 VNNI", "AVX2 kernels"], rows)
 
 
 def _peers(figures: Figures) -> str:
@@ -105,7 +85,7 @@ def _peers(figures: Figures) -> str:
         decode, prefill = rate(peer, "tok_s"), rate(peer, "prefill_tok_s")
         rows.append([name, decode, ratios[0], prefill, ratios[1], peer["options"]])
     prompt = f"prompt of {found['prompt']}"
-    return _table(["", "decode, tok/s", "dfssm / it", f"{prompt}, tok/s", "dfssm / it", "how"], rows)
+    return table(["", "decode, tok/s", "dfssm / it", f"{prompt}, tok/s", "dfssm / it", "how"], rows)
 
 
 def _ops(figures: Figures) -> str:
@@ -122,7 +102,7 @@ def _ops(figures: Figures) -> str:
                 left = 1e3 * ops["outside_share"] * ops["seconds"]
                 rows.append([isa, str(threads), "outside our kernels", f"{left:.2f}", "", "", ""])
     head = ["kernels", "threads", "op (nodes)", "ms a token", "GB/s", "weights a cycle of a core", "share of the limit"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _points(figures: Figures) -> str:
@@ -134,7 +114,7 @@ def _points(figures: Figures) -> str:
         elif not name.startswith("busy"):
             gb_s = f"{found['gb_s']:.1f}"
             rows.append([name, _decode(found), gb_s, f"{found['prefill_tok_s']:.0f} ({found['prompt']} tokens)"])
-    return _table(["point", "decode, share of the limit", "GB/s", "prefill, tok/s"], rows)
+    return table(["point", "decode, share of the limit", "GB/s", "prefill, tok/s"], rows)
 
 
 def _machine(figures: Figures) -> str:

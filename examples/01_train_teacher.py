@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -24,17 +23,18 @@ if message := lacking(PACKAGES):  # torch, which is imported next
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, held_out_loss
 from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
+from dfssm.distill.vocabulary import beginnings, train_tokenizer
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.model.text import documents, packages, text_files
+from dfssm.model.text import packages, text_files
 from dfssm.opset import paths
 from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.files import write_file
@@ -86,33 +86,6 @@ class NextToken(nn.Module):
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         logits = self.model(ids[:, :-1])[0]
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())}
-
-
-def beginnings(data: Sequence[str | Path], held_out: float) -> Iterator[str]:
-    """The documents of files but for about the last `held_out` share of each file's characters."""
-    for file in text_files(data):
-        left = math.floor((1 - held_out) * sum(map(len, documents(file))))
-        for text in documents(file):
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                break
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (any text can be encoded) whose token 0 is <|endoftext|>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

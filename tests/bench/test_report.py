@@ -6,6 +6,7 @@ import pytest
 
 from dfssm.bench import decode, report, report_text
 from dfssm.opset import DfssmError
+from dfssm.opset.markdown import filled
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def test_a_table_has_what_was_measured(figures):
 def test_the_page_is_filled_and_filled_again(figures):
     made = report_text.tables(figures)
     page = "a\n<!-- measured: goals -->\nold\n<!-- end -->\nb\n"
-    once = report_text.filled(page, made)
+    once = filled(page, made)
     assert "old" not in once and made["goals"] in once and once.endswith("<!-- end -->\nb\n")
-    assert report_text.filled(once, made) == once
+    assert filled(once, made) == once
     with pytest.raises(DfssmError, match="there is no table 'other'"):
-        report_text.filled(page.replace("goals", "other"), made)
+        filled(page.replace("goals", "other"), made)
 
 
 def test_plots_are_the_same_bytes_again(figures, tmp_path):
