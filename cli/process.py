@@ -21,6 +21,8 @@ import click
 
 from dfssm.opset.errors import DfssmError, reason
 
+from .entry import exit_at_once
+
 # What the loader of libraries and torch say, who have no MemoryError.
 _NO_MEMORY = re.compile("failed to map segment|cannot allocate memory|can't allocate memory", re.IGNORECASE)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -70,22 +72,24 @@ def errors_in_one_line(name: str) -> Iterator[None]:
 
 @contextmanager
 def _ends_by_signal() -> Iterator[None]:
-    """In the `with` block SIGTERM and SIGHUP end the process as an error would, so that drafts are removed. One that is
-    ignored, as under nohup, or handled stays so.
+    """In the `with` block a signal ends the process as an error would, so that drafts are removed: Ctrl-C, SIGTERM and
+    SIGHUP. One that is ignored, as under nohup, or handled stays so.
     """
 
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    here = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL and here]
-    for number in ours:
-        signal.signal(number, end)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: end, signal.SIGHUP: end}
+        for number, handler in handlers.items():
+            if signal.getsignal(number) in (signal.SIG_DFL, exit_at_once):
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _command(error: click.ClickException) -> str:

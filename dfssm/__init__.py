@@ -4,7 +4,8 @@ The links beside this file are the list of its parts: each is a folder of the re
 """
 
 import os
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # to type checkers that of typing, which takes long to import: see cli/entry.py
 
 # ONNX Runtime 1.32 writes an identity of the machine below HOME and reports to its makers; nothing here asks for that.
 # It looks when it is imported. Who wants it sets the variable to 0.

@@ -19,8 +19,8 @@ import torch
 from dfssm.cli.process import errors_in_one_line
 from dfssm.model.checkpoint import save_student
 
-DFSSM = [sys.executable, "-c", "from dfssm.cli.main import main; main()"]
-DFCOMPILE = [sys.executable, "-c", "from dfssm.cli.main import dfcompile; dfcompile()"]
+DFSSM = [sys.executable, "-c", "from dfssm.cli.entry import dfssm; dfssm()"]
+DFCOMPILE = [sys.executable, "-c", "from dfssm.cli.entry import dfcompile; dfcompile()"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_train_teacher.py"
 
 
@@ -282,3 +282,19 @@ def test_what_is_read_is_not_written_over(tiny_bundle, tmp_path):
         done = dfssm(*arguments)
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, arguments
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command, module", [(DFSSM, "click"), (DFCOMPILE, "click"), (DFSSM, "numpy")])
+def test_a_signal_while_modules_are_imported_leaves_no_traceback(command, module, number, tmp_path):
+    (tmp_path / f"{module}.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(60)\n")
+    done = subprocess.run(
+        [*command, "doctor"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", "")
+
+
+def test_a_signal_at_the_end_leaves_no_traceback():
+    code = "import atexit, os; atexit.register(os.kill, os.getpid(), 2); from dfssm.cli.entry import dfssm; dfssm()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "") and "Commands:" in done.stdout
