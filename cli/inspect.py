@@ -11,6 +11,7 @@ from dfssm.opset import paths
 from dfssm.opset.extras import require
 from dfssm.opset.hashing import sha256
 from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.reading import open_file
 
 from .options import json_option, megabytes, print_result, table
 
@@ -32,7 +33,7 @@ def _bundle(folder: Path) -> dict:
     from dfssm.targets.bundle import Bundle
 
     with Bundle(folder) as bundle:
-        bundle.check(hashes=False)
+        bundle.check()
         manifest = bundle.manifest
     sizes = bundle_bytes(folder, manifest)
     return {
@@ -59,7 +60,7 @@ def _model(path: Path) -> dict:
     sizes = dict.fromkeys(ROLES, 0)
     for name, tensor in tensors.items():
         sizes[role(name)] += tensor.numel() * tensor.element_size()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = sha256(file)
     return {
         "path": str(path),

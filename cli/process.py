@@ -88,8 +88,8 @@ def _ends_by_signal() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 def _command(error: click.ClickException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
@@ -12,6 +11,8 @@ from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
+from dfssm.opset.numbers import require_memory
+from dfssm.opset.reading import read_file, read_text
 from dfssm.targets.bundle import TOKENIZER
 
 from .options import SEED, json_option, megabytes, print_result, whole
@@ -85,7 +86,7 @@ def convert(teacher, rank, planes, output, as_json) -> None:
     save_student(output, *student)
     tokenizer, beside = teacher / TOKENIZER, output.with_name(TOKENIZER)
     if tokenizer.is_file() and output.is_file() and not beside.exists():  # nothing lies beside a device
-        write_file(beside, tokenizer.read_bytes())
+        write_file(beside, read_file(tokenizer))
     print_result(_report(output, *student), as_json, _text)
 
 
@@ -93,7 +94,7 @@ def _read_config(path: Path):
     from dfssm.model.config import Mamba2Config
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DfssmError(f"{path} cannot be read as JSON ({error}): give a config as in docs/format.md") from None
     return Mamba2Config.from_dict(values)
@@ -103,9 +104,7 @@ def _require_memory(config) -> None:
     """DfssmError where the weights of a student would not go into the memory of this machine."""
     from dfssm.model.ledger import model_bytes
 
-    size, memory = sum(model_bytes(config.to_dict()).values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise DfssmError(f"the student takes {megabytes(size)}, this machine has {megabytes(memory)}: make it smaller")
+    require_memory("the student", sum(model_bytes(config.to_dict()).values()), "make it smaller")
 
 
 def _report(output: Path, config, tensors: dict) -> dict:

@@ -17,6 +17,7 @@ from dfssm.opset.extras import require
 from dfssm.opset.files import new_folder, writing
 from dfssm.opset.hashing import sha256
 from dfssm.opset.paths import GOLDEN, MANIFEST
+from dfssm.opset.reading import open_file, read_file
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.targets import TARGETS, Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
@@ -175,7 +176,7 @@ def load(job: Job) -> None:
     """Read and check the model: names, shapes and dtypes. The tensors stay in the mapped file until they are used."""
     from dfssm.model.checkpoint import load_student_tensors
 
-    with job.model.open("rb") as file:
+    with open_file(job.model) as file:
         job.model_sha256 = sha256(file)
     job.config, tensors = load_student_tensors(job.model)
     job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -254,7 +255,7 @@ def finish(job: Job) -> None:
             if path.name not in job.files:
                 path.unlink()
         if job.tokenizer:
-            (job.stage / TOKENIZER).write_bytes(job.tokenizer.read_bytes())
+            (job.stage / TOKENIZER).write_bytes(read_file(job.tokenizer))
             job.files.append(TOKENIZER)
         job.manifest = Manifest(
             target=job.request.target,

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dfssm.model.hf_tokens import json_object
 from dfssm.opset.child import Child, ChildError
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.reading import read_text
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -35,7 +36,7 @@ class ChatTemplate:
     def __init__(self, folder: Path):
         config, file = json_object(folder / CONFIG), folder / FILE
         try:
-            text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+            text = read_text(file) if file.is_file() else config.get("chat_template")
         except (OSError, ValueError) as error:
             raise DfssmError(f"{file}: cannot be read ({error}); put a right one there") from None
         if isinstance(text, list):  # several, by name

@@ -11,6 +11,7 @@ import datasets
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.reading import read_text
 
 from . import harness  # noqa: F401 (whoever reads a task file knows `--model dfssm`, the command lm_eval too)
 
@@ -58,7 +59,7 @@ def _read(file: str, data: str | None) -> tuple[Path, str]:
         raise DfssmError(f"the task reads {file} of a folder that was not given: --data DIR, or --metadata data=DIR")
     path = paths.file(Path(data) / file, "--data the folder it is in")
     try:
-        return path, path.read_text(encoding="utf-8")
+        return path, read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DfssmError(f"{path}: cannot be read ({reason(error)}); give --data the folder it is in") from None
 

@@ -29,6 +29,7 @@ from dfssm.opset import paths, tensorfile
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
 from dfssm.opset.hashing import on_threads, pieces
+from dfssm.opset.reading import open_file
 
 from .config import DFSSMConfig
 from .tensors import student_tensors
@@ -146,7 +147,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[Any, dict[str, str]]:
     No code is run. Raises DfssmError with `remedy` for a file that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             # The libraries open it by this name: what was checked, and whatever bytes its own name has.
             name = f"/proc/self/fd/{file.fileno()}"
             if path.suffix == ".safetensors":
@@ -220,7 +221,7 @@ def _read(path: Path) -> tuple[dict, Any]:
         except (ValueError, RecursionError):
             raise DfssmError(f"{path}: its metadata cannot be read; export the student again") from None
         return {"format": metadata.get("format"), "version": version, "config": config}, tensors
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(2) != b"PK":  # torch.save writes a zip archive
             return {}, None
     content = read_tensors(path, "copy or export it again")[0]

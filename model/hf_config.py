@@ -12,6 +12,7 @@ from typing import Any
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.reading import read_text
 
 from .config import Mamba2Config
 
@@ -88,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; DfssmError if it is missing or is none."""
     try:
         # Editors of Windows put a byte order mark in front.
-        values = json.loads(paths.file(path, "the file of that name of a checkpoint").read_text(encoding="utf-8-sig"))
+        values = json.loads(read_text(paths.file(path, "the file of that name of a checkpoint"), "utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DfssmError(f"{path}: is not JSON ({error}); copy the checkpoint again") from None
     if not isinstance(values, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfssm.opset.endings import END_OF_TEXT, end_ids
+from dfssm.opset.reading import read_text
 
 from .config import Mamba2Config
 
@@ -64,6 +65,6 @@ def _object(value: Any) -> dict[Any, Any]:
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; an empty one where it is missing or none."""
     try:
-        return _object(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}  # a pipe would wait
+        return _object(json.loads(read_text(path, "utf-8-sig")))
     except (OSError, ValueError, RecursionError):
         return {}

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
 from dfssm.opset.paths import file_or_folder
+from dfssm.opset.reading import open_text
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
 
 FIELD = "text"  # of a JSON line, and column of a parquet file
 _JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
@@ -17,6 +23,7 @@ _IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json there is most
 _PIECE = 1 << 20  # characters of a plain text file read at once
 _LONGEST = 1 << 21  # characters of a document: tokenizers take hundreds of bytes for each
 _ROWS = 1024  # of a parquet file read at once
+_SPARE = 64 << 20  # bytes that a group of rows of a parquet file may take, beside four times the size of the file
 _BATCH = 1 << 20  # characters tokenised at once; the tokenizer takes a hundred bytes for each
 
 
@@ -82,7 +89,7 @@ def text_of(row: object, where: str) -> str:
 
 def _plain(path: Path) -> Iterator[str]:
     rest = ""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with open_text(path, "utf-8-sig", "replace") as file:
         while piece := file.read(_PIECE):
             if "\0" in piece:  # packed, or of another encoding: it would be trained on as it is
                 raise DfssmError(f"{path}: is no UTF-8 text; unpack or convert it")
@@ -105,7 +112,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+    with open_text(path, "utf-8-sig", "replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -125,13 +132,37 @@ def _parquet(path: Path) -> Iterator[str]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if FIELD not in columns:
-                names = " ".join(", ".join(columns).split())
-                raise DfssmError(f"{path}: has no column {FIELD!r} but {names}; rename that of the text")
-            batches = file.iter_batches(_ROWS, columns=[FIELD])
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield text_of(row, f"{path}, row {number}")
+            columns, groups = file.schema_arrow.names, file.metadata
+        if FIELD not in columns:
+            names = " ".join(", ".join(columns).split())
+            raise DfssmError(f"{path}: has no column {FIELD!r} but {names}; rename that of the text")
+        sizes, shared = _unpacked(groups, 4 * path.stat().st_size + _SPARE)
+        # A text that many rows have is held once; pyarrow cannot where texts share their beginnings.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=[] if shared else [FIELD]) as file:
+            number = 0
+            for group, size in enumerate(sizes):
+                # Each of those may be as long as all take together.
+                rows = min(_ROWS, _SPARE // max(size, 1) + 1) if shared else _ROWS
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[FIELD]):
+                    for text in batch.column(0):
+                        number += 1
+                        yield text_of({FIELD: text.as_py()}, f"{path}, row {number}")
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: bytes of a text that are not UTF-8
         raise DfssmError(f"{path}: is no parquet file that can be read ({reason(error)}); give another") from None
+
+
+def _unpacked(groups: pyarrow.parquet.FileMetaData, most: int) -> tuple[list[int], bool]:
+    """Bytes of the texts in each group of rows when they are unpacked, and whether texts may share their beginnings.
+
+    ValueError where a group takes more than `most` bytes.
+    """
+    sizes: list[int] = []
+    encodings: set[str] = set()
+    for group in map(groups.row_group, range(groups.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        texts = [column for column in columns if column.path_in_schema.partition(".")[0] == FIELD]
+        sizes.append(sum(column.total_uncompressed_size for column in texts))
+        encodings.update(*(column.encodings for column in texts))
+        if sizes[-1] > most:
+            raise ValueError(f"a group of rows unpacks to {sizes[-1]:,} bytes, write smaller ones")
+    return sizes, any(encoding.startswith("DELTA") for encoding in encodings)

@@ -1,6 +1,7 @@
 """Numbers that a caller gives: of the right kind, and within their bounds. Standard library only."""
 
 import math
+import os
 from numbers import Integral, Real
 
 from .errors import DfssmError
@@ -14,6 +15,13 @@ def require_whole(name: str, value: object, least: int = 0, most: float = math.i
 def require_real(name: str, value: object, least: float, most: float, meaning: str = "") -> None:
     """DfssmError unless `value` is a number from `least` to `most`; NaN is none."""
     _require(name, value, isinstance(value, Real), "a number", least, most, meaning)
+
+
+def require_memory(what: str, size: int, remedy: str) -> None:
+    """DfssmError where this machine has fewer than `size` bytes: to ask for them would fail, or end the process."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise DfssmError(f"{what} takes {size / 1e6:,.0f} MB, this machine has {memory / 1e6:,.0f} MB: {remedy}")
 
 
 def _require(name: str, value: object, is_kind: bool, kind: str, least: float, most: float, meaning: str) -> None:

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from .errors import DfssmError, reason
+from .reading import open_file
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 """The file that makes a folder a bundle, and the one that makes it a checkpoint."""
@@ -185,7 +186,7 @@ def _kind(path: Path, mode: int) -> tuple[str, Path]:
     if of_bundle:
         return "bundle", beside
     try:
-        with path.open("rb") as content:
+        with open_file(path) as content:
             return ("student" if content.read(2) == b"PK" else ""), path  # torch.save writes a zip archive
     except OSError as error:
         raise DfssmError(f"{path} cannot be read ({reason(error)}): copy it again") from None

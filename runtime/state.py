@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,8 @@ from safetensors import SafetensorError
 from dfssm.opset import paths, tensorfile
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import write_file
-from dfssm.opset.numbers import require_whole
+from dfssm.opset.numbers import require_memory, require_whole
+from dfssm.opset.reading import read_file
 
 from .rows import RECENT, Rows
 
@@ -67,6 +69,8 @@ class State:
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
         """The state before the first token, `batch` rows of `layout`."""
         require_whole("batch", batch, 1)
+        row = vocab * 4 + sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+        require_memory(f"the state of {batch:,} sequences", batch * row, "run fewer at once")
         tensors = {name: np.zeros((batch, *shape), dtype) for name, (dtype, shape) in layout.items()}
         return cls(model, tensors, np.zeros((batch, vocab), np.float32), np.zeros(batch, np.int64))
 
@@ -204,7 +208,7 @@ class State:
         """Read a state that `save` wrote. DfssmError when the file is not one, or is cut off or damaged."""
         path = paths.file(path, "a file that a state was saved to")
         try:
-            data = path.read_bytes()
+            data = read_file(path)
         except OSError as error:
             raise DfssmError(f"cannot read the state {path}: {reason(error)}") from None
         return cls.from_bytes(data, path)

@@ -1,7 +1,6 @@
 """The files of a folder, opened once: what was checked is what is used. Standard library only."""
 
 import os
-import stat
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.reading import open_file
 
 Result = TypeVar("Result")
 
@@ -41,19 +41,14 @@ class Files:
     def open(self, name: str) -> BufferedReader:
         """The file, at its beginning. Raises DfssmError when it is missing, no regular file, or closed to us."""
         if name not in self._opened:
-            # Of a pipe nobody may be at the other end.
-            flags = os.O_RDONLY | os.O_NONBLOCK
             try:
-                file = open(name, "rb", opener=lambda path, _: os.open(path, flags, dir_fd=self._handle))
+                file = open_file(name, self._handle)
             except (FileNotFoundError, IsADirectoryError):
                 raise self._missing(name) from None
             except (OSError, ValueError) as error:
                 why = f"{self.folder / name} cannot be read ({reason(error)})"
                 raise DfssmError(f"{why}: copy or compile it again") from None
-            self._close.enter_context(file)
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise self._missing(name)
-            self._opened[name] = file
+            self._opened[name] = self._close.enter_context(file)
         self._opened[name].seek(0)
         return self._opened[name]
 

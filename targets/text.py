@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dfssm.opset.child import Child, ChildError, possible
 from dfssm.opset.endings import END_OF_TEXT, end_ids
 from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.reading import read_file
 
 from .trust import record, recorded
 
@@ -37,9 +38,7 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
     Raises DfssmError when it cannot be read, is no tokenizer.json, takes too much to use, or is not that of the model.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise OSError(None, "no regular file")  # a pipe would wait, a device need not end
-        content = file.read_bytes()
+        content = read_file(file)
     except OSError as error:
         raise DfssmError(f"{file}: cannot be read ({reason(error)}); give {give}") from None
     found = hashlib.sha256(content).hexdigest()
@@ -94,7 +93,7 @@ def _value_errors() -> Iterator[None]:
 
 def _try_file(request: list[str]) -> None:
     file, sha256 = request
-    content = Path(file).read_bytes()
+    content = read_file(file)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("it has changed while it was read")
     parse(content)

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from dfssm.opset import DfssmError
+from dfssm.opset.reading import read_file
 
 from .bundle import Bundle, Manifest
 
@@ -70,7 +71,7 @@ def record(sha256: str, kind: str) -> None:
 def forget(sha256: str, kind: str) -> None:
     """As if `record` had not been called."""
     with _NO_PLACE:
-        lines = _records(kind).read_bytes().splitlines(keepends=True)
+        lines = read_file(_records(kind)).splitlines(keepends=True)
         _records(kind).write_bytes(b"".join(line for line in lines if line.strip() != sha256.encode()))
 
 
@@ -78,7 +79,7 @@ def recorded(sha256: str, kind: str) -> bool:
     """Whether `record` has been called so."""
     with _NO_PLACE:
         path = _records(kind)
-        return path.is_file() and sha256.encode() in path.read_bytes().split()
+        return sha256.encode() in read_file(path).split()
     return False
 
 

@@ -206,6 +206,12 @@ class TestInspect:
         assert "█" in text and "scaffold" in text and f"fp16 states, layout {layout}\n" in text
         assert f"student's sha256 {read_manifest(tiny_bundle).model_sha256}" in text
 
+    def test_a_damaged_bundle_is_not_described(self, invoke, tiny_bundle, tmp_path):
+        graph = shutil.copytree(tiny_bundle, tmp_path / "b") / "model.onnx"
+        graph.write_bytes(bytes(graph.stat().st_size))
+        with pytest.raises(DfssmError, match="model.onnx does not match the sha256 in its manifest"):
+            invoke("inspect", tmp_path / "b")
+
     def test_a_missing_path_is_named(self, invoke, tmp_path):
         with pytest.raises(DfssmError, match="nothing does not exist"):
             invoke("inspect", tmp_path / "nothing")
@@ -247,7 +253,7 @@ class TestStudents:
     @pytest.mark.parametrize("change", [{"n_layer": 10**9}, {"vocab_size": 10**14}, {"n_layer": 10**30}])
     def test_init_of_more_than_the_memory_is_refused_at_once(self, invoke, tmp_path, change):
         (tmp_path / "big.json").write_text(json.dumps({"vocab_size": 64, "d_model": 32, "n_layer": 1} | change))
-        with pytest.raises(DfssmError, match="the student takes [0-9.]+ MB, this machine has [0-9.]+ MB"):
+        with pytest.raises(DfssmError, match="the student takes [0-9,]+ MB, this machine has [0-9,]+ MB"):
             invoke("init", "--config", tmp_path / "big.json", "-o", tmp_path / "a.pt")
         assert [path.name for path in tmp_path.iterdir()] == ["big.json"]
 

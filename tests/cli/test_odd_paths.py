@@ -165,3 +165,35 @@ def test_a_state_that_several_threads_save_is_whole(tiny_bundle, tmp_path):
     for thread in threads:
         thread.join()
     assert errors == [] and [path.name for path in tmp_path.iterdir()] == ["a.state"]
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="only root may read /proc/kmsg, whose reads wait")
+def test_no_command_waits_for_a_file_of_the_kernel(tiny_bundle, teacher, tmp_path):
+    for name in ("a", "a.pt", "a.safetensors", "a.json", "a.txt", "a.jsonl", "a.parquet", "a.state"):
+        (tmp_path / name).symlink_to("/proc/kmsg")
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    save_student(tmp_path / "model.pt", tiny.CONFIG, {k: torch.from_numpy(v) for k, v in tiny.tensors().items()})
+    for name in ("config.json", "model.safetensors"):
+        shutil.copytree(teacher, tmp_path / f"without-{name}")
+        (tmp_path / f"without-{name}" / name).unlink()
+        (tmp_path / f"without-{name}" / name).symlink_to("/proc/kmsg")
+    for name in ("manifest.json", "model.onnx"):
+        shutil.copytree(tiny_bundle, tmp_path / f"without-{name}")
+        (tmp_path / f"without-{name}" / name).unlink()
+        (tmp_path / f"without-{name}" / name).symlink_to("/proc/kmsg")
+    to = ["--target", "onnx", "-o", "new"]
+    done = run_commands(
+        [
+            ["dfssm", "run", "a", "-p", "a"],
+            ["dfssm", "run", "bundle", "--load-state", "a.state"],
+            *(["dfssm", "run", f"without-{name}", "-p", "a"] for name in ("manifest.json", "model.onnx")),
+            *(["dfcompile", f"a.{suffix}", *to] for suffix in ("pt", "safetensors")),
+            ["dfcompile", "model.pt", "--tokenizer", "a.json", *to],
+            ["dfssm", "inspect", "a.pt"],
+            *(["dfssm", "convert", f"without-{name}", "-o", "new.pt"] for name in ("config.json", "model.safetensors")),
+            ["dfssm", "init", "--config", "a.json", "-o", "new.pt"],
+            *(["dfssm", "eval", "perplexity", "bundle", "--data", f"a.{kind}"] for kind in ("txt", "jsonl", "parquet")),
+        ],
+        tmp_path,
+    )
+    assert [(result.status, result.err.count("\n")) for result in done] == [(1, 1)] * len(done), done

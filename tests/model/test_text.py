@@ -150,6 +150,29 @@ class TestParquet:
             ):
                 list(documents(write(content, "b.parquet")))
 
+    @pytest.mark.parametrize(
+        "options",
+        [{"dictionary_pagesize_limit": 1 << 30}, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}],
+        ids=["one text in many rows", "texts with one beginning"],
+    )
+    def test_rows_that_are_far_larger_than_the_file_are_not_all_held(self, write, monkeypatch, options):
+        import pyarrow
+
+        monkeypatch.setattr(text, "_SPARE", 4 << 20)
+        path = write({"text": ["y" * (1 << 19)] * 400}, "a.parquet", compression="zstd", **options)  # 210 MB
+        held, count = pyarrow.total_allocated_bytes(), 0
+        for document in documents(path):
+            assert len(document) == 1 << 19
+            assert pyarrow.total_allocated_bytes() - held < 16 << 20
+            count += 1
+        assert count == 400
+
+    def test_a_group_of_rows_that_unpacks_to_far_more_than_the_file_is_refused(self, write, monkeypatch):
+        monkeypatch.setattr(text, "_SPARE", 4 << 20)
+        path = write({"text": ["y" * (5 << 20)]}, "a.parquet", compression="zstd", use_dictionary=False)
+        with pytest.raises(DfssmError, match="a group of rows unpacks to 5,242,[0-9]+ bytes, write smaller ones"):
+            list(documents(path))
+
     def test_without_pyarrow(self, write, monkeypatch):
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(DfssmError, match="pyarrow is not installed: pip install 'pyarrow>="):

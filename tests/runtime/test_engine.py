@@ -127,6 +127,15 @@ def test_a_prompt_is_any_list_of_integers(engine, form):
     assert engine.logits(form(ids)).shape == (1, 3, engine.vocab_size)
 
 
+@pytest.mark.parametrize("number", [10**9, 10**30])
+def test_more_sequences_than_the_machine_has_memory_for_are_one_line(engine, number):
+    for call in (engine.new_state, engine.slots):
+        with pytest.raises(
+            DfssmError, match=r"sequences takes [0-9,]+ MB, this machine has [0-9,]+ MB: run fewer at once"
+        ):
+            call(number)
+
+
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, None, "1"])
 def test_a_number_of_rows_is_a_whole_number(engine, number):
     for name, call in (("batch", engine.new_state), ("capacity", engine.slots)):
