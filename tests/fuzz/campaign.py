@@ -41,14 +41,15 @@ def reader(name: str, seconds: str) -> bool:
 
 
 def kernel(program: Path, seconds: str) -> bool:
-    corpus = CORPUS / program.name
+    name = str(program.relative_to(native.BUILD))  # "simulated/scan"
+    corpus, prefix = CORPUS / name, FINDINGS / name.replace("/", "-")
     corpus.mkdir(parents=True, exist_ok=True)
     options = [f"-max_total_time={seconds}", "-max_len=512", "-verbosity=0", "-print_final_stats=1"]
-    command = [program, *options, f"-artifact_prefix={FINDINGS}/{program.name}-", corpus]
+    command = [program, *options, f"-artifact_prefix={prefix}-", corpus]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     executed = re.search(r"number_of_executed_units: (\d+)", done.stderr)
     print(
-        f"{program.name}: {executed[1] if executed else '?'} executions, {int(done.returncode != 0)} findings",
+        f"{name}: {executed[1] if executed else '?'} executions, {int(done.returncode != 0)} findings",
         flush=True,
     )
     if done.returncode:
@@ -66,12 +67,13 @@ def main() -> int:
         for name in entries.ENTRIES:
             if not names or name in names:
                 clean &= reader(name, seconds)
-    try:
-        for program in native.build():
-            if not names or program.name in names:
-                clean &= kernel(program, seconds)
-    except native.Unavailable as error:
-        print(f"the kernels are not fuzzed: {error}")
+    for simulated in (False, True):
+        try:
+            for program in native.build(simulated):
+                if not names or program.name in names:
+                    clean &= kernel(program, seconds)
+        except native.Unavailable as error:
+            print(f"the {'simulated ' * simulated}kernels are not fuzzed: {error}")
     return not clean
 
 

@@ -11,8 +11,9 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <vector>
 
-#include "kernels.h"
+#include "tables.h"
 
 namespace dfssm::fuzz {
 
@@ -20,6 +21,16 @@ inline void require(bool holds, const char* table, const char* what) {
   if (holds) return;
   std::fprintf(stderr, "%s: %s\n", table, what);
   std::abort();
+}
+
+// The tables to compare: the scalar one, which is the reference, then all others that are usable here.
+inline bool is_reference(const KernelTable* table) { return table == &scalar::kTable; }
+inline std::vector<const KernelTable*> tables() {
+  std::vector<const KernelTable*> all = {&scalar::kTable};
+  for (const KernelTable* table : usable_kernels()) {
+    if (!is_reference(table)) all.push_back(table);
+  }
+  return all;
 }
 
 template <class T>
@@ -39,6 +50,8 @@ class Array {
     std::copy(data_, data_ + size, other.data_);
     return other;
   }
+
+  void fill(const Array& other) { std::copy(other.data_, other.data_ + size, data_); }
 
   // The largest magnitude, NaN aside.
   double largest() const {
@@ -78,6 +91,13 @@ class Input {
     static_assert(sizeof(T) == 1);
     Array<T> array(count, size(0, 3));
     for (T& value : array) value = static_cast<T>(byte());
+    return array;
+  }
+
+  // Numbers of pending tokens.
+  Array<uint8_t> counts(int64_t count) {
+    Array<uint8_t> array(count, 0);
+    for (uint8_t& value : array) value = static_cast<uint8_t>(size(0, kSlots - 1));
     return array;
   }
 

@@ -11,6 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import simulated_avx512  # noqa: E402
+
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/fuzz"
 NAMES = sorted(path.stem for path in HERE.glob("*.cpp"))
@@ -36,22 +40,34 @@ def clang() -> str:
     )
 
 
-def build() -> list[Path]:
-    """The programs, up to date. Raises Unavailable where they cannot be built, AssertionError where they do not."""
+def build(simulated: bool = False) -> list[Path]:
+    """The programs, up to date; `simulated`: with the kernels of AVX-VNNI and AVX-512 VNNI for a CPU without.
+
+    Raises Unavailable where they cannot be built, AssertionError where they do not build.
+    """
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
     if not cmake:
         raise Unavailable("cmake is not installed: make build")
-    compiler = clang()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    compiler, simde = clang(), ""
+    if simulated:
+        try:
+            simde = simulated_avx512.simde()
+        except simulated_avx512.Unavailable as error:
+            raise Unavailable(str(error)) from None
+    folder = BUILD / "simulated" if simulated else BUILD
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            [cmake, "-S", HERE, "-B", BUILD, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS="],
-            [cmake, "--build", BUILD, "-j2"],
+            [
+                *[cmake, "-S", HERE, "-B", folder, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS="],
+                f"-DSIMDE_INCLUDE_DIR={simde}",
+            ],
+            [cmake, "--build", folder, "-j2"],
         ):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             assert not done.returncode, f"{command}:\n{done.stdout[-3000:]}"
-    return [BUILD / name for name in NAMES]
+    return [folder / name for name in NAMES]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import numpy as np
 import onnxruntime
 from onnx import helper
 
-from dfssm.opset import DOMAIN, OPS, DfssmError
+from dfssm.opset import DOMAIN, DfssmError
 from dfssm.opset.cases import Case
+from dfssm.opset.ops import ALL_OPS
 from dfssm.targets.ort_cpu import find_library
 
 CASES = (
@@ -23,6 +24,9 @@ CASES = (
     Case("CausalConv1dStep", dict(B=2, T=2, C=8, W=4), {"x_start": 3}),
     Case("SelectiveScanStep", dict(B=1, T=2, H=4, P=8, N=6), {"ngroups": 2}),
     Case("SelectiveScanStep", dict(B=1, T=1, H=2, P=3, N=2, state="int8"), {"ngroups": 1}),
+    Case("DeferredConv1dStep", dict(B=2, T=3, C=8, W=3, count=7)),
+    Case("DeferredScanStep", dict(B=2, T=9, H=2, P=5, N=4, count=7, state="float16"), {"ngroups": 2, "x_start": 2}),
+    Case("DeferredScanStep", dict(B=1, T=1, H=4, P=8, N=2, count=15, state="int8")),
     Case("RMSNorm", dict(B=1, T=2, C=8)),
     Case("GatedRMSNorm", dict(B=1, T=2, C=12), {"groups": 4, "z_start": 3}),
 )
@@ -76,7 +80,7 @@ def run(data: bytes) -> bool:
         inputs[name] = np.asarray(_reshaped(inputs[name], rng))  # NumPy gives scalars of no dimensions
     for _ in range(rng.randrange(2)):
         # A name one letter off in place of the right one; ONNX Runtime tells an op of no other that is unknown.
-        known = [attribute.name for attribute in OPS[case.op].attributes]
+        known = [attribute.name for attribute in ALL_OPS[case.op].attributes]
         misspelt = [f"{name}s" for name in known if name not in attributes]
         if known:
             attributes[rng.choice(known + misspelt)] = rng.choice(VALUES)
@@ -100,7 +104,7 @@ def run(data: bytes) -> bool:
         return False
     # What the schema says of its own accord is a refusal that the op should have made.
     try:
-        OPS[case.op].check(inputs, attributes)
+        ALL_OPS[case.op].check(inputs, attributes)
     except DfssmError as error:
         raise AssertionError(f"{case.op} took what its schema refuses: {error}") from None
     nodes.check_outputs(Case(case.op, case.sizes, attributes), outputs, inputs)
