@@ -12,6 +12,7 @@ from .process import errors_in_one_line, run
 # quick and needs nothing but click, and no command waits for torch unless it uses it.
 COMMANDS = {
     "run": (".run", "run"),
+    "serve": (".serve", "serve"),
     "bench": (".bench", "bench"),
     "eval": (".eval", "evaluate"),
     "compare": (".compare", "compare"),

@@ -62,6 +62,11 @@ class Scheduler:
         self._thread: threading.Thread | None = None
 
     @property
+    def open(self) -> bool:
+        """Whether it takes requests, and its thread runs."""
+        return not self._closed and self._thread is not None
+
+    @property
     def waiting(self) -> int:
         """How many requests have no slot yet."""
         return len(self._waiting)

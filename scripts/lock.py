@@ -23,6 +23,7 @@ SETS = {
     "distill": (["--extra=distill"], "Runtime, and what it takes to train a student."),
     "eval": (["--extra=eval"], "Runtime, and lm-evaluation-harness."),
     "trt": (["--extra=trt"], "Runtime, and TensorRT-RTX."),
+    "serve": (["--extra=serve"], "Runtime, and an HTTP server."),
     "build": (["--only-group=build"], "What builds the native part."),
     "dev": (["--extra=dev", "--group=build"], "All of the above, and what tests and lint take: the whole resolution."),
 }

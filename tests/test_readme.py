@@ -24,6 +24,7 @@ NOT_RUN = {
     "pip install dist/dfssm-*.whl": INDEX,
     "scripts/install_torch.sh python3": INDEX,
     'pip install "$(echo dist/dfssm-*.whl)[compile]"': INDEX,
+    "dfssm serve demo": "runs until it is stopped: tests/serve",
     "dfssm distill TEACHER --data text/ -o student": "trains on 32 million tokens; tests/cli/test_distill.py, on fewer",
     "dfssm init --preset mamba2-1.3b --seed 0 -o m.pt": SIZE,
     "dfcompile m.pt --target ort-cpu -o m-cpu": SIZE,

@@ -49,6 +49,7 @@ MISSING = {
     "dfssm eval perplexity model.pt --data a.txt": STUDENT,
     "dfssm eval perplexity b --data a.txt --reference teacher": STUDENT,
     "dfssm eval perplexity b --data more": lacks("pyarrow", install=f"'pyarrow>={LEAST['distill']['pyarrow']}'"),
+    "dfssm serve b": lacks("fastapi", "uvicorn", "prometheus-client", install="'dfssm[serve]'"),
     "dfssm eval tasks b --tasks piqa": lacks("lm-eval", install="'dfssm[eval]'"),
     "dfssm eval tasks teacher --tasks piqa": lacks("lm-eval", "torch", install="'dfssm[eval,compile]'"),
 }

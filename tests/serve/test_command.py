@@ -1,0 +1,76 @@
+"""`dfssm serve` as a process: its log, its end, and what it refuses."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+from commands import run_commands
+from documents import ROOT, commands
+
+SERVE = [sys.executable, "-m", "dfssm.cli.main", "serve"]
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [*SERVE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_it_logs_and_ends_with_0(tiny_bundle):
+    options = ["--port", "0", "--json", "--name", "m", "--threads", "1", "--prefix-cache", "1", "--grace", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*SERVE, tiny_bundle, *options], **pipes)
+    try:
+        first = json.loads(process.stdout.readline())
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", first["url"]) and first["bundle"] == str(tiny_bundle)
+        body = json.dumps({"prompt": "hello", "max_tokens": 3, "seed": 1, "model": "m", "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"{first['url']}/v1/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 3
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    (line,) = map(json.loads, out.splitlines())
+    assert (line["path"], line["status"], line["prompt_tokens"]) == ("/v1/completions", 200, 1)
+    assert (line["generated_tokens"], line["finish_reasons"], line["level"]) == (3, ["length"], "info")
+    assert 0 <= line["first_token_seconds"] <= line["seconds"]
+    assert "hello" not in out, "no text is logged"
+
+
+def test_wrong_uses_are_one_line(tiny_bundle, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wrong = {
+            (tiny_bundle, "--port", port): f"127.0.0.1 port {port}: cannot listen there (Address already in use); give",
+            (
+                tiny_bundle,
+                "--api-key-file",
+                "empty",
+            ): "the API key of empty is empty or has other",
+            (tiny_bundle, "--api-key-file", "none"): "none does not exist: give a file with the API key",
+            (tiny_bundle, "--host", "no.such.host.invalid"): "no.such.host.invalid port 8000: cannot listen there",
+            (tmp_path,): f"{tmp_path} is not a bundle",
+        }
+        found = run_commands([["dfssm", "serve", *arguments] for arguments in wrong], tmp_path)
+    for message, done in zip(wrong.values(), found, strict=True):
+        assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+        assert done.err.startswith(f"dfssm: error: {message}"), done.err
+
+
+CLIENT = "needs a server that runs"
+NOT_RUN = {"curl": CLIENT, "dfssm serve": "runs until it is stopped", "pip install": "asks a package index"}
+
+
+def test_the_python_of_the_document_runs(server):
+    """docs/serve.md's, against a server of this address."""
+    text = (ROOT / "docs/serve.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(block.replace(":8000", f":{server.port}").replace("my-model", "tiny"), {})
+    found = [command for command in commands(text) if not command.startswith(tuple(NOT_RUN))]
+    assert found == [], "a command that nothing runs"
