@@ -13,6 +13,7 @@ CHUNK = 1 << 20
 """Bytes of a file that are hashed by themselves; part of the format of bundles."""
 
 _PIECE = 1 << 18  # of a read: still in the core's cache when it is hashed
+_FEW = 4  # threads would take as long to start: 2 MB are hashed in 1 ms
 _MOST_THREADS = 8  # which hash as fast as memory gives
 
 Item = TypeVar("Item")
@@ -20,9 +21,9 @@ Result = TypeVar("Result")
 
 
 def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`work` of each item, on as many threads as this process has cores, and no more than 8."""
+    """`work` of each item, on as many threads as this process has cores, and no more than 8; of a few on this one."""
     items = list(items)
-    if len(items) < 2:  # as of a bundle's small files
+    if len(items) < _FEW:
         return list(map(work, items))
     with ThreadPoolExecutor(min(default_threads(), _MOST_THREADS)) as pool:
         return list(pool.map(work, items))

@@ -1,7 +1,7 @@
 """Where a target's native library lies: the one place that knows the order."""
 
 import os
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 from dfssm.opset import DfssmError
@@ -24,10 +24,7 @@ def locate(library: str, variable: str, own: Path | None, remedy: str) -> Path:
 
 
 def installed(library: str) -> Path | None:
-    """Where the installed dfssm has `library`, if it has it. Asked of its metadata: of the folders named dfssm on the
-    path, one may be anybody's.
-    """
-    try:
-        return Path(str(distribution("dfssm").locate_file(f"dfssm/{library}")))
-    except PackageNotFoundError:
-        return None
+    """Where the dfssm that runs has `library`, if it has it. Other folders named dfssm on the path may be anybody's."""
+    running = find_spec("dfssm")
+    folders = running and running.submodule_search_locations
+    return next((file for folder in folders or () if (file := Path(folder) / library).is_file()), None)

@@ -74,7 +74,7 @@ def test_another_library_is_named():
 
 
 def test_a_folder_of_that_name_on_the_path_is_not_the_installation(tmp_path):
-    """`dfssm` is a namespace package: any folder of that name on sys.path is a part of it, a stranger's too."""
+    """Of a namespace package, any folder of that name on sys.path would be a part, a stranger's too."""
     (tmp_path / "dfssm").mkdir()
     (tmp_path / "dfssm" / LIBRARY).write_text("not ours")
     code = f"from dfssm.targets.library import installed; print(installed({LIBRARY!r}))"
