@@ -381,19 +381,16 @@ void canonical(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
 
 // ---- int8 ----
 
-inline __m256i load_words(const int8_t* p) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-inline __m256i load_words(const int8_t* p, int64_t count) {
-  int8_t buffer[16] = {};
+inline __m256i load(const int8_t* p, int64_t count) {
+  alignas(32) int8_t buffer[32] = {};
   std::memcpy(buffer, p, count);
-  return load_words(buffer);
+  return load(buffer);
 }
 
-// Rows [m, m + NR) by tokens [t, t + NT), in int16: VPMADDUBSW would saturate on 2 * 255 * 127.
-template <int NR, int NT, class Prefetch>
-void int8_tile(const Int8Args& a, int64_t m, int64_t t, Prefetch ahead) {
+// Rows [m, m + NR * stride) in steps of `stride` by tokens [t, t + NT). VPMADDUBSW takes |w| and q with the sign of w:
+// two products are at most 2 * 128 * 127 = 32512, and are widened before others are added.
+template <int NR, int NT>
+void int8_tile(const Int8Args& a, int64_t m, int64_t stride, int64_t t) {
   const int8_t* w = a.w + m * a.K;
   const int8_t* q = a.q + t * a.K;
   __m256i acc[NR][NT];
@@ -405,33 +402,32 @@ void int8_tile(const Int8Args& a, int64_t m, int64_t t, Prefetch ahead) {
     for (int i = 0; i < NT; ++i) x[i] = load_columns(q + i * a.K);
 #pragma GCC unroll 4
     for (int r = 0; r < NR; ++r) {
-      const __m256i words = load_columns(w + r * a.K);
+      const __m256i bytes = load_columns(w + r * stride * a.K), magnitude = _mm256_abs_epi8(bytes);
 #pragma GCC unroll 2
-      for (int i = 0; i < NT; ++i) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(words, x[i]));
+      for (int i = 0; i < NT; ++i) {
+        const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x[i], bytes));
+        acc[r][i] = _mm256_add_epi32(acc[r][i], widen(products));
+      }
     }
   };
   int64_t k = 0;
-  for (; k + 16 <= a.K; k += 16) {
-    if (NR == 4) ahead.next();  // four rows of 16 bytes are one line
-    step([k](const int8_t* p) { return load_words(p + k); });
-  }
-  if (k < a.K) step([k, left = a.K - k](const int8_t* p) { return load_words(p + k, left); });
+  for (; k + 32 <= a.K; k += 32) step([k](const int8_t* p) { return load(p + k); });
+  if (k < a.K) step([k, left = a.K - k](const int8_t* p) { return load(p + k, left); });
 #pragma GCC unroll 4
   for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 2
     for (int i = 0; i < NT; ++i) {
-      a.y[(t + i) * a.ldy + m + r] = (a.w_scale[m + r] * a.s[t + i]) * static_cast<float>(sum(acc[r][i]));
+      const int64_t row = m + r * stride;
+      a.y[(t + i) * a.ldy + row] = (a.w_scale[row] * a.s[t + i]) * static_cast<float>(sum(acc[r][i]));
     }
   }
 }
 
 template <int NR>
-void int8_rows(const Int8Args& a, int64_t m) {
-  with_prefetch(a.w + m * a.K, [&](auto ahead) {
-    int64_t t = 0;
-    for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, t, ahead);
-    if (t < a.n) int8_tile<NR, 1>(a, m, t, ahead);
-  });
+void int8_rows(const Int8Args& a, int64_t m, int64_t stride) {
+  int64_t t = 0;
+  for (; t + 2 <= a.n; t += 2) int8_tile<NR, 2>(a, m, stride, t);
+  if (t < a.n) int8_tile<NR, 1>(a, m, stride, t);
 }
 
 }  // namespace
@@ -488,10 +484,12 @@ void scaffold_matmul(const ScaffoldArgs& a, int64_t m0, int64_t m1) {
   }
 }
 
+// Four rows at once, each of another quarter of the range: one core of a Zen 3 reads 20 GB/s in four streams far from
+// each other, 15 in four neighbouring rows with prefetches in order, 11 without.
 void int8_matmul(const Int8Args& a, int64_t m0, int64_t m1) {
-  int64_t m = m0;
-  for (; m + 4 <= m1; m += 4) int8_rows<4>(a, m);
-  for (; m < m1; ++m) int8_rows<1>(a, m);
+  const int64_t quarter = (m1 - m0) / 4;
+  for (int64_t m = m0; m < m0 + quarter; ++m) int8_rows<4>(a, m, quarter);
+  for (int64_t m = m0 + 4 * quarter; m < m1; ++m) int8_rows<1>(a, m, 1);
 }
 
 }  // namespace dfssm::avx2

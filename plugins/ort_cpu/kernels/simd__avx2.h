@@ -129,22 +129,61 @@ inline I32 largest_of_each(const I32 (&rows)[kLanes]) {
              _mm256_permute2x128_si256(quarter[0], quarter[1], 0x31));
 }
 
-// columns[j][i] = p[i * S + j]: the S columns of an [8, S] array.
-template <int S>
-inline void load_columns(const float* p, F32 (&columns)[S]) {
-  float transposed[S][kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < S; ++j) transposed[j][i] = p[i * S + j];
-  }
-  for (int j = 0; j < S; ++j) columns[j] = _mm256_loadu_ps(transposed[j]);
+// Four floats from p on, and four from `distance` further on as the upper half.
+inline F32 load_halves(const float* p, int distance) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + distance), 1);
+}
+inline void store_halves(float* p, int distance, F32 v) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+  _mm_storeu_ps(p + distance, _mm256_extractf128_ps(v, 1));
 }
 
+// columns[j][i] = p[i * S + j]: the S columns of an [8, S] array, 1 <= S <= 4. Each half of a vector has four rows.
+template <int S>
+inline void load_columns(const float* p, F32 (&columns)[S]) {
+  if constexpr (S == 1) {
+    columns[0] = _mm256_loadu_ps(p);
+  } else if constexpr (S == 2) {
+    const F32 a = load_halves(p, 8), b = load_halves(p + 4, 8);
+    columns[0] = _mm256_shuffle_ps(a, b, 0x88);
+    columns[1] = _mm256_shuffle_ps(a, b, 0xdd);
+  } else if constexpr (S == 3) {
+    const F32 a = load_halves(p, 12), b = load_halves(p + 4, 12), c = load_halves(p + 8, 12);
+    const F32 ab = _mm256_shuffle_ps(a, b, 0x49);  // columns 1 and 2 of the first two rows
+    const F32 bc = _mm256_shuffle_ps(b, c, 0x9e);  // 0 and 1 of the others
+    columns[0] = _mm256_shuffle_ps(a, bc, 0x8c);
+    columns[1] = _mm256_shuffle_ps(ab, bc, 0xd8);
+    columns[2] = _mm256_shuffle_ps(ab, c, 0xcd);
+  } else {
+    const F32 a = load_halves(p, 16), b = load_halves(p + 4, 16), c = load_halves(p + 8, 16),
+              d = load_halves(p + 12, 16);
+    const F32 ab[2] = {_mm256_unpacklo_ps(a, b),
+                       _mm256_unpackhi_ps(a, b)};  // columns 0, 1 and 2, 3 of two rows
+    const F32 cd[2] = {_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)};  // and of the others
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      columns[2 * j] = _mm256_shuffle_ps(ab[j], cd[j], 0x44);
+      columns[2 * j + 1] = _mm256_shuffle_ps(ab[j], cd[j], 0xee);
+    }
+  }
+}
+
+// The same back, 1 <= S <= 3.
 template <int S>
 inline void store_columns(float* p, const F32 (&columns)[S]) {
-  float transposed[S][kLanes];
-  for (int j = 0; j < S; ++j) _mm256_storeu_ps(transposed[j], columns[j]);
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < S; ++j) p[i * S + j] = transposed[j][i];
+  static_assert(S <= 3);
+  if constexpr (S == 1) {
+    _mm256_storeu_ps(p, columns[0]);
+  } else if constexpr (S == 2) {
+    store_halves(p, 8, _mm256_unpacklo_ps(columns[0], columns[1]));
+    store_halves(p + 4, 8, _mm256_unpackhi_ps(columns[0], columns[1]));
+  } else {
+    const F32 xy = _mm256_shuffle_ps(columns[0], columns[1], 0x88);  // even rows of columns 0 and 1
+    const F32 yz = _mm256_shuffle_ps(columns[1], columns[2], 0xdd);  // odd rows of columns 1 and 2
+    const F32 zx = _mm256_shuffle_ps(columns[2], columns[0], 0xd8);  // even rows of column 2, odd ones of 0
+    store_halves(p, 12, _mm256_shuffle_ps(xy, zx, 0x88));
+    store_halves(p + 4, 12, _mm256_shuffle_ps(yz, xy, 0xd8));
+    store_halves(p + 8, 12, _mm256_shuffle_ps(zx, yz, 0xdd));
   }
 }
 
