@@ -1,7 +1,7 @@
-"""Where the time of a token goes: every op of a bundle, as ONNX Runtime's profiler sees it, beside the memory's limit.
+"""Where the time of a token goes: every op of a bundle beside the memory's limit.
 
-Kernels are timed in a session that is profiled, what is left of a token in one that is not, in the same rounds: the
-profiler makes a step slower. It slows kernels a little, too, so that what is left may come out below zero.
+The op library counts the time of its nodes while whole tokens are timed here: what is left of a token is spent outside
+the kernels. ONNX Runtime's profiler, which slows a step down, only tells what the nodes read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dfssm.targets.cpu_library import CpuLibrary
 from .bandwidth import Bandwidth, Probes
 from .traffic import state_bytes
 
-STEPS, ROUNDS, WARM = 16, 9, 4  # the profiler keeps a million events: 350 a step
+STEPS, ROUNDS, WARM = 16, 9, 4
 
 
 def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
@@ -38,53 +38,55 @@ def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
     """
     if engine.manifest.target != ort_cpu.NAME:
         raise DfssmError(f"--ops takes a bundle of target {ort_cpu.NAME}, this one is {engine.manifest.target}")
+    nodes = _nodes(engine)
     library = CpuLibrary(ort_cpu.find_library())
     bandwidth = Bandwidth(probed, engine.threads)
     reads, writes = Probes(bandwidth.patterns), Probes(bandwidth.patterns)
-    whole, clocks = [], []
+    rounds: dict[str, list[float]] = defaultdict(list)
+    state, token = engine.new_state(), np.zeros(1, np.int64)
+    for _ in range(WARM):
+        engine.advance(token, state)
+    for _ in range(ROUNDS):
+        before = bandwidth.read(), bandwidth.read_write()
+        rounds["clock"].append(library.clock())
+        engine.advance(token, state)  # what the probes put out of the caches
+        library.time_ops(True)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            engine.advance(token, state)
+        rounds["token"].append((time.perf_counter() - start) / STEPS)
+        library.time_ops(False)
+        for op in nodes:
+            rounds[op].append(library.op_seconds(op) / STEPS)
+        reads.add(before[0], bandwidth.read())
+        writes.add(before[1], bandwidth.read_write())
+    took = {name: float(np.median(values)) for name, values in rounds.items()}
+    outside = 1 - sum(np.array(rounds[op]) for op in nodes) / np.array(rounds["token"])
+    read, write = (float(np.median(probes.rates)) * 1e9 for probes in (reads, writes))
+    cycles = took["clock"] * engine.threads
+    return {
+        "table": [
+            _row(op, of, took[op], _states_of(op, state, engine.manifest.state_dtype), cycles, read, write)
+            for op, of in nodes.items()
+        ],
+        "seconds": took["token"],
+        "outside_share": float(np.median(outside)),
+        "cycles_s": took["clock"],
+    }
+
+
+def _nodes(engine: Engine) -> dict[str, list[dict]]:
+    """Op of ours -> what ONNX Runtime's profiler says of each of its nodes in a step."""
     with tempfile.TemporaryDirectory(prefix="dfssm-ops-") as folder:
         with open_bundle(engine.folder, hashes=False) as bundle:
             session = ort_cpu.open_profiled(bundle, engine.threads, f"{folder}/profile")
         profiled = Engine(engine.folder, engine.manifest, OrtBackend(session, ort_cpu.IN_PLACE), engine.threads)
-        token = np.zeros(1, np.int64)
-        states = [(each, each.new_state()) for each in (engine, profiled)]
-        for each, state in states:
-            for _ in range(WARM):
-                each.advance(token, state)
-        for _ in range(ROUNDS):
-            before = bandwidth.read(), bandwidth.read_write()
-            clocks.append(library.clock())
-            for each, state in states:
-                start = time.perf_counter()
-                for _ in range(STEPS):
-                    each.advance(token, state)
-                if each is engine:
-                    whole.append((time.perf_counter() - start) / STEPS)
-            reads.add(before[0], bandwidth.read())
-            writes.add(before[1], bandwidth.read_write())
+        profiled.advance(np.zeros(1, np.int64), profiled.new_state())
         events = json.loads(Path(session.end_profiling()).read_text())
-    seconds, cycles = float(np.median(whole)), float(np.median(clocks)) * engine.threads
-    read, write = (float(np.median(probes.rates)) * 1e9 for probes in (reads, writes))
-    table = [
-        _row(op, nodes, _states_of(op, states[0][1], engine.manifest.state_dtype), cycles, read, write)
-        for op, nodes in _by_op(events).items()
-    ]
-    ours = sum(row["seconds"] for row in table)
-    return {
-        "table": table,
-        "seconds": seconds,
-        "outside_share": 1 - ours / seconds,
-        "cycles_s": cycles / engine.threads,
-    }
-
-
-def _by_op(events: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Op of ours -> node -> its events, one a step."""
-    found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, list[dict]] = defaultdict(list)
     for event in events:
-        name, op = event["name"], event.get("args", {}).get("op_name")
-        if name.endswith("_kernel_time") and op in ALL_NAMES:
-            found[op][name].append(event)
+        if event["name"].endswith("_kernel_time") and event["args"].get("op_name") in ALL_NAMES:
+            found[event["args"]["op_name"]].append(event["args"])
     return found
 
 
@@ -98,14 +100,20 @@ def _states_of(op: str, state: State, state_dtype: str) -> tuple[float, float]:
 
 
 def _row(
-    op: str, nodes: dict[str, list[dict]], states: tuple[float, float], cycles: float, read: float, write: float
+    op: str,
+    nodes: list[dict],
+    took: float,
+    states: tuple[float, float],
+    cycles: float,
+    read: float,
+    write: float,
 ) -> dict[str, Any]:
-    """A line of the table. `states`: bytes that are read and written; `read`, `write`: bytes a second of the memory."""
-    took = 1e-6 * float(np.median(sum(np.array([event["dur"] for event in of[WARM:]]) for of in nodes.values())))
-    shapes = [of[0]["args"] for of in nodes.values()]
-    parameters = sum(int(each["parameter_size"]) for each in shapes)
+    """A line of the table. `took`: seconds; `states`: bytes that are read and written; `read`, `write`: bytes a second
+    of the memory.
+    """
+    parameters = sum(int(each["parameter_size"]) for each in nodes)
     held, written = states
-    weights = sum(_weights(each["input_type_shape"]) for each in shapes)
+    weights = sum(_weights(each["input_type_shape"]) for each in nodes)
     return {
         "op": op,
         "nodes": len(nodes),

@@ -22,6 +22,8 @@ class CpuLibrary:
                 library, "dfssm_memory_bandwidth", ctypes.c_double, ctypes.c_int64, *3 * [ctypes.c_int]
             )
             self._clock = _function(library, "dfssm_cpu_clock", ctypes.c_double)
+            self._time_ops = _function(library, "dfssm_time_ops", None, ctypes.c_int)
+            self._op_seconds = _function(library, "dfssm_op_seconds", ctypes.c_double, ctypes.c_char_p)
         except OSError as error:
             raise DfssmError(f"{path} does not load: {error}") from None
         except AttributeError:
@@ -60,8 +62,17 @@ class CpuLibrary:
         cycles: float = self._clock()
         return cycles
 
+    def time_ops(self, wanted: bool) -> None:
+        """From now on count the time of each op, from 0; or no longer. Not while a session runs."""
+        self._time_ops(wanted)
 
-def _function(library: ctypes.CDLL, name: str, result: type, *arguments: type) -> Callable[..., Any]:
+    def op_seconds(self, op: str) -> float:
+        """Seconds that all nodes of `op`, in all sessions, took while they were counted."""
+        seconds: float = self._op_seconds(op.encode())
+        return seconds
+
+
+def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
     function = library[name]  # by item: an object of its own, whose types nobody else sets
     function.restype, function.argtypes = result, arguments
     return function

@@ -12,6 +12,7 @@ namespace dfssm::ort {
 
 const OrtApi* api = nullptr;
 int ort_minor = 0;
+std::atomic<bool> OpTime::wanted = false;
 
 namespace {
 

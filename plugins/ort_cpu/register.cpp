@@ -40,8 +40,9 @@ OrtCustomOpDomain* make_domain() {
 }  // namespace
 }  // namespace dfssm::ort
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                               const OrtApiBase* base) {
+#define DFSSM_EXPORT extern "C" __attribute__((visibility("default")))
+
+DFSSM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dfssm::ort;
   static const bool supported = (api = base->GetApi(kApiVersion)) != nullptr;
   if (!supported) return too_old(base);
@@ -51,4 +52,25 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     static OrtCustomOpDomain* const domain = make_domain();
     check(api->AddCustomOpDomain(options, domain));
   });
+}
+
+// From now on the time of each op is counted, from 0; with `wanted` 0 no longer. Not while a session runs.
+DFSSM_EXPORT void dfssm_time_ops(int wanted) {
+#define RESET(name) dfssm::ort::op_time<dfssm::opset::name>.reset();
+  if (wanted) {
+    DFSSM_OPS(RESET)
+    DFSSM_DEFERRED_OPS(RESET)
+  }
+#undef RESET
+  dfssm::ort::OpTime::wanted = wanted != 0;
+}
+
+// Seconds that all nodes of an op took while they were counted; -1: no such op.
+DFSSM_EXPORT double dfssm_op_seconds(const char* op) {
+#define FIND(name) \
+  if (std::strcmp(op, #name) == 0) return 1e-9 * dfssm::ort::op_time<dfssm::opset::name>.nanoseconds();
+  DFSSM_OPS(FIND)
+  DFSSM_DEFERRED_OPS(FIND)
+#undef FIND
+  return -1;
 }
