@@ -1,7 +1,8 @@
 """The figures, tables and plots of docs/performance.md: `python -m dfssm.bench.report`, after `make bench-peers`.
 
-Makes the bundles of BUNDLES, runs `dfssm bench` for every point of POINTS that FOLDER/figures.json lacks, and prints
-the tables. So a run that was ended goes on where it was. With --docs they go into docs/performance.md, with the plots.
+Makes the bundles of BUNDLES, runs `dfssm bench` for every one of `points` that FOLDER/figures.json lacks, and prints
+the tables. So a run that was ended goes on where it was. With --docs they go into docs/performance.md, with the plots:
+into the places of this machine's instruction set, those of other machines stay.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import click
 
 from dfssm.opset.files import write_file
 from dfssm.opset.markdown import filled
+from dfssm.runtime.machine import instruction_sets
 
-from .report_text import plots, tables
+from .report_text import STATES, isa_of, plots, tables
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
-STATES = {"fp32": "fp32", "fp16": "1.3b", "int8": "int8"}
-STATES |= {deferred: deferred for deferred in ("fp16-deferred", "int8-deferred")}
-"""Form of the state -> the bundle with it."""
+BUNDLE_OF = {state: "1.3b" if state == "fp16" else state for state in STATES}
+"""Form of the state -> the bundle with it: fp16 is the default."""
 
 BUNDLES: dict[str, tuple[str, list[str]]] = {size: (size, []) for size in SIZES}
-BUNDLES |= {of: ("1.3b", ["--state-dtype", state]) for state, of in STATES.items() if of not in SIZES}
+BUNDLES |= {of: ("1.3b", ["--state-dtype", state]) for state, of in BUNDLE_OF.items() if of not in SIZES}
 BUNDLES |= {"avx2": ("1.3b", ["--isa", "avx2"])}
 """Name -> size of the model, options of dfcompile."""
 
@@ -34,16 +35,27 @@ QUICK = ["--rounds", "5", "--tokens", "24", "--prompt", "64"]
 PEERS = ["--rounds", "3", "--tokens", "24", "--prompt", "512", "--peer", "llama.cpp", "--peer", "stock-ort"]
 FULL = ["--rounds", "5", "--prompt", "512", "--batch", "8", "--ops"]
 
-POINTS: dict[str, tuple[str, list[str]]] = {
-    "peers": ("1.3b", PEERS),
-    **{f"{name}, {n} threads": (name, [*FULL, "--threads", str(n)]) for name in ("1.3b", "avx2") for n in (2, 1)},
-    **{f"size {size}": (size, QUICK) for size in SIZES},
-    **{f"state {state}": (of, QUICK) for state, of in STATES.items()},
-    "batches": ("1.3b", [*QUICK, *(word for batch in (1, 2, 4, 8) for word in ("--batch", str(batch)))]),
-    **{f"prompt {n}": ("1.3b", ["--rounds", "5", "--tokens", "4", "--prompt", str(n)]) for n in (8, 32, 128, 512)},
-    **{f"busy {threads}": ("1.3b", [*QUICK, "--busy", "2", "--threads", str(threads)]) for threads in (1, 2)},
-}
+Points = dict[str, tuple[str, list[str]]]
 """Name -> bundle, options of `dfssm bench`."""
+
+
+def points(isas: list[str]) -> Points:
+    """Those of a CPU with these instruction sets: AVX2 has points of its own where it is not the best."""
+    kernels = ("1.3b", "avx2") if "avx2" in isas[:-1] else ("1.3b",)
+    threads = {n: ["--threads", str(n)] for n in (2, 1)}
+    return {
+        "peers": ("1.3b", PEERS),
+        **{f"{name}, {n} threads": (name, FULL + given) for name in kernels for n, given in threads.items()},
+        **{
+            f"state {state}, {n} threads": (of, [*QUICK, "--batch", "8", *given])
+            for n, given in threads.items()
+            for state, of in BUNDLE_OF.items()
+        },
+        **{f"busy {n}": ("1.3b", [*QUICK, "--busy", "2", *given]) for n, given in threads.items()},
+        "batches": ("1.3b", [*QUICK, *(word for batch in (1, 2, 4, 8) for word in ("--batch", str(batch)))]),
+        **{f"prompt {n}": ("1.3b", ["--rounds", "5", "--tokens", "4", "--prompt", str(n)]) for n in (8, 32, 128, 512)},
+        **{f"size {size}": (size, QUICK) for size in SIZES},
+    }
 
 
 def bundle(name: str, folder: Path) -> Path:
@@ -57,9 +69,8 @@ def bundle(name: str, folder: Path) -> Path:
     return made
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(of: str, options: list[str], folder: Path) -> dict[str, Any]:
     """What `dfssm bench --json` prints for a point; that of an ISA runs its kernels."""
-    of, options = POINTS[name]
     isa = {"DFSSM_ISA": "avx2"} if of.startswith("avx2") else {}
     return json.loads(_command("dfssm", "bench", str(bundle(of, folder)), *options, "--json", **isa))
 
@@ -85,19 +96,20 @@ def main(folder: Path, only: tuple[str, ...], again: bool, make: bool, docs: Pat
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "figures.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
-    for name in POINTS:
+    for name, (of, options) in points(instruction_sets()).items():
         if (only and not any(word in name for word in only)) or (name in figures and not again):
             continue
         if make:
-            bundle(POINTS[name][0], folder)
+            bundle(of, folder)
         else:
-            figures[name] = measure(name, folder)
+            figures[name] = measure(of, options, folder)
             write_file(file, json.dumps(figures, indent=1) + "\n")
     written = tables(figures)
     if docs:
-        plots(figures, docs / "performance.svg")
-        page = docs / "performance.md"
-        write_file(page, filled(page.read_text(), written))
+        isa, page = isa_of(figures), docs / "performance.md"
+        text = filled(page.read_text(), written, of=isa)
+        plots(figures, docs / f"performance-{isa}.svg")
+        write_file(page, text)
     else:
         click.echo("\n\n".join(written.values()))
 

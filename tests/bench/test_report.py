@@ -20,6 +20,8 @@ def figures(tiny_bundle):
     return {
         "peers": bench(peers=("stock-ort",)) | {"tok_s": 40.0},
         "1.3b, 2 threads": full,
+        "1.3b, 1 threads": full,
+        "state fp16, 2 threads": full | {"tok_s": 1e6, "state_dtype": "fp16"},
         "size 130m": full,
         "batches": full,
         "prompt 8": full,
@@ -28,25 +30,42 @@ def figures(tiny_bundle):
     }
 
 
+def of_machine(figures, *isas):
+    """The same, made by a machine with these instruction sets."""
+    return {n: f | {"machine": f["machine"] | {"isas": ["scalar", *isas]}} for n, f in figures.items()}
+
+
 def test_a_table_has_what_was_measured(figures):
-    made = report_text.tables(figures)
+    made = report_text.tables(of_machine(figures, "avx2"))
     goals = [line.split(" | ") for line in made["goals"].splitlines()]
-    assert len({len(row) for row in goals}) == 1
-    assert goals[-1][-2:] == ["25 %", "not run |"]
-    share = 100 * figures["1.3b, 2 threads"]["floor_share"]
-    assert goals[2][2].endswith(f" {share:.0f} %") and goals[2][3] == "not measured |"
-    assert "| AVX-512 VNNI | 2 | SelectiveScanStep (2) |" in made["ops"]
+    assert goals[0] == ["| ", "goal", "AVX2 |"] and {len(row) for row in goals} == {3}
+    assert goals[2][1] == "80 %" and goals[2][2].startswith("1000000.0 tok/s") and goals[2][2].endswith("fp16 states |")
+    share = 100 * figures["1.3b, 1 threads"]["floor_share"]
+    assert goals[3][1] == "72 %" and f" {share:.0f} %" in goals[3][2]
+    assert goals[-1][-1] == "25 % |"
+    assert "| AVX2 | 2 | SelectiveScanStep (2) |" in made["ops"] and "| AVX2 | 1 | outside our kernels |" in made["ops"]
     assert "| stock-ort, 8-bit head |" in made["peers"] and "| 1.3b, batch 8 |" in made["points"]
 
 
-def test_the_page_is_filled_and_filled_again(figures):
+def test_a_machine_with_more_than_avx2_has_a_column_for_it(figures):
+    both = of_machine(figures, "avx2", "avx512vnni")
+    both["avx2, 2 threads"] = both["1.3b, 2 threads"]
+    goals = [line.split(" | ") for line in report_text.tables(both)["goals"].splitlines()]
+    assert goals[0] == ["| ", "goal", "AVX-512 VNNI", "AVX2 |"] and {len(row) for row in goals} == {4}
+    assert goals[2][1] == "85 %" and goals[3][3] == "not measured |" and goals[-1][-2:] == ["25 %", "not run |"]
+
+
+def test_a_machine_fills_the_places_of_its_instruction_set(figures):
     made = report_text.tables(figures)
-    page = "a\n<!-- measured: goals -->\nold\n<!-- end -->\nb\n"
-    once = filled(page, made)
-    assert "old" not in once and made["goals"] in once and once.endswith("<!-- end -->\nb\n")
-    assert filled(once, made) == once
+    page = "".join(f"{isa}\n<!-- measured: {isa} goals -->\nold\n<!-- end -->\nb\n" for isa in ("avx2", "dotprod"))
+    once = filled(page, made, of="avx2")
+    head, _, tail = once.partition("dotprod\n")
+    assert "old" not in head and made["goals"] in head and page.endswith(tail)
+    assert filled(once, made, of="avx2") == once
     with pytest.raises(DfssmError, match="there is no table 'other'"):
-        filled(page.replace("goals", "other"), made)
+        filled(page.replace("goals", "other"), made, of="avx2")
+    with pytest.raises(DfssmError, match="the page has no table of i8mm: add <!-- measured: i8mm goals -->"):
+        filled(page, made, of="i8mm")
 
 
 def test_plots_are_the_same_bytes_again(figures, tmp_path):
@@ -59,4 +78,7 @@ def test_plots_are_the_same_bytes_again(figures, tmp_path):
 
 
 def test_every_point_has_its_bundle():
-    assert {of for of, _ in report.POINTS.values()} == report.BUNDLES.keys()
+    points = report.points(["scalar", "avx2", "avx512vnni"])
+    assert {of for of, _ in points.values()} == report.BUNDLES.keys()
+    fewer = report.points(["scalar", "avx2"])  # its best: no points of their own
+    assert points.keys() - fewer.keys() == {"avx2, 1 threads", "avx2, 2 threads"}
