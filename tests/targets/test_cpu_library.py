@@ -8,6 +8,7 @@ import pytest
 
 from dfssm import _native
 from dfssm.opset import DfssmError
+from dfssm.runtime import Engine
 from dfssm.targets import library
 from dfssm.targets.cpu_library import CpuLibrary
 from dfssm.targets.ort_cpu import LIBRARY, find_library
@@ -45,6 +46,24 @@ def test_bandwidth_is_that_of_memory(installed):
     for pattern in range(len(patterns)):
         for threads, writes in ((1, False), (3, False), (2, True)):
             assert 0.05 < installed.memory_bandwidth(1 << 22, threads, pattern, writes) < 2000
+
+
+def test_time_is_counted_while_it_is_wanted(installed, tiny_bundle):
+    engine = Engine.load(tiny_bundle)
+    state = engine.new_state()
+
+    def step():
+        engine.step([0], state)
+        return installed.op_seconds("RMSNorm")
+
+    installed.time_ops(True)
+    first, second = step(), step()
+    installed.time_ops(False)
+    assert 0 < first < second == step()
+    installed.time_ops(True)
+    assert installed.op_seconds("RMSNorm") == 0
+    installed.time_ops(False)
+    assert installed.op_seconds("Softmax") == -1
 
 
 def test_the_clock_is_that_of_a_core(installed):
