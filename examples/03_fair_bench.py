@@ -44,7 +44,8 @@ SECTIONS: dict[str, tuple[Callable, Callable]] = {
 @click.option("--text", "files", multiple=True, type=click.Path(), metavar="PATH", help="Of the section text: "
               "text, JSON lines or parquet files, or folders of them, 30 MB or more. Repeatable.")  # fmt: skip
 @click.option("--measured", is_flag=True, help="Run nothing: only what the folder has.")
-@click.option("--docs", type=click.Path(), metavar="FILE", help="Fill the tables of this page.")
+@click.option("--docs", type=click.Path(), metavar="FILE", help="Fill the tables of this page; that "
+              "of text is not run without --text.")  # fmt: skip
 @click.option("--threads", type=THREADS, default=1, metavar="N", help="CPU threads.")
 @json_option
 def fair_bench(folder, only, seeds, files, measured, docs, threads, as_json):
