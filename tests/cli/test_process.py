@@ -244,8 +244,11 @@ def test_a_pipe_that_nobody_reads_is_quiet(printing, name):
     assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("closed", ["1", "2", "0", "1 2"])
-@pytest.mark.parametrize("name", PRINTING)
+CLOSED = [(name, closed) for name in ("inspect", "json", "help", "version", "run") for closed in ("1", "2", "0", "1 2")]
+CLOSED += [("dfcompile", "1 2"), ("dfcompile json", "0"), ("example", "1 2")]  # each takes seconds to import torch
+
+
+@pytest.mark.parametrize("name, closed", CLOSED)
 def test_a_closed_stream_is_no_bug(printing, name, closed):
     """The command does its work; its files get nothing of what is printed."""
     closing = " ".join(f"{number}>&-" for number in closed.split())
