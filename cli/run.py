@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.reading import read_file
 from dfssm.targets.text import require_utf8
 
 from .options import SEED, bundle_argument, json_option, print_result, real, threads_option, trust_option, whole
@@ -29,7 +30,22 @@ class Bias(click.ParamType):
 
 @click.command()
 @bundle_argument
-@click.option("-p", "--prompt", default="", show_default=False, metavar="TEXT", help="Text to continue.")
+@click.option(
+    "-p", "--prompt", default="", show_default=False, metavar="TEXT", help="Text to continue; -: the standard input."
+)
+@click.option(
+    "-f",
+    "--file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Continue the text of FILE, without the line end at its end.",
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Answer the prompt by the bundle's chat template; without a prompt, answer each line of the standard input.",
+)
+@click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("-n", "--max-tokens", type=whole(0), default=128, metavar="N", help="Generate at most N tokens.")
 @click.option(
     "--temperature",
@@ -100,31 +116,47 @@ class Bias(click.ParamType):
 @threads_option
 @trust_option
 @json_option
-def run(bundle, prompt, eos, logit_bias, speculate, load_state, save_state, threads, as_json, **settings) -> None:
+def run(
+    bundle, prompt, file, chat, system, eos, logit_bias, speculate, load_state, save_state, threads, as_json, **settings
+) -> None:
     """Generate text with BUNDLE. It streams to stdout; a line with the speed follows on stderr."""
     if settings["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs is for --json.")
     if settings["ignore_eos"] and eos:
         raise click.UsageError("Give either --eos or --ignore-eos.")
+    if system is not None and not chat:
+        raise click.UsageError("--system is for --chat.")
+    if chat and (load_state or save_state):
+        raise click.UsageError("--chat keeps its state itself: leave out --load-state and --save-state.")
+    prompt = _prompt(prompt, file)
+    if chat and as_json and not prompt:
+        raise click.UsageError("--chat with --json answers one prompt: give it with -p or -f.")
     bundle = paths.bundle(bundle)
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")
     if save_state is not None:
         save_state = paths.output_file(save_state, bundle)
-    if not prompt and not load_state:
+    if not (prompt or load_state or chat):
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
-    for text in (prompt, *settings["stop"]):
+    for text in (prompt, system or "", *settings["stop"]):
         require_utf8(text)
-    from dfssm.runtime import Engine, GenerationConfig
+    from dfssm.runtime import Chat, Engine, GenerationConfig
     from dfssm.runtime.speculation import MOST
 
     config = GenerationConfig(eos=eos or None, logit_bias=dict(logit_bias), **settings)
     engine = Engine.load(bundle, threads=threads)
     state = engine.load_state(load_state) if load_state else engine.new_state() if save_state else None
     most = MOST if speculate else 0
-    generation = engine.generate(prompt, config, state=state, speculate=most)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
+    if chat:
+        conversation = Chat(engine, config, system)
+        if not prompt:
+            _converse(conversation, most)
+            return
+        generation = conversation.say(prompt, speculate=most)
+    else:
+        generation = engine.generate(prompt, config, state=state, speculate=most)
     for piece in generation:
         if not as_json:
             click.echo(piece, nl=False)
@@ -140,6 +172,54 @@ def run(bundle, prompt, eos, logit_bias, speculate, load_state, save_state, thre
     else:
         click.echo()
         click.echo(_speed(figures), err=True)
+
+
+def _prompt(prompt: str, file: str | None) -> str:
+    """The text to continue, from where it is given."""
+    if file is None and prompt != "-":
+        return prompt
+    if file is not None and prompt:
+        raise click.UsageError("Give either --prompt or --file.")
+    if file is None:
+        name, content = "the standard input", sys.stdin.buffer.read()
+    else:
+        path = paths.file(file, "a text")
+        try:
+            name, content = str(path), read_file(path)
+        except OSError as error:
+            raise DfssmError(f"{path} cannot be read ({reason(error)}): give a text") from None
+    try:
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeError:
+        raise _not_utf8(name) from None
+
+
+def _not_utf8(name: str) -> DfssmError:
+    return DfssmError(f"{name} is not UTF-8: convert it")
+
+
+def _converse(chat, speculate: int) -> None:
+    """Answer line after line. Ctrl-C ends an answer, and between answers the command."""
+    asks = sys.stdin.isatty()
+    if asks:
+        import readline  # noqa: F401 (input then edits the line)
+    while True:
+        try:
+            line = input("> ") if asks else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        except UnicodeError:
+            raise _not_utf8("the standard input") from None
+        if not line.strip():
+            continue
+        require_utf8(line)
+        answer = chat.say(line.rstrip("\r\n"), speculate=speculate)
+        try:
+            for piece in answer:
+                click.echo(piece, nl=False)
+            click.echo(answer.flush())
+        except KeyboardInterrupt:
+            click.echo()
 
 
 def _told(one, tokenizer) -> dict:

@@ -13,6 +13,7 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.opset.numbers import require_memory
 from dfssm.opset.reading import read_file, read_text
+from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 
 from .options import SEED, json_option, megabytes, print_result, whole
@@ -72,7 +73,7 @@ def convert(teacher, rank, planes, output, as_json) -> None:
 
     A weight becomes its sign, times a per-row scale; a low-rank correction is fitted to the residual. TEACHER is the
     folder of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, if it has one, is copied to the
-    folder of FILE, where dfcompile finds it; an existing one is kept.
+    folder of FILE, where dfcompile finds it, with its chat template; existing files are kept.
     """
     teacher = paths.teacher(teacher)
     output = paths.output_file(output, teacher)
@@ -84,9 +85,11 @@ def convert(teacher, rank, planes, output, as_json) -> None:
 
     student = convert_teacher(load_teacher(teacher), rank, planes)
     save_student(output, *student)
-    tokenizer, beside = teacher / TOKENIZER, output.with_name(TOKENIZER)
-    if tokenizer.is_file() and output.is_file() and not beside.exists():  # nothing lies beside a device
-        write_file(beside, read_file(tokenizer))
+    tokenizer = teacher / TOKENIZER
+    if tokenizer.is_file() and output.is_file():  # nothing lies beside a device
+        for source in (tokenizer, *chat.beside(tokenizer)):
+            if not (copy := output.with_name(source.name)).exists():
+                write_file(copy, read_file(source))
     print_result(_report(output, *student), as_json, _text)
 
 

@@ -21,6 +21,8 @@ from dfssm.opset.reading import open_file, read_file
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.targets import TARGETS, Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.chat import FILES as CHAT_FILES
+from dfssm.targets.chat import ChatTemplate, beside
 from dfssm.targets.text import load_tokenizer
 
 from . import triton
@@ -182,6 +184,8 @@ def load(job: Job) -> None:
     job.tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
     if job.tokenizer:
         load_tokenizer(job.tokenizer, "the model's own with --tokenizer", job.config.vocab_size)
+        if beside(job.tokenizer):
+            ChatTemplate(job.tokenizer.parent)
 
 
 def lower(job: Job) -> None:
@@ -249,14 +253,16 @@ def emit(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Add the tokenizer and the manifest; drop what served to build."""
+    """Add the tokenizer, with its chat template, and the manifest; drop what served to build."""
     with writing(job.stage / MANIFEST):
         for path in job.stage.iterdir():
             if path.name not in job.files:
                 path.unlink()
         if job.tokenizer:
-            (job.stage / TOKENIZER).write_bytes(read_file(job.tokenizer))
-            job.files.append(TOKENIZER)
+            for source in (job.tokenizer, *beside(job.tokenizer)):
+                name = TOKENIZER if source is job.tokenizer else source.name
+                (job.stage / name).write_bytes(read_file(source))
+                job.files.append(name)
         job.manifest = Manifest(
             target=job.request.target,
             config=job.config.to_dict(),
@@ -286,7 +292,7 @@ def _check_output(folder: Path, force: bool, place: str) -> None:
         what = f"a bundle at {place}" if place else "a bundle"
         raise DfssmError(f"{folder} exists and is not {what}, so --force does not replace it: choose another -o")
     ours = {folder / place / name for target in map(get_target, TARGETS) for name in (*target.FILES, target.LIBRARY)}
-    ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TOKENIZER, triton.GRAPH)}
+    ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TOKENIZER, *CHAT_FILES, triton.GRAPH)}
     ours |= {(folder / place).parent / triton.CONFIG} if place else set()
     for path in sorted(folder.rglob("*")):
         if path not in ours and (path.is_symlink() or not path.is_dir()):

@@ -24,6 +24,8 @@ from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
 from dfssm.opset.paths import STUDENT
+from dfssm.opset.reading import read_file
+from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import end_tokens, load_tokenizer
 
@@ -40,6 +42,8 @@ from .stream import StreamedWindows
 from .student import begin, data_free, finish, move_to, other_forms, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
+
+_GIVE = "the teacher's own with --tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +125,8 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
 
     teacher = load_teacher(job.teacher).requires_grad_(False).eval()
     vocab = teacher.config.vocab_size
-    give = "the teacher's own with --tokenizer"
-    file = paths.file(job.tokenizer or job.teacher / TOKENIZER, give, TOKENIZER)
-    tokenizer = load_tokenizer(file, give, vocab)
+    file = _tokenizer_file(job)
+    tokenizer = load_tokenizer(file, _GIVE, vocab)
     end, *_ = ends = end_tokens(teacher.config.eos_token_id, tokenizer) or (vocab,)
     if max(ends) >= vocab:
         raise DfssmError(f"{file}: has no {END_OF_TEXT} among the teacher's {vocab} tokens")
@@ -221,6 +224,8 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         trainer.resume()
     if ranks.first:
         write_file(job.output / TOKENIZER, prepared.tokenizer.to_str(), parents=True)
+        for path in chat.beside(_tokenizer_file(job)):
+            write_file(job.output / path.name, read_file(path))
         found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items()) or "none"
         trained = sum(p.numel() for parameters in trainer.groups.values() for p in parameters)
         say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
@@ -247,3 +252,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         write_report(job.output)
     ranks.barrier()
     return result
+
+
+def _tokenizer_file(job: Job) -> Path:
+    return paths.file(job.tokenizer or job.teacher / TOKENIZER, _GIVE, TOKENIZER)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
 from dfssm.runtime.text import StopFilter, TextStream
+from dfssm.targets.chat import ChatTemplate, Message
 from dfssm.targets.text import encode
 
-from .chat import ChatTemplate
 from .continuations import Request, score_continuations
 from .scorer import BATCH, Scorer, locate, open_scorer, packages
 
@@ -79,11 +79,21 @@ class DfssmLM(TemplateLM):
         return str(self.folder or "").replace("/", "__")
 
     @cached_property
-    def apply_chat_template(self) -> ChatTemplate:
-        """The text of a chat, by the template beside the model's tokenizer."""
+    def chat_template(self) -> ChatTemplate:
+        """That beside the model's tokenizer."""
         if self.folder is None:
             raise DfssmError("a model that was opened before has no chat template: give its path")
         return ChatTemplate(self.folder)
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of a chat. Messages of the role system are left out if the template refuses them."""
+        try:
+            return self.chat_template(chat_history, add_generation_prompt)
+        except DfssmError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if not others or len(others) == len(chat_history):
+                raise
+            return self.chat_template(others, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; where nothing else is asked for those of the tokenizer's template, unless `add_bos_token` is False

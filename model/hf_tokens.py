@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dfssm.opset.endings import END_OF_TEXT, end_ids
-from dfssm.opset.reading import read_text
+from dfssm.opset.jsonfile import json_object
 
 from .config import Mamba2Config
 
@@ -60,11 +59,3 @@ def _named(tokenizer: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _object(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint; an empty one where it is missing or none."""
-    try:
-        return _object(json.loads(read_text(path, "utf-8-sig")))
-    except (OSError, ValueError, RecursionError):
-        return {}

@@ -1,5 +1,6 @@
 """Running a compiled bundle: NumPy, ONNX Runtime and tokenizers; docs/runtime.md shows the API in use."""
 
+from .chat import Chat
 from .engine import Engine
 from .generation import Generation, GenerationConfig
 from .request import Request
@@ -10,6 +11,7 @@ from .slots import Slot, Slots
 from .state import State
 
 __all__ = [
+    "Chat",
     "Engine",
     "Generation",
     "GenerationConfig",

@@ -19,7 +19,8 @@ from dfssm.opset.paths import GOLDEN, quoted
 from dfssm.opset.threads import default_threads
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
-from dfssm.targets.text import end_tokens, load_tokenizer
+from dfssm.targets.chat import ChatTemplate, Message
+from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
 from .backend import Ahead, Backend, Pool, choose, open_backend
@@ -92,6 +93,17 @@ class Engine:
         tokenizer = load_tokenizer(self.folder / TOKENIZER, give, sha256=self.manifest.files[TOKENIZER]["sha256"])
         trim()
         return tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template, read at the first use; DfssmError when the bundle has none."""
+        return ChatTemplate(self.folder, {name: entry["sha256"] for name, entry in self.manifest.files.items()})
+
+    def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of a chat, by the chat template: up to where the model is to answer or, without the prompt for
+        that, to go on with the last message. A message is {"role": "user", "content": "Hello"}, say.
+        """
+        return encode(self.chat_template(messages, add_generation_prompt), self.tokenizer, begins=False)
 
     def new_state(self, batch: int = 1) -> State:
         """The state of `batch` sequences that have read nothing yet."""

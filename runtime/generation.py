@@ -65,7 +65,8 @@ class Generation:
     The state serves one generation at a time, until that has ended, was closed (`with` does so) or is gone.
 
     Attributes:
-        tokens: the generated ids, without the one that ended it. text: the pieces joined.
+        tokens: the generated ids, without the one that ended it. text: the pieces joined. whole_text: of all tokens,
+            also what belongs to a stop string.
         logprobs: of each of `tokens`, where they were asked for.
         finish_reason: "length" (max_tokens reached), "eos", "stop" (a stop string or id), "cancelled" (closed before
             its end, or an error was raised) or None (not finished).
@@ -115,7 +116,7 @@ class Generation:
         self._stream: TextStream | None = None
         self._filter = StopFilter(tuple(config.stop or ()))
         self.tokens: list[int] = []
-        self.text = self._whole_text = ""  # without and with what may be the beginning of a stop string
+        self.text = self.whole_text = ""  # without and with what may be the beginning of a stop string
         self.finish_reason: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = 0
@@ -160,7 +161,7 @@ class Generation:
         back because a stop string might have begun.
         """
         if self.finish_reason is None:
-            self.text = self.text if self._filter.stopped else self._whole_text
+            self.text = self.text if self._filter.stopped else self.whole_text
             self.finish_reason = "cancelled"
         self._release()
 
@@ -195,7 +196,7 @@ class Generation:
         finally:
             if self._owns_state or self.state.tokens[0] > position:  # it was read, also where Ctrl-C came meanwhile
                 self.tokens += [token]
-                self._whole_text += text
+                self.whole_text += text
                 self.text += piece
         if self._filter.stopped:
             return piece + self._end("stop")

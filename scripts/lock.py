@@ -21,6 +21,7 @@ SETS = {
     "runtime": (["--no-default-groups"], "What it takes to run a bundle."),
     "compile": (["--extra=compile"], "Runtime, and what it takes to compile a model."),
     "distill": (["--extra=distill"], "Runtime, and what it takes to train a student."),
+    "chat": (["--extra=chat"], "Runtime, and what renders chat templates."),
     "eval": (["--extra=eval"], "Runtime, and lm-evaluation-harness."),
     "trt": (["--extra=trt"], "Runtime, and TensorRT-RTX."),
     "serve": (["--extra=serve"], "Runtime, and an HTTP server."),

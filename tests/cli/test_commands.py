@@ -287,6 +287,9 @@ class TestStudents:
                 (tmp_path / "tokenizer.json").write_text(there)
             invoke("convert", tmp_path / "teacher", "-o", tmp_path / "s.pt")
             assert (tmp_path / "tokenizer.json").read_text() == kept
+        (tmp_path / "teacher" / "chat_template.jinja").write_text("{{ messages }}")
+        invoke("convert", tmp_path / "teacher", "-o", tmp_path / "s.pt")
+        assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def _config_file(folder):

@@ -142,6 +142,34 @@ def test_bundle(target, state_dtype, model, command, tmp_path):
     assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
 
 
+def test_a_chat_template_goes_with_the_tokenizer(model, command, tmp_path):
+    """And --force replaces a bundle that has one."""
+    tokenizer = tmp_path / "in" / "tokenizer.json"
+    tiny.write_tokenizer(tokenizer)
+    save(model, tiny.CONFIG)
+    names = json.dumps({"bos_token": "<|end|>", "unknown": "key"})
+    (tmp_path / "in" / "tokenizer_config.json").write_text(names)
+    status, out, _, _ = command(model, "--target", "onnx", "--no-verify", "--json")
+    assert status == 0 and "tokenizer_config.json" not in json.loads(out)["files"], "there is no template"
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (tmp_path / "in" / "chat_template.jinja").write_text(template)
+    for _ in range(2):
+        status, out, err, (folder,) = command(model, "--target", "onnx", "--no-verify", "--json", "--force")
+        assert status == 0, err
+        assert {"chat_template.jinja", "tokenizer_config.json"} <= set(json.loads(out)["files"])
+    engine = Engine.load(tmp_path / "out" / folder)
+    talk = [{"role": "user", "content": "hello"}]
+    assert engine.chat_template(talk) == "<|end|>[hello]"
+    assert engine.chat_prompt(talk) == engine.tokenizer.encode("<|end|>[hello]", add_special_tokens=False).ids
+    del engine.chat_template
+    (tmp_path / "out" / folder / "chat_template.jinja").write_text("another")
+    with pytest.raises(DfssmError, match="chat_template.jinja: has changed since the model was opened"):
+        engine.chat_prompt(talk)
+
+    (tmp_path / "in" / "chat_template.jinja").write_text("{% if %}")
+    fails(command(model, "--target", "onnx", "--force"), "its chat template cannot be read (", [folder])
+
+
 @pytest.mark.parametrize("target", RUN_HERE)
 @pytest.mark.parametrize("name", student_ref.CONFIGS)
 def test_verified(target, name, tmp_path):

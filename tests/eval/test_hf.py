@@ -129,6 +129,11 @@ def test_chats_are_the_same(both, prompt):
         assert ours.tok_encode(found) == theirs.tok_encode(found)
 
 
+def test_a_chat_of_what_is_refused_alone_is_one_line(both):
+    with pytest.raises(DfssmError, match=r"the chat template refuses these messages \(no system\): use another"):
+        both[1].apply_chat_template([{"role": "system", "content": "a"}])
+
+
 def test_prefix_token_id_is_an_option(folder):
     assert DfssmLM(folder, prefix_token_id=7).prefix_token_id == 7
 
@@ -151,7 +156,7 @@ def test_a_task_asked_as_a_chat(folder, tmp_path):
 
 def test_no_chat_template_is_one_line(teacher, bundle):
     for path in (teacher, bundle):
-        with pytest.raises(DfssmError, match="has no chat template; put chat_template.jinja there"):
+        with pytest.raises(DfssmError, match="has no chat template; put chat_template.jinja beside the model"):
             DfssmLM(path).apply_chat_template([{"role": "user", "content": "a"}])
 
 

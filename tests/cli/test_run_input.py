@@ -1,0 +1,90 @@
+"""Where `dfssm run` takes its text from: an option, a file, the standard input, the lines of a chat."""
+
+import json
+import shutil
+
+import pytest
+from chats import add_template
+from click.testing import CliRunner
+
+from dfssm.opset import DfssmError
+from dfssm.runtime import Chat, Engine, GenerationConfig
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory):
+    return add_template(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("chat") / "b"))
+
+
+def run(bundle, *arguments, stdin=None):
+    from dfssm.cli.main import dfssm
+
+    words = ["run", bundle, "-n", 9, "--threads", 1, *arguments]
+    return CliRunner().invoke(dfssm, [str(word) for word in words], input=stdin, catch_exceptions=False)
+
+
+def found(bundle, *arguments, stdin=None):
+    result = run(bundle, "--json", *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(("content", "prompt"), [("hello\nworld", None), ("hé\n\n", "hé\n"), ("a\r\n", "a")])
+def test_a_text_from_a_file_or_the_standard_input(bundle, tmp_path, content, prompt):
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    expected = found(bundle, "-p", prompt or content)
+    for arguments, stdin in ((["-f", tmp_path / "a.txt"], None), (["-p", "-"], content.encode())):
+        one = found(bundle, *arguments, stdin=stdin)
+        assert (one["tokens"], one["prompt_tokens"]) == (expected["tokens"], expected["prompt_tokens"])
+
+
+def test_a_chat_answers_one_prompt(bundle):
+    chat = Chat(Engine.load(bundle, threads=1), GenerationConfig(max_tokens=9), "é")
+    answer = chat.say("hello")
+    list(answer)
+    one = found(bundle, "--chat", "-p", "hello", "--system", "é")
+    assert (one["tokens"], one["prompt_tokens"]) == (answer.tokens, answer.prompt_tokens)
+
+
+def test_a_chat_answers_line_after_line(bundle):
+    chat = Chat(Engine.load(bundle, threads=1), GenerationConfig(max_tokens=9, temperature=1.5, seed=2))
+    expected = []
+    for line in ("hello", "and then?"):
+        answer = chat.say(line)
+        expected.append("".join(answer) + answer.flush() + "\n")
+    result = run(bundle, "--chat", "--temperature", 1.5, "--seed", 2, stdin="hello\n\nand then?\n")
+    assert (result.exit_code, result.stdout) == (0, "".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-p", "a", "-f", "a.txt"], "Give either --prompt or --file"),
+        (["-p", "a", "--system", "b"], "--system is for --chat"),
+        (["--chat", "--load-state", "a"], "--chat keeps its state itself: leave out --load-state and --save-state"),
+        (["--chat", "--json"], "--chat with --json answers one prompt: give it with -p or -f"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(bundle, arguments, named):
+    result = run(bundle, *arguments)
+    assert result.exit_code == 2 and named in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "named"),
+    [
+        (["-p", "-"], b"caf\xe9", "the standard input is not UTF-8: convert it"),
+        (["-p", "-"], b"", "there is nothing to continue"),
+        (["-f", "a.txt"], None, "a.txt does not exist: give a text"),
+        (["--chat"], b"caf\xe9\n", "the standard input is not UTF-8: convert it"),
+    ],
+)
+def test_what_is_no_text_is_named(bundle, tmp_path, monkeypatch, arguments, stdin, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DfssmError, match=named):
+        run(bundle, *arguments, stdin=stdin)
+
+
+def test_without_a_template_it_says_what_is_missing(tiny_bundle):
+    with pytest.raises(DfssmError, match="has no chat template; put chat_template.jinja beside"):
+        run(tiny_bundle, "--chat", stdin="hello\n")
