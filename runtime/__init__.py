@@ -2,7 +2,7 @@
 
 from .chat import Chat
 from .engine import Engine
-from .generation import Generation, GenerationConfig
+from .generation import Completion, Generation, GenerationConfig
 from .request import Request
 from .sampler import Sampler, TokenLogprobs
 from .sampling import Sampling
@@ -12,6 +12,7 @@ from .state import State
 
 __all__ = [
     "Chat",
+    "Completion",
     "Engine",
     "Generation",
     "GenerationConfig",

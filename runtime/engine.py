@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,7 +26,7 @@ from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
 from .backend import Ahead, Backend, Pool, choose, open_backend
-from .generation import Generation, GenerationConfig
+from .generation import Completion, Generation, GenerationConfig
 from .memory import trim
 from .rows import Rows
 from .sampler import Sampler
@@ -35,6 +37,8 @@ from .state import State, require_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 # Longer prompts leave enough memory behind to be worth the time of giving it back.
 LONG = 16
@@ -72,7 +76,7 @@ class Engine:
             weights into memory: then no change of the files reaches this engine.
         Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
-        threads = threads or default_threads()
+        threads, start = threads or default_threads(), time.perf_counter()
         with open_bundle(path, hashes=verify_hashes) as bundle:
             engine = cls(bundle.folder.absolute(), bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
         target = get_target(engine.manifest.target)
@@ -82,7 +86,13 @@ class Engine:
             if GOLDEN not in engine.manifest.files:
                 remedy = f"it has no {GOLDEN}, compile it again without --no-verify"
             warnings.warn(f"{why}: {remedy}", RuntimeWarning, stacklevel=2)
+        of = engine.manifest.target, engine.manifest.state_dtype, threads, time.perf_counter() - start
+        _log.info("opened %s: target %s, %s states, %d threads, %.2f s", path, *of)
         return engine
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return f"<Engine {self.folder}: {manifest.target}, {manifest.state_dtype} states, threads={self.threads}>"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -206,6 +216,46 @@ class Engine:
             prompt = prompt.reshape(-1)
         require_whole("speculate", speculate, 0, MOST, "drafts of a run")
         return Generation(self, prompt, config, state, after, speculate, draft or PromptLookup())
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Tokens],
+        config: GenerationConfig | Sequence[GenerationConfig] = GenerationConfig(),  # noqa: B008 (it is frozen)
+        *,
+        n: int = 1,
+        rows: int = 8,
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue each of `prompts`, up to `rows` of them at a time: the texts that `generate` makes one by one.
+
+        Args: `config`: of all, or of each; `options` as for `generate`. `n`: make so many texts of a prompt, which is
+            read once; the one at index i has the seed of the config, if any, plus i.
+        Returns: `n` texts of the first prompt, then those of the next. Raises what `generate` does.
+        """
+        from .scheduler import Scheduler
+
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise DfssmError(f"the prompts are {prompts!r}: give a list of them")
+        require_whole("n", n, 1)
+        require_whole("rows", rows, 1)
+        configs = [config] * len(prompts) if isinstance(config, GenerationConfig) else list(config)
+        if len(configs) != len(prompts):
+            raise DfssmError(f"{len(prompts)} prompts and {len(configs)} configs: give each prompt one")
+        rows = min(rows, self.backend.max_batch)
+        scheduler = Scheduler(self, rows, max(1, n * len(prompts)), prefix_cache=None if n > 1 else 0)
+        requests = []
+        for prompt, one in zip(prompts, configs, strict=True):
+            one = dataclasses.replace(one, **options)
+            for index in range(n):
+                seed = None if one.seed is None else one.seed + index
+                requests.append(scheduler.submit(prompt, one, seed=seed))
+        more = True
+        while more:
+            more = scheduler.step()
+            for request in requests:
+                if request.error:
+                    raise request.error
+        return [Completion.of(request) for request in requests]
 
     def ends(self, config: GenerationConfig) -> dict[int, str]:
         """The tokens that end a text, each with its `finish_reason`. DfssmError for one that the model does not have,

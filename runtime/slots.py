@@ -29,6 +29,9 @@ class Slot:
     def __init__(self, rows: Rows, row: int):
         self._rows, self.row = rows, row
 
+    def __repr__(self) -> str:
+        return f"<Slot: row {self.row}, {self.tokens} tokens read>" if self.row >= 0 else "<Slot: it has left>"
+
     @property
     def tokens(self) -> int:
         """How many it has read."""
@@ -51,6 +54,9 @@ class Slots:
         self.pool = engine.backend.pool(capacity + 1)  # the last row is for exchanging two others
         self.rows = Rows(np.zeros(capacity + 1, np.int64))
         self._slots: list[Slot] = []  # by row
+
+    def __repr__(self) -> str:
+        return f"<Slots: {len(self)} of {self.capacity} taken>"
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -65,6 +65,9 @@ class State:
         self._whole: State | None = None
         self.span = range(len(tokens))
 
+    def __repr__(self) -> str:
+        return f"<State of {self.batch} sequences: {self.tokens.tolist()} tokens read, {self.nbytes / 1e6:.1f} MB>"
+
     @classmethod
     def zeros(cls, model: str, layout: Layout, vocab: int, batch: int) -> State:
         """The state before the first token, `batch` rows of `layout`."""
