@@ -62,6 +62,27 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
 
 @each_isa
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_long_prompt_has_the_bits_of_its_parts(isa, layout):
+    """97 tokens are three tiles, 1030 rows two ranges of them."""
+    K, M, R = 32, 1030, 5
+    rng = np.random.default_rng(0)
+    bits, up = rng.integers(0, 256, (M, K // 8), np.uint8), rng.integers(-127, 128, (M, R), np.int8)
+    down = rng.integers(-127, 128, (R, K), np.int8)
+    scales = [rng.uniform(0.01, 0.1, size).astype(F32) for size in (M, R, M)]
+    if layout:
+        bits, up = to_layout(bits, LAYOUTS[layout]), up_to_layout(up, LAYOUTS[layout])
+    weights = (bits, scales[0], down, scales[1], up, scales[2])
+
+    def product(x):
+        return native(isa).BinaryScaffoldMatMul(isa, x, *weights, layout=layout)
+
+    x = rng.standard_normal((1, 97, K)).astype(F32)
+    parts = [product(x[:, t : t + 7]) for t in range(0, 97, 7)]
+    np.testing.assert_array_equal(product(x), np.concatenate(parts, 1))
+
+
+@each_isa
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scaffold_at_the_ends_of_int8(isa, layout):
     """All bits set, all activations +127 or -127: the largest sums an accumulator can meet, on a long row."""
     K, M = 8192, 64

@@ -316,8 +316,9 @@ void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64
   }
 }
 
-// Two or more tokens: the nibbles of a block of columns are taken apart once for so many of them.
-constexpr int64_t kTokensAtOnce = 16;
+// Two or more tokens: the nibbles of a block of columns are taken apart once for so many of them, whose tables stay in L2
+// while all rows pass by.
+constexpr int64_t kTokensAtOnce = 16, kCachedTables = 1 << 18;
 
 template <int NT>
 void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* index, __m256i (*sums)[8]) {
@@ -335,10 +336,12 @@ void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* 
 
 template <class Prefetch>
 void look_up_many_tokens(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1, Prefetch ahead) {
-  const uint8_t* tile = tiles_of(a, plane, row0);
-  for (int64_t row = row0; row < row1; row += kBlockRows, tile += kBlockRows * a.K / 8) {
-    for (int64_t t0 = 0; t0 < a.n; t0 += kTokensAtOnce) {
-      const int64_t t1 = min(t0 + kTokensAtOnce, a.n);
+  const int64_t fit = kCachedTables / (a.K / 4 * kGroupBytes) / 2 * 2;
+  const int64_t at_once = fit < 2 ? 2 : min(fit, kTokensAtOnce);
+  for (int64_t t0 = 0; t0 < a.n; t0 += at_once) {
+    const int64_t t1 = min(t0 + at_once, a.n);
+    const uint8_t* tile = tiles_of(a, plane, row0);
+    for (int64_t row = row0; row < row1; row += kBlockRows, tile += kBlockRows * a.K / 8) {
       __m256i sums[kTokensAtOnce][8] = {};
       for (int64_t k = 0; k < a.K; k += kBlockColumns) {
         alignas(32) uint8_t index[kGroups * kBlockRows];

@@ -47,17 +47,21 @@ Int8Args int8_args(const Tokens& tokens, const Tensor& w, const Tensor& w_scale,
   return {tokens.q, tokens.s, tokens.sum, w.as<int8_t>(), w_scale.as<float>(), y, M, tokens.n, tokens.K, M};
 }
 
-// h = (down_scale * s) * (down . q) in pieces: kRanks rows of `down`, kTokens tokens.
-constexpr int64_t kRanks = 4, kTokens = 64;
+// Tokens go through a scaffold in tiles: what is packed of one stays in L2 while all rows pass by. A multiple of the tokens
+// that kernels take at once, 16 and 12.
+constexpr int64_t kTile = 48;
+// Rows of `down` that are one piece of work.
+constexpr int64_t kRanks = 4;
 
-void low_rank_piece(const KernelTable& kernels, Int8Args args, int64_t i) {
-  const int64_t pieces = (args.M + kRanks - 1) / kRanks, r = i % pieces * kRanks, t = i / pieces * kTokens;
-  args.q += t * args.K;
-  args.s += t;
-  args.sum += t;
-  args.y += t * args.ldy;
-  args.n = std::min(kTokens, args.n - t);
-  kernels.int8_matmul(args, r, std::min(r + kRanks, args.M));
+// The same product of the tokens [t0, t1).
+template <class Args>
+Args of_tokens(Args args, int64_t t0, int64_t t1) {
+  args.q += t0 * args.K;
+  args.s += t0;
+  args.sum += t0;
+  args.y += t0 * args.ldy;
+  args.n = t1 - t0;
+  return args;
 }
 
 }  // namespace
@@ -71,18 +75,29 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
 
   const KernelTable& kernels = call.kernels;
   const int layout = static_cast<int>(a.layout);
-  const size_t packed_bytes = kernels.scaffold_pack_bytes(layout, n, K);
-  const size_t packed_room = (packed_bytes + 63) / 64 * 64;
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  const auto first_of = [=](int64_t tile) { return n * tile / tiles; };
+  const size_t packed_bytes = kernels.scaffold_pack_bytes(layout, (n + tiles - 1) / tiles, K);
+  const size_t tile_room = (packed_bytes + 63) / 64 * 64,
+               packed_room = tile_room * static_cast<size_t>(tiles);
   const Tokens tokens =
       quantize_tokens(call, call[S::k_x], packed_room + static_cast<size_t>(n * R) * sizeof(float));
   float* h = reinterpret_cast<float*>(tokens.extra + packed_room);
   const Int8Args down = int8_args(tokens, call[S::k_down], call[S::k_down_scale], R, h);
-  Prologue low_rank((n + kTokens - 1) / kTokens * ((R + kRanks - 1) / kRanks));
-  if (packed_bytes) kernels.scaffold_pack(layout, tokens.q, n, K, tokens.extra);
+  // Of each tile: h = (down_scale * s) * (down . q), some ranks a piece, and what the kernels want packed.
+  Prologue prologue(tiles * (1 + (R + kRanks - 1) / kRanks));
+  const auto prepare = [&](int64_t piece) {
+    const int64_t tile = piece % tiles, r = (piece / tiles - 1) * kRanks, t0 = first_of(tile),
+                  t1 = first_of(tile + 1);
+    if (r >= 0) {
+      kernels.int8_matmul(of_tokens(down, t0, t1), r, std::min(r + kRanks, R));
+    } else if (packed_bytes) {
+      kernels.scaffold_pack(layout, tokens.q + t0 * K, t1 - t0, K, tokens.extra + tile * tile_room);
+    }
+  };
 
   ScaffoldArgs args{};
   args.q = tokens.q;
-  args.packed = packed_bytes ? tokens.extra : nullptr;
   args.s = tokens.s;
   args.sum = tokens.sum;
   args.bits = call[S::k_bits].as<uint8_t>();
@@ -95,13 +110,23 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
   args.n = n, args.K = K, args.M = M, args.R = R;
   args.planes = static_cast<int>(a.planes);
   args.layout = layout;
-  // Two tiles of layout 1 share each broadcast of activations.
-  const int64_t rows = layout == opset::kRow64 ? opset::kTileRows[opset::kRow64] : 32;
-  const double bytes = static_cast<double>(rows * (a.planes * K / 8 + R));
-  const double unit_ns = matmul_ns(bytes, n, layout == opset::kCanonical ? 0.5 : 0.03);
-  call.parallel((M + rows - 1) / rows, unit_ns, [&, rows](int64_t begin, int64_t end) {
-    low_rank.complete([&](int64_t i) { low_rank_piece(kernels, down, i); });
-    kernels.scaffold_matmul(args, begin * rows, std::min(end * rows, M));
+  // Two tiles of layout 1 share each broadcast of activations. Where there are several tiles of tokens, one goes through
+  // many rows before the next.
+  const int64_t rows = tiles > 1 ? 1024 : layout == opset::kRow64 ? opset::kTileRows[opset::kRow64] : 32;
+  const int64_t parts = (M + rows - 1) / rows;
+  const double bytes = static_cast<double>(std::min(rows, M) * (a.planes * K / 8 + R));
+  const double unit_ns = matmul_ns(bytes, n / tiles, layout == opset::kCanonical ? 0.5 : 0.03);
+  call.parallel(tiles * parts, unit_ns, [&, tiles, rows, parts](int64_t begin, int64_t end) {
+    prologue.complete(prepare);
+    for (int64_t tile, stop; begin < end; begin = stop) {
+      tile = begin / parts;
+      stop = std::min(end, (tile + 1) * parts);
+      ScaffoldArgs of_tile = of_tokens(args, first_of(tile), first_of(tile + 1));
+      of_tile.packed = packed_bytes ? tokens.extra + tile * tile_room : nullptr;
+      of_tile.h += first_of(tile) * R;
+      kernels.scaffold_matmul(of_tile, (begin - tile * parts) * rows,
+                              std::min((stop - tile * parts) * rows, M));
+    }
   });
 }
 
