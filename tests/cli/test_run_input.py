@@ -1,7 +1,10 @@
 """Where `dfssm run` takes its text from: an option, a file, the standard input, the lines of a chat."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from chats import add_template
@@ -88,3 +91,12 @@ def test_what_is_no_text_is_named(bundle, tmp_path, monkeypatch, arguments, stdi
 def test_without_a_template_it_says_what_is_missing(tiny_bundle):
     with pytest.raises(DfssmError, match="has no chat template; put chat_template.jinja beside"):
         run(tiny_bundle, "--chat", stdin="hello\n")
+
+
+@pytest.mark.parametrize(("words", "found"), [("dfssm ru", "run"), ("dfssm run --repet", "--repetition-penalty")])
+def test_the_shell_completes_words(words, found):
+    """As docs/runtime.md says it is asked for."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_DFSSM_COMPLETE": "bash_complete"}
+    command = [sys.executable, "-m", "dfssm.cli.main"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
+    assert done.stdout == f"plain,{found}\n"
