@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -40,6 +41,19 @@ def whole(least: int, most: int = 2**31 - 1) -> Number:
 
 def real(least: float, most: float) -> Number:
     return Number(float, least, most)
+
+
+class Duration(click.ParamType):
+    """Seconds f, written as 300s, 5m or 1.5h."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+        if not seconds:
+            self.fail(f"{value} is not a time as 300s, 5m or 1.5h", param, ctx)
+        return seconds
 
 
 SEED = whole(0, 2**63 - 1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
+from click.core import ParameterSource
 
 from dfssm.model import PACKAGES
+from dfssm.model.text import packages, text_files
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
@@ -16,7 +21,9 @@ from dfssm.opset.reading import read_file, read_text
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 
-from .options import SEED, json_option, megabytes, print_result, whole
+from .options import SEED, THREADS, Duration, json_option, megabytes, print_result, progress_bar, whole
+
+REFINE_BATCH = 4  # windows a step: with few tokens, more steps are worth more than larger ones
 
 output_option = click.option(
     "-o",
@@ -64,33 +71,106 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
 
 @click.command()
 @click.argument("teacher", type=click.Path())
+@click.option("--data", multiple=True, type=click.Path(), metavar="PATH", help="Text to calibrate on: text, JSON lines "
+              "or parquet files, or a folder of them. Repeatable.")  # fmt: skip
+@click.option("--tokens", type=whole(2), default=2**17, metavar="N", help="Tokens of --data, spread evenly over it.")
+@click.option("--window", type=whole(2, 2**20), default=512, metavar="N", help="Tokens read from an empty state.")
+@click.option("--refine", type=Duration(), metavar="TIME", help="Then train for so long: 300s, 5m or 1.5h.")
 @rank_option
 @planes_option
+@click.option(
+    "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the teacher's."
+)
+@click.option("--threads", type=THREADS, metavar="N", help="CPU threads.  [default: by PyTorch]")
 @output_option
 @json_option
-def convert(teacher, rank, planes, output, as_json) -> None:
-    """Make a 1-bit student of TEACHER without training.
+def convert(teacher, data, tokens, window, refine, rank, planes, tokenizer, threads, output, as_json) -> None:
+    """Make a student of TEACHER without training, or with a little.
 
-    A weight becomes its sign, times a per-row scale; a low-rank correction is fitted to the residual. TEACHER is the
-    folder of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). Its tokenizer.json, if it has one, is copied to the
-    folder of FILE, where dfcompile finds it, with its chat template; existing files are kept.
+    TEACHER is the folder of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). A weight becomes its sign, times a
+    per-row scale; a low-rank correction is fitted to the residual. With --data, each layer is fitted to what the
+    teacher computes on a little text, which takes minutes and is much better. --refine goes on from there as dfssm
+    distill does, on all of the text. The tokenizer.json, if there is one, is copied to the folder of FILE, where
+    dfcompile finds it, with its chat template; existing files are kept.
     """
+    given = click.get_current_context().get_parameter_source
+    for name in ("tokens", "window", "refine"):
+        if not data and given(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is for a calibration: give --data too.")
     teacher = paths.teacher(teacher)
     output = paths.output_file(output, teacher)
-    require(PACKAGES)
+    source = (
+        paths.file(tokenizer, "the teacher's own with --tokenizer", TOKENIZER) if tokenizer else teacher / TOKENIZER
+    )
+    require(PACKAGES, {"": packages(text_files(data))})
+    import torch
+
     from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import convert as convert_teacher
     from dfssm.model.hf_import import load_teacher
     from dfssm.opset.files import write_file
 
-    student = convert_teacher(load_teacher(teacher), rank, planes)
+    if threads:
+        torch.set_num_threads(threads)
+    calibration = None
+    if refine:
+        student, calibration = _refined(teacher, data, source, tokens, window, rank, planes, refine)
+    elif data:
+        student, calibration = _calibrated(teacher, data, source, tokens, window, rank, planes)
+    else:
+        student = convert_teacher(load_teacher(teacher, widen=False), rank, planes)
     save_student(output, *student)
-    tokenizer = teacher / TOKENIZER
-    if tokenizer.is_file() and output.is_file():  # nothing lies beside a device
-        for source in (tokenizer, *chat.beside(tokenizer)):
-            if not (copy := output.with_name(source.name)).exists():
-                write_file(copy, read_file(source))
-    print_result(_report(output, *student), as_json, _text)
+    if source.is_file() and output.is_file():  # nothing lies beside a device
+        for file, name in ((source, TOKENIZER), *((file, file.name) for file in chat.beside(source))):
+            if not (copy := output.with_name(name)).exists():
+                write_file(copy, read_file(file))
+    print_result(_report(output, *student) | {"calibration": calibration}, as_json, _text)
+
+
+def _calibrated(teacher, data, tokenizer, tokens, window, rank, planes) -> tuple:
+    """Configuration and tensors of a student that is calibrated on text, and what the report has of that."""
+    import torch
+
+    from dfssm.distill.data import open_tokenizer, sample
+    from dfssm.model.calibrate import calibrate
+    from dfssm.model.hf_import import load_teacher
+
+    model = load_teacher(teacher, widen=False)
+    config = model.config
+    found, ends = open_tokenizer(tokenizer, config)
+    model.config = dataclasses.replace(config, eos_token_id=ends)  # which the student takes over
+    windows = sample(data, found, ends[0], config.vocab_size, tokens, window)
+    begin = time.perf_counter()
+    with progress_bar("calibrate") as progress:
+        student, tensors, errors = calibrate(model, torch.from_numpy(windows), rank, planes, progress)
+    seconds = round(time.perf_counter() - begin, 3)
+    return (student, tensors), {"tokens": windows.size, "window": window, "seconds": seconds, "errors": errors}
+
+
+def _refined(teacher, data, tokenizer, tokens, window, rank, planes, seconds) -> tuple:
+    """As _calibrated, and then trained for so many seconds."""
+    import torch
+
+    from dfssm.distill.distributed import Ranks
+    from dfssm.distill.recipe import RECIPES
+    from dfssm.distill.run import Job, distill
+    from dfssm.distill.trainer import Schedule
+    from dfssm.model.checkpoint import load_student_tensors
+
+    never = 2**31
+    recipe = dataclasses.replace(
+        RECIPES["binary"], rank=rank, planes=planes, init="calibrated", init_tokens=max(window, tokens)
+    )
+    schedule = Schedule(
+        never, REFINE_BATCH, REFINE_BATCH, window, save_every=never, evaluate_every=never, seconds=seconds
+    )
+    begin = time.perf_counter()
+    with TemporaryDirectory(prefix="dfssm-") as folder:
+        job = Job(teacher, data, Path(folder), recipe, schedule, held_out=0.0, tokenizer=tokenizer)
+        result = distill(job, Ranks(0, 1, torch.device("cpu")))
+        student = load_student_tensors(Path(folder) / result["model"])  # mapped: it outlives the folder
+    seconds = round(time.perf_counter() - begin, 3)
+    return student, {"tokens": result["tokens"], "window": window, "seconds": seconds, "errors": {}}
 
 
 def _read_config(path: Path):
@@ -120,8 +200,9 @@ def _report(output: Path, config, tensors: dict) -> dict:
 
 
 def _text(result: dict) -> str:
-    config = result["config"]
+    config, found = result["config"], result.get("calibration")
     return (
         f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers, "
         f"d_model {config['d_model']}, rank {config['rank']}, planes {config['planes']}"
+        + (f"; calibrated on {found['tokens']:,} tokens in {found['seconds']:.0f} s" if found else "")
     )

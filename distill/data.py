@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Protocol
@@ -14,17 +15,25 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dfssm.model.text import batches, documents, text_files
+from dfssm.opset import paths
+from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import new_folder, writing
-from dfssm.targets.text import document, encode_documents
+from dfssm.targets.bundle import TOKENIZER
+from dfssm.targets.text import document, encode_documents, end_tokens, load_tokenizer
+
+from .held_out import cut_windows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from dfssm.model.config import Mamba2Config
 
     from .distributed import Ranks
 
 TOKEN = np.dtype("<u4")
 _TOKENS, _RECORD = "tokens.u32", "tokens.json"
+_READ = 64  # characters read for each token of a sample
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,19 @@ class Windows:
         self._position = state["position"]
 
 
+def open_tokenizer(path: Path, config: Mamba2Config) -> tuple[Tokenizer, tuple[int, ...]]:
+    """The tokenizer of a teacher, and the ids that end a text; the first separates documents. DfssmError where it is
+    not the teacher's, or nothing ends a text.
+    """
+    give, vocab = "the teacher's own with --tokenizer", config.vocab_size
+    file = paths.file(path, give, TOKENIZER)
+    tokenizer = load_tokenizer(file, give, vocab)
+    ends = end_tokens(config.eos_token_id, tokenizer) or (vocab,)
+    if max(ends) >= vocab:
+        raise DfssmError(f"{file}: has no {END_OF_TEXT} among the teacher's {vocab} tokens")
+    return tokenizer, ends
+
+
 def tokenize(
     paths: Sequence[Path],
     tokenizer: Tokenizer,
@@ -124,6 +146,36 @@ def tokenize(
             _require_windows(train, tokens)
             (draft / _RECORD).write_text(json.dumps({"source": source, "train": train, "held_out": held}))
     return open_tokens(folder)
+
+
+def sample(
+    paths: Sequence[Path], tokenizer: Tokenizer, end: int, vocab_size: int, tokens: int, window: int
+) -> np.ndarray:
+    """Windows i64[n,window] of files, about `tokens` tokens, spread evenly over the text. Nothing is written.
+
+    Of each file no more is read than its share of 64 characters for each token wanted. Raises DfssmError if the text
+    has less than two windows, and as `tokenize`.
+    """
+    files = text_files(paths)
+    share = max(1, _READ * tokens // len(files))
+    texts = chain.from_iterable(_beginning(documents(file), share) for file in files)
+    parts = [encode(batch, tokenizer, end, vocab_size) for batch in batches(texts)]
+    ids = np.concatenate(parts) if parts else np.empty(0, TOKEN)
+    if len(ids) < 2 * window:
+        raise DfssmError(
+            f"{', '.join(map(str, paths))}: has {len(ids):,} tokens, two windows of {window:,} need {2 * window:,}; "
+            "give more --data or a smaller --window"
+        )
+    return cut_windows(ids, window, tokens)[:, :-1]
+
+
+def _beginning(texts: Iterable[str], most: int) -> Iterator[str]:
+    """Texts up to `most` characters together."""
+    for text in texts:
+        yield text[:most]
+        most -= len(text)
+        if most <= 0:
+            return
 
 
 def open_files(

@@ -43,6 +43,13 @@ class Ranks:
         dist.broadcast(value, 0)
         return bool(value)
 
+    def share(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first rank's tensors, in place."""
+        if self.world > 1:
+            for tensor in tensors.values():
+                dist.broadcast(tensor, 0)
+        return tensors
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

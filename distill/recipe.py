@@ -33,8 +33,12 @@ class Recipe:
     )
     anneal_share: float = _number(0.5, 0, 1, "Share of the scaffold's training over which they are annealed.")
     init: str = _choice(
-        "svd", ["activations", "zero"], "Initial low rank: SVD of the residual, the same weighted by activations, or 0."
+        "svd",
+        ["activations", "zero", "calibrated"],
+        "Start at the data-free conversion: with the SVD of the residual as its low rank, the same weighted by "
+        "activations, or 0; or at the calibrated conversion, on --init-tokens.",
     )
+    init_tokens: int = _number(2**17, 1, 2**40, "Tokens of the training text to calibrate on.")
     activations: str = _choice("int8", ["float"], "Inputs of the projections in training.")
     train_float: bool = dataclasses.field(
         default=True, metadata={"help": "Also train the norms, the convolution, A, D, dt and the embedding."}

@@ -19,19 +19,16 @@ from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import text_files
-from dfssm.opset import paths
-from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import write_file
 from dfssm.opset.paths import STUDENT
 from dfssm.opset.reading import read_file
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
-from dfssm.targets.text import end_tokens, load_tokenizer
 
 from . import PREFIX
 from .checkpoint import Checkpoints
-from .data import Source, Windows, open_files
+from .data import Source, Windows, open_files, open_tokenizer
 from .distributed import Ranks, shard
 from .held_out import Measured, cut_windows, held_out_loss
 from .log import Sink, open_sinks
@@ -42,8 +39,6 @@ from .stream import StreamedWindows
 from .student import begin, data_free, finish, move_to, other_forms, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
-
-_GIVE = "the teacher's own with --tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +120,8 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
 
     teacher = load_teacher(job.teacher).requires_grad_(False).eval()
     vocab = teacher.config.vocab_size
-    file = _tokenizer_file(job)
-    tokenizer = load_tokenizer(file, _GIVE, vocab)
-    end, *_ = ends = end_tokens(teacher.config.eos_token_id, tokenizer) or (vocab,)
-    if max(ends) >= vocab:
-        raise DfssmError(f"{file}: has no {END_OF_TEXT} among the teacher's {vocab} tokens")
+    tokenizer, ends = open_tokenizer(_tokenizer_file(job), teacher.config)
+    end = ends[0]
     teacher.config = dataclasses.replace(teacher.config, eos_token_id=ends)  # which the student takes over
 
     begun = bool(Checkpoints(job.output / "checkpoints", ranks).steps())
@@ -239,7 +231,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     result = {
         "recipe": dataclasses.asdict(recipe),
         "schedule": dataclasses.asdict(job.schedule),
-        "tokens": job.schedule.steps * job.schedule.batch * job.schedule.tokens,
+        "tokens": trainer.step * job.schedule.batch * job.schedule.tokens,
         "held_out_tokens": windows[:, 1:].size,
         "seconds": trainer.seconds,
         "perplexity": measured.perplexity,
@@ -255,4 +247,4 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
 
 
 def _tokenizer_file(job: Job) -> Path:
-    return paths.file(job.tokenizer or job.teacher / TOKENIZER, _GIVE, TOKENIZER)
+    return job.tokenizer or job.teacher / TOKENIZER

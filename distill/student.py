@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from dfssm.model.calibrate import calibrate
 from dfssm.model.checkpoint import save_student
 from dfssm.model.convert import convert, student_from_teacher
 from dfssm.model.quant import dequantized
@@ -34,8 +37,9 @@ def data_free(teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
 def begin(teacher: Mamba2LM, recipe: Recipe, source: Source, seed: int, ranks: Ranks) -> DFSSMLM:
     """The student of `teacher` before its first step; `source` stays where it is."""
     sizes = activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
+    tensors = calibrated(teacher, source, recipe, ranks) if recipe.init == "calibrated" else None
     torch.manual_seed(seed)
-    student = student_from_teacher(teacher, recipe.rank, recipe.planes, sizes)
+    student = student_from_teacher(teacher, recipe.rank, recipe.planes, sizes, tensors)
     layers = train_as(student, recipe)
     if recipe.init == "zero":
         zero_low_rank(layers)
@@ -55,6 +59,19 @@ def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
         float_activations=recipe.activations == "float",
         window=recipe.ste_window,
     )
+
+
+def calibrated(teacher: Mamba2LM, source: Source, recipe: Recipe, ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of the calibrated conversion, on the first windows of `source`, which stays where it is."""
+    state = source.state_dict()
+    first = source.take(1)
+    more = max(1, recipe.init_tokens // (first.shape[1] - 1)) - 1
+    windows = np.concatenate([first, source.take(more)]) if more else first
+    source.load_state_dict(state)  # training begins at the first window
+    ids = torch.from_numpy(windows).to(ranks.device)[:, :-1]
+    with tqdm(desc="calibrate", total=teacher.config.n_layer, disable=None if ranks.first else True) as bar:
+        found = calibrate(teacher, ids, recipe.rank, recipe.planes, lambda done, of: bar.update(done - bar.n))
+    return ranks.share(found[1])  # ranks see other windows: the first one's student is everybody's
 
 
 @torch.no_grad()

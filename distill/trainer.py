@@ -30,7 +30,8 @@ MAX_NORM = 1.0  # of the gradient
 class Schedule:
     """`steps` of `batch` windows of `tokens` tokens, over all ranks; `micro_batch` windows at a time on a rank.
 
-    `keep`: checkpoints that stay, the newest.
+    `seconds`: of training, after which the run ends before all steps are taken; it then goes by the clock. `keep`:
+    checkpoints that stay, the newest.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class Schedule:
     save_every: int = 200
     evaluate_every: int = 200
     keep: int = 2
+    seconds: float | None = None
 
     def parts(self, ranks: Ranks) -> int:
         """Micro-batches of a step on one rank. DfssmError if they do not come out even."""
@@ -96,6 +98,18 @@ class Trainer:
         """Of the run, as far as is known by now."""
         return min(self.schedule.steps, self.ends()) if self.ends else self.schedule.steps
 
+    @property
+    def progress(self) -> float:
+        """From 0 to 1: of the middle of the next step, or by the clock where that is further."""
+        by_steps, most = (self.step + 0.5) / self.schedule.steps, self.schedule.seconds
+        return by_steps if most is None else max(by_steps, min(1.0, self.seconds / most))
+
+    @property
+    def done(self) -> bool:
+        """Whether the run ends here: the same on every rank."""
+        most = self.schedule.seconds
+        return self.step >= self.steps or (most is not None and self.ranks.agree(self.seconds >= most))
+
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False if there is none. DfssmError if it is of another schedule."""
         steps = self.checkpoints.steps()
@@ -124,8 +138,7 @@ class Trainer:
             self.log.cut(0)  # lines of a run that did not come to a checkpoint
         self.model.train()
         for _ in self._progress():
-            progress = (self.step + 0.5) / schedule.steps
-            rates, extra = self.rates(progress), self.before(progress)
+            rates, extra = self.rates(self.progress), self.before(self.progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = rates[group["name"]]
             found = self._step()
@@ -133,7 +146,7 @@ class Trainer:
             self.seconds = time.perf_counter() - begin
             for name, value in found.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
-            done = self.step >= self.steps
+            done = self.done
             if self.step % schedule.log_every == 0 or done:
                 steps, seconds = self.step - self.logged[0], self.seconds - self.logged[1]
                 means = {name: total / steps for name, total in self.sums.items()}
@@ -201,7 +214,7 @@ class Trainer:
     def _progress(self) -> Iterator[int]:
         size = self.schedule.batch * self.schedule.tokens
         with tqdm(
-            total=self.steps * size,
+            total=self.steps * size if self.schedule.seconds is None else None,
             initial=self.step * size,
             desc="train",
             unit="tok",
@@ -210,9 +223,10 @@ class Trainer:
             dynamic_ncols=True,
             disable=None if self.ranks.first else True,
         ) as bar:
-            while self.step < self.steps:
+            while not self.done:
                 yield self.step
-                bar.total = self.steps * size
+                by_clock = self.steps if self.schedule.seconds is None else round(self.step / self.progress)
+                bar.total = min(self.steps, by_clock) * size
                 bar.update(size)
                 bar.set_postfix(self.log.shown, refresh=False)
 

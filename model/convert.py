@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from dfssm.opset.errors import DfssmError, reason
 
 from .config import DFSSMConfig, Mamba2Config
-from .quant import quantize_rows
+from .quant import quantize_rows, unpack_bits
 from .student import DFSSMLM, BinaryLinear
 from .teacher import Mamba2LM, initial
-from .tensors import FLOAT, ROWS, SCAFFOLD, weights
+from .tensors import FLOAT, PARTS, ROWS, SCAFFOLD, weights
+
+_TINY = torch.finfo(torch.float32).tiny
+_NEAR = 1e-3  # least size of a latent
 
 
 def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +30,7 @@ def binarize(weight: Tensor, planes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     latents, scales, residual = [], [], weight.float()
     for _ in range(planes):
         scale = residual.abs().mean(-1, keepdim=True)
-        latents.append(residual / scale.clamp_min(torch.finfo(torch.float32).tiny))
+        latents.append(residual / scale.clamp_min(_TINY))
         scales.append(scale[:, 0])
         residual = residual - scale * torch.where(residual > 0, 1.0, -1.0)
     return torch.stack(latents), torch.stack(scales), residual
@@ -75,20 +79,50 @@ def binary_linear_from(weight: Tensor, rank: int, planes: int, sizes: Tensor | N
     return linear.requires_grad_(True)
 
 
+def trainable_from(weight: Tensor, tensors: dict[str, Tensor]) -> BinaryLinear:
+    """A trainable projection that starts at a packed one, of which these are the `tensors` by name.
+
+    A latent has the sign that the bit has, and the size of what the larger planes leave of weight[M,K], in units of its
+    scale: what weighs little is near to flipping.
+    """
+    signs, scale = unpack_bits(tensors["bits"]), tensors["scale"]
+    down, up = (tensors[part] * tensors[f"{part}_scale"][:, None] for part in ("down", "up"))
+    planes = list(zip(signs, scale, strict=True)) if signs.ndim == 3 else [(signs, scale)]
+    rest, latents = weight.detach().float() - up @ down, []
+    for sign, size in planes:
+        latents.append(sign * (rest / size[:, None].clamp_min(_TINY)).abs().clamp_min(_NEAR))
+        rest = rest - size[:, None] * sign
+    latent = torch.stack(latents).view(signs.shape)
+    with torch.device("meta"):
+        linear = BinaryLinear(weight.shape[1], weight.shape[0], len(down), len(planes))
+    values = {"latent": latent, "scale": scale.clone(), "down": down, "up": up}
+    linear.load_state_dict(values, assign=True)
+    return linear.requires_grad_(True)
+
+
 def student_from_teacher(
-    teacher: Mamba2LM, rank: int = 16, planes: int = 1, sizes: dict[str, Tensor] | None = None
+    teacher: Mamba2LM,
+    rank: int = 16,
+    planes: int = 1,
+    sizes: dict[str, Tensor] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> DFSSMLM:
     """A trainable student that starts at the data-free conversion of `teacher`; float parts are copies.
 
-    `sizes`: of the inputs of each projection, by its name (layers.0.in_proj), see low_rank.
+    `sizes`: of the inputs of each projection, by its name (layers.0.in_proj), see low_rank. `tensors`: of model.pt, as
+    whose projections it starts instead.
     """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
     student = DFSSMLM(config).to(teacher.norm_f.weight.device)
     shared = dict(teacher.state_dict())
     for weight in weights(config):
         if weight.form == SCAFFOLD:
-            path = weight.name.removesuffix(".weight")
-            linear = binary_linear_from(shared.pop(weight.name), rank, planes, sizes[path] if sizes else None)
+            path, value = weight.name.removesuffix(".weight"), shared.pop(weight.name)
+            if tensors:
+                parts = {name: tensors[weight.part(name)] for name in PARTS[SCAFFOLD]}
+                linear = trainable_from(value, parts)
+            else:
+                linear = binary_linear_from(value, rank, planes, sizes[path] if sizes else None)
             student.set_submodule(path, linear)
     student.load_state_dict(student.state_dict() | shared)
     return student
@@ -101,19 +135,29 @@ def convert(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> tuple[DFSSMCo
     Returns the configuration and the tensors of model.pt; one projection is held in fp32 at a time.
     """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
+    return config, packed(teacher, config, lambda _, value: binary_linear_from(value, rank, planes).export_tensors())
+
+
+@torch.no_grad()
+def packed(
+    teacher: Mamba2LM, config: DFSSMConfig, projection: Callable[[str, Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of model.pt: those that `projection` makes of each projection's path and weight[M,K], the token
+    tables as int8 rows, all else as the teacher has it.
+    """
     floats = teacher.state_dict()
     tensors: dict[str, Tensor] = {}
     for weight in weights(config):
         value = floats[weight.name]
         if weight.form == SCAFFOLD:
-            exported = binary_linear_from(value, rank, planes).export_tensors()
-            tensors |= {weight.part(name): tensor for name, tensor in exported.items()}
+            made = projection(weight.name.removesuffix(".weight"), value)
+            tensors |= {weight.part(name): tensor for name, tensor in made.items()}
         elif weight.form == ROWS:
             q, scale = quantize_rows(value)
             tensors |= {weight.name: q.to(torch.int8), weight.part("scale"): scale.clone()}
         else:
             tensors[weight.name] = value.float().clone()
-    return config, tensors
+    return tensors
 
 
 def init_student(

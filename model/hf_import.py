@@ -32,8 +32,9 @@ _BACKBONE = "backbone."
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def load_teacher(path: str | Path) -> Mamba2LM:
-    """Read a checkpoint folder into an fp32 Mamba2LM, whatever float type it is stored in.
+def load_teacher(path: str | Path, widen: bool = True) -> Mamba2LM:
+    """Read a checkpoint folder into an fp32 Mamba2LM, whatever float type it is stored in. Not to `widen` it leaves the
+    tensors in that type, mapped from the file where its format allows: for what takes one layer at a time.
 
     Layouts: transformers (config.json has model_type mamba2) and mamba_ssm (config.json has ssm_cfg); weights
     in model.safetensors or pytorch_model.bin, whole or sharded. Raises DfssmError as the module says.
@@ -59,7 +60,7 @@ def load_teacher(path: str | Path) -> Mamba2LM:
             loaded[weight.name] = torch.zeros(weight.shape(config))
         else:
             tensor = _take(source, tensors, weight.source, weight.source_shape(config))
-            loaded[weight.name] = tensor.view(weight.shape(config))
+            loaded[weight.name] = (tensor.float() if widen else tensor).view(weight.shape(config))
     if tensors:
         raise DfssmError(f"{source}: tensor {min(tensors)} does not belong to the model of {CONFIG_FILE}")
     with torch.device("meta"):
@@ -106,7 +107,7 @@ def _plain_names(source: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Remove a tensor from `tensors`, checked and as fp32."""
+    """Remove a tensor from `tensors`, checked."""
     if name not in tensors:
         raise DfssmError(f"{source}: tensor {name} is missing; copy the checkpoint again")
     tensor = tensors.pop(name)
@@ -117,7 +118,7 @@ def _take(source: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int,
         raise DfssmError(f"{source}: tensor {name} is {tensor.dtype}; it must be {' or '.join(_FLOATS.values())}")
     if not tensor.isfinite().all():
         raise DfssmError(f"{source}: tensor {name} holds NaN or infinity; copy or train the checkpoint again")
-    return tensor.float()
+    return tensor
 
 
 def _drop_tied_head(source: Path, tensors: dict[str, Tensor]) -> None:

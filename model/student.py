@@ -61,12 +61,7 @@ class BinaryLinear(nn.Module):
     @torch.no_grad()
     def export_tensors(self) -> dict[str, Tensor]:
         """The tensors of the packed form, by name."""
-        return {
-            "bits": pack_bits(self.latent),
-            "scale": self.scale.detach().float().clone(),
-            **_export_rows("down", self.down),
-            **_export_rows("up", self.up),
-        }
+        return export_projection(self.latent, self.scale, self.down, self.up)
 
 
 class PackedBinaryLinear(nn.Module):
@@ -205,6 +200,16 @@ def from_tensors(config: DFSSMConfig, tensors: dict[str, Tensor], state_dtype: s
 def load_student(path: str | Path, state_dtype: str = "fp32") -> DFSSMLM:
     """Read a model.pt or .safetensors into a packed student; DfssmError as `load_student_tensors`."""
     return from_tensors(*load_student_tensors(path), state_dtype)
+
+
+def export_projection(latent: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """The tensors of model.pt, by name (PARTS), of latents as a BinaryLinear has them."""
+    return {
+        "bits": pack_bits(latent),
+        "scale": scale.detach().float().clone(),
+        **_export_rows("down", down),
+        **_export_rows("up", up),
+    }
 
 
 def _export_rows(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -186,11 +186,16 @@ class Mamba2Block(nn.Module):
 
     def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden[B,T,D] and the layer's states -> hidden[B,T,D] and the new states."""
-        z, xBC, dt = self.in_proj(self.norm(hidden)).split(self.in_proj_split, dim=-1)
+        mixed, conv_state, ssm_state = self.mix(self.in_proj(self.norm(hidden)), conv_state, ssm_state)
+        return hidden + self.out_proj(mixed), conv_state, ssm_state
+
+    def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies between the projections: the output of in_proj [B,T,d_in_proj] -> the input of out_proj."""
+        z, xBC, dt = projected.split(self.in_proj_split, dim=-1)
         xBC, conv_state = self.conv(xBC, conv_state)
         x, B, C = xBC.split(self.conv_split, dim=-1)
         y, ssm_state = self.scan(x, dt, B, C, ssm_state)
-        return hidden + self.out_proj(self.gated_norm(y, z)), conv_state, ssm_state
+        return self.gated_norm(y, z), conv_state, ssm_state
 
 
 class Mamba2LM(nn.Module):

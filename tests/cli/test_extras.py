@@ -35,6 +35,9 @@ MISSING = {
     ),
     INIT: STUDENT,
     "dfssm convert teacher -o new.pt": STUDENT,
+    "dfssm convert teacher -o new.pt --data more": lacks(
+        "torch", "pyarrow", install=f"'dfssm[compile]' 'pyarrow>={LEAST['distill']['pyarrow']}'"
+    ),
     "dfssm inspect model.pt": STUDENT,
     "dfssm compare b model.pt": lacks("torch", "onnx", "polygraphy", install="'dfssm[compile]'"),
     "dfssm verify b --bisect": lacks("onnx", install="'dfssm[compile]'"),

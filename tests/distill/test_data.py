@@ -10,7 +10,7 @@ import tiny
 from tokenizers import Tokenizer
 
 from dfssm.distill import data
-from dfssm.distill.data import Windows, open_tokens, tokenize
+from dfssm.distill.data import Windows, open_tokens, sample, tokenize
 from dfssm.opset import DfssmError, files
 from dfssm.opset.endings import END_OF_TEXT
 
@@ -226,3 +226,29 @@ class TestWindows:
         with pytest.raises(DfssmError, match=message):
             Windows(np.arange(length), 10, 0)
         assert Windows(np.arange(20), 10, 0).per_epoch == 1
+
+
+class TestSample:
+    @pytest.fixture
+    def take(self, tokenizer):
+        """take(paths, tokens, window=8) -> the windows of a sample."""
+        return lambda paths, tokens, window=8: sample(paths, tokenizer, END, VOCAB, tokens, window)
+
+    def test_windows_are_spread_over_all_files(self, write, take):
+        paths = [write(letter * 400, f"{letter}.txt") for letter in "abc"]
+        windows = take(paths, 80)
+        assert windows.shape == (10, 8) and windows.dtype == np.int64
+        found = [set(window) - {END} for window in windows.tolist()]
+        assert len(set(map(frozenset, found))) >= 3
+        assert take(paths, 10**6).size > 1100  # all there is, but for the end
+
+    def test_no_more_is_read_than_is_needed(self, write, take, encodings):
+        take([write("hello " * 10_000, "a.txt"), write("abc " * 10_000, "b.txt")], tokens=20)
+        assert [len(text) for batch in encodings for text in batch] == [640, 640]
+
+    @pytest.mark.parametrize("content", ["", "hello", " \n"])
+    def test_too_little_text(self, write, take, content):
+        with pytest.raises(
+            DfssmError, match="a.txt: has [0-3] tokens, two windows of 8 need 16; give more --data or a"
+        ):
+            take([write(content)], 100)

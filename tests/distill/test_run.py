@@ -187,6 +187,13 @@ class TestRecipes:
         ups = [p for p in seen[-1]["low_rank"] if p.shape[1] == 4]
         assert len(ups) == 4 and all(up.abs().mean() > 1e-4 for up in ups)
 
+    @pytest.mark.parametrize("planes", [1, 2])
+    def test_a_calibrated_student_begins_nearer(self, distill, tmp_path, planes):
+        for init in ("svd", "calibrated"):
+            distill(tmp_path / init, init=init, init_tokens=1000, planes=planes, steps=1)
+        free, calibrated = (self.losses(tmp_path / init)[0]["kl"] for init in ("svd", "calibrated"))
+        assert calibrated < 0.8 * free
+
     @pytest.mark.parametrize(
         "options",
         [

@@ -172,6 +172,24 @@ class TestSteps:
         assert Schedule(4, 8, 2).parts(Ranks(0, 2, torch.device("cpu"))) == 2
 
 
+class TestByTheClock:
+    def test_the_rates_follow_it_and_the_run_ends_with_it(self, trainer, monkeypatch):
+        clock = iter(range(10**6))
+        monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # a second passes at each look
+        t = trainer(steps=1000, seconds=30, log_every=1)
+        seen = []
+        t.rates = lambda progress: seen.append(progress) or rates(progress)
+        t.train()
+        assert t.step < 40 and t.seconds >= 30 > log(t)[-2]["seconds"]
+        assert seen[0] == 0.5 / 1000 and seen == sorted(seen) and 0.9 < seen[-1] < 1
+        assert t.checkpoints.steps()[-1] == t.step
+
+    def test_all_steps_taken_end_it_earlier(self, trainer):
+        t = trainer(seconds=1e9)
+        t.train()
+        assert t.step == 12
+
+
 class TestALossThatIsNotFinite:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_ends_the_run_in_one_line_before_it_reaches_a_parameter(self, trainer, bad):

@@ -93,6 +93,19 @@ def test_trainable_student_starts_at_the_conversion(rank, planes, tied):
     assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("rank, planes", [(0, 1), (4, 1), (4, 3)])
+@torch.no_grad()
+def test_trainable_student_starts_at_a_packed_one(rank, planes, teacher):
+    _, tensors = init_student(CONFIG, 3, rank, planes)
+    exported = student_from_teacher(teacher, rank, planes, tensors=tensors).export_tensors()
+    for name in ("layers.0.in_proj", "layers.1.out_proj"):
+        assert all(torch.equal(exported[f"{name}.{part}"], tensors[f"{name}.{part}"]) for part in ("bits", "scale"))
+        # A row whose largest code was not 127 gets new codes, each at most half a step from the old value.
+        wanted, found = weights(tensors, name), weights(exported, name)
+        assert torch.dist(found, wanted) < 0.02 * wanted.norm()
+    assert torch.equal(exported["layers.0.scan.D"], teacher.layers[0].scan.D)
+
+
 def test_trainable_student_shares_nothing_with_its_teacher(teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     student = student_from_teacher(teacher, 2)
