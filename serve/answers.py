@@ -95,6 +95,27 @@ class Completions:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
 
+class Chats(Completions):
+    """Answers of /v1/chat/completions."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _text(self, text: str, whole: bool, begun: bool) -> dict[str, Any]:
+        role = {} if begun else {"role": "assistant"}
+        return {"message" if whole else "delta": role | {"content": text}}
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs], since: int) -> dict[str, Any]:
+        content = [
+            self._entry(entry.token, entry.logprob) | {"top_logprobs": [self._entry(*pair) for pair in entry.top]}
+            for entry in entries[since:]
+        ]
+        return {"content": content}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        name = self._token(token)
+        return {"token": name, "logprob": logprob, "bytes": None if "\ufffd" in name else list(name.encode())}
+
+
 def usage(texts: Texts) -> dict[str, Any]:
     """The tokens of the prompts, each counted once, and of the texts."""
     generated = sum(len(request.tokens) for request in texts.requests)

@@ -18,11 +18,11 @@ from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine, Scheduler
 
 from . import errors
-from .answers import Completions
+from .answers import Chats, Completions
 from .errors import ApiError
 from .guard import Guard
 from .metrics import Metrics
-from .schema import CompletionRequest, TextRequest
+from .schema import ChatRequest, CompletionRequest, TextRequest
 from .service import Limits, Service, Texts
 
 PAGE = Path(__file__).with_name("page.html")
@@ -49,7 +49,7 @@ def create_app(
     Args: `name`: of the model, to clients. `key`: the API key, None for none.
     """
     service, metrics, page = Service(engine, scheduler, name, limits), Metrics(scheduler), PAGE.read_text("utf-8")
-    completions = Completions(engine, name)
+    completions, chats = Completions(engine, name), Chats(engine, name)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +91,14 @@ def create_app(
             raise ApiError(400, f"best_of is {body.best_of}: only n texts are made, leave it out", param="best_of")
         config = service.config(partial(body.config, logprobs=body.logprobs), body.tokens, COMPLETION_TOKENS)
         return await respond(completions, body, request, await service.texts(body.prompts, body.n, config))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        service.require_model(body.model)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        config = service.config(partial(body.config, logprobs=logprobs), body.tokens, limits.tokens)
+        ids = await asyncio.to_thread(engine.chat_prompt, [message.plain for message in body.messages])
+        return await respond(chats, body, request, await service.texts([ids], body.n, config))
 
     return app
 

@@ -40,7 +40,11 @@ class Service:
 
     def __init__(self, engine: Engine, scheduler: Scheduler, name: str, limits: Limits):
         self.engine, self.scheduler, self.name, self.limits = engine, scheduler, name, limits
-        self.model = {"id": name, "object": "model", "created": int(time()), "owned_by": "dfssm"}
+        try:
+            chat = bool(engine.chat_template)
+        except DfssmError:  # it has none
+            chat = False
+        self.model = {"id": name, "object": "model", "created": int(time()), "owned_by": "dfssm", "chat": chat}
 
     def require_model(self, name: str | None) -> None:
         """ApiError where a request names another model."""
