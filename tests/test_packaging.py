@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = {path.name for path in (ROOT / "dfssm").iterdir() if path.is_symlink()}
 NOT_SHIPPED = {"dfssm/bench/kernels.py"}  # needs dfssm._native
 EXPORTS = ["RegisterCustomOps", *(f"dfssm_cpu_{name}" for name in ("clock", "error", "isa", "isas"))]
-EXPORTS += ["dfssm_memory_bandwidth", "dfssm_memory_patterns"]
+EXPORTS += ["dfssm_memory_bandwidth", "dfssm_memory_patterns", "dfssm_op_seconds", "dfssm_time_ops"]
 
 pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
 

@@ -215,7 +215,7 @@ class TestRun:
         options = "--seed 3 --micro-batch 1 --log-every 1 --save-every 1 --evaluate-every 2 --keep 1"
         found = json.loads(distill(*options.split(), "--json").stdout)["schedule"]
         expected = {"steps": 2, "batch": 2, "micro_batch": 1, "tokens": 16, "seed": 3}
-        assert found == expected | {"log_every": 1, "save_every": 1, "evaluate_every": 2, "keep": 1}
+        assert found == expected | {"log_every": 1, "save_every": 1, "evaluate_every": 2, "keep": 1, "seconds": None}
 
     def test_resume(self, distill):
         first = json.loads(distill("--json").stdout)
