@@ -86,15 +86,23 @@ def test_the_teacher_stays_as_it_was_and_may_be_fp16(teacher, windows):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 65)])  # one token; and one more than a chunk
-def test_text_of_any_shape(teacher, shape):
+def test_text_of_any_shape(teacher, shape, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST", 0)
     config, tensors, _ = calibrate(teacher, torch.randint(64, shape), 1)
     check_tensors("calibrated", config, tensors)
 
 
 def test_progress_counts_the_layers(teacher, windows):
     seen = []
-    calibrate(teacher, windows[:2], 0, progress=lambda done, of: seen.append((done, of)))
+    calibrate(teacher, windows, 0, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_text_that_makes_a_student_worse_is_refused(teacher, windows):
+    least = 4 * CONFIG.d_inner
+    with pytest.raises(DfssmError, match=f"has {least - 1} tokens, too few .* at least {least}, or convert without"):
+        calibrate(teacher, windows.flatten()[None, : least - 1], 2)
+    calibrate(teacher, windows.flatten()[None, :least], 2)
 
 
 def test_numbers_that_are_not_finite_are_named(windows):
