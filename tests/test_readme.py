@@ -52,9 +52,11 @@ def steps() -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """What the README's lines name, as small as it goes: the examples, a teacher, questions."""
+    """What the README's lines name, as small as it goes: the examples, a teacher, text, questions."""
     examples = shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     held_out = examples / "demo/teacher/held_out.txt"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(held_out.read_text()[:12000])
     held_out.write_text(held_out.read_text()[:4000])
     (tmp_path / "TEACHER").symlink_to(examples / "demo/teacher")
     (tmp_path / "questions").mkdir()

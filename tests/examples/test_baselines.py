@@ -1,0 +1,72 @@
+"""04_baselines.py: what the baselines round to."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dfssm.model.config import Mamba2Config
+from dfssm.model.quant import dequantized
+from dfssm.model.rounding import damped
+from dfssm.model.teacher import Mamba2LM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("baselines", ROOT / "examples" / "04_baselines.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(m, k):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, k, generator=g) @ torch.randn(k, k, generator=g)
+    return torch.randn(m, k, generator=g), (x.T @ x).double()
+
+
+@pytest.mark.parametrize("bits, group", [(2, 0), (4, 0), (2, 32)])
+def test_to_the_nearest_level(example, bits, group):
+    weight, _ = draw(6, 64)
+    found, spent = example.round_to_nearest(weight, bits, group)
+    assert spent == bits + 32 / (group or 64)
+    for row, rounded in zip(
+        weight.numpy().reshape(-1, group or 64), found.numpy().reshape(-1, group or 64), strict=True
+    ):
+        levels = np.linspace(*(float(np.float16(end)) for end in (row.min(), row.max())), 2**bits)
+        expected = levels[np.abs(row[:, None] - levels).argmin(-1)]
+        np.testing.assert_allclose(rounded, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("planes, bits", [(1, 1.8), (1, 2.2), (2, 3.0)])
+def test_refined_binarisation_stays_in_its_bits_and_makes_errors_good(example, planes, bits):
+    weight, moment = draw(48, 96)
+    found, spent = example.refined_binarisation(weight, moment, planes, bits)
+    assert planes < spent <= bits
+    rows, columns = example._scales(weight, planes)  # without the moment, and without columns that get more
+    rest, plain = weight, torch.zeros_like(weight)
+    for row in rows:
+        plain += row[:, None] * columns * torch.where(rest > 0, 1.0, -1.0)
+        rest = weight - plain
+
+    def energy(apart):
+        return float(((apart.double() @ damped(moment)) * apart.double()).sum())
+
+    assert energy(weight - found) < 0.8 * energy(weight - plain)
+
+
+@torch.no_grad()
+def test_what_is_not_rounded_is_the_teacher_on_int8_activations(example):
+    torch.manual_seed(0)
+    teacher = Mamba2LM(Mamba2Config(vocab_size=40, d_model=32, n_layer=2, d_state=8, headdim=8)).eval()
+    windows, moments = torch.randint(40, (5, 12)), {}
+    model = example.by_layer(teacher, windows, lambda path, w, moment: moments.setdefault(path, moment) is None or w)
+    wanted, found = teacher(windows)[0], model(windows)[0]
+    assert 0 < torch.dist(found, wanted) < 0.05 * wanted.norm()
+    first = dequantized(teacher.layers[0].norm(dequantized(teacher.embedding(windows)))).flatten(0, 1)
+    torch.testing.assert_close(moments["layers.0.in_proj"], (first.T @ first).double())
+    assert len(moments) == 4
