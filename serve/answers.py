@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from dfssm.runtime import Engine, Request, TokenLogprobs
@@ -18,10 +19,13 @@ _REASONS = {"length": "length", "eos": "stop", "stop": "stop"}
 
 @dataclass
 class Sent:
-    """How much of a text has been sent, in characters and in tokens, and whether its beginning and its end have."""
+    """How much of a text has been sent, in characters and in tokens, and whether its beginning and its end have.
+    `offset`: characters of the names of these tokens.
+    """
 
     characters: int = 0
     tokens: int = 0
+    offset: int = 0
     begun: bool = False
     ended: bool = False
 
@@ -65,7 +69,7 @@ class Completions:
         choice = {
             "index": index,
             **self._text(text[sent.characters :], whole, sent.begun),
-            "logprobs": None if request.config.logprobs is None else self._logprobs(logprobs, sent.tokens),
+            "logprobs": None if request.config.logprobs is None else self._logprobs(logprobs[sent.tokens :], sent),
             "finish_reason": _REASONS[request.finish_reason] if sent.ended and request.finish_reason else None,
         }
         sent.begun, sent.characters, sent.tokens = True, len(text), len(logprobs)
@@ -78,16 +82,15 @@ class Completions:
     def _text(self, text: str, whole: bool, begun: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs], since: int) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenLogprobs], sent: Sent) -> dict[str, Any]:
+        """Of the tokens that are not `sent`."""
         names = [self._token(entry.token) for entry in entries]
-        offsets = [0]
-        for name in names:
-            offsets.append(offsets[-1] + len(name))
+        *offsets, sent.offset = accumulate(map(len, names), initial=sent.offset)
         return {
-            "tokens": names[since:],
-            "token_logprobs": [entry.logprob for entry in entries[since:]],
-            "top_logprobs": [{self._token(token): value for token, value in entry.top} for entry in entries[since:]],
-            "text_offset": offsets[since:-1],
+            "tokens": names,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{self._token(token): value for token, value in entry.top} for entry in entries],
+            "text_offset": offsets,
         }
 
     def _token(self, token: int) -> str:
@@ -104,10 +107,10 @@ class Chats(Completions):
         role = {} if begun else {"role": "assistant"}
         return {"message" if whole else "delta": role | {"content": text}}
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs], since: int) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenLogprobs], sent: Sent) -> dict[str, Any]:
         content = [
             self._entry(entry.token, entry.logprob) | {"top_logprobs": [self._entry(*pair) for pair in entry.top]}
-            for entry in entries[since:]
+            for entry in entries
         ]
         return {"content": content}
 

@@ -41,6 +41,7 @@ def test_openais_client_gets_the_engines_texts(server, client, engine):
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
     assert sum((chunk.choices[0].logprobs.token_logprobs for chunk in chunks[:-1]), []) == logprobs.token_logprobs
     assert sum((chunk.choices[0].logprobs.text_offset for chunk in chunks[:-1]), []) == logprobs.text_offset
+    assert sum((chunk.choices[0].logprobs.text_offset for chunk in chunks[:-1]), []) == logprobs.text_offset
     assert chunks[-1].usage == answer.usage
 
 
