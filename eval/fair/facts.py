@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dfssm.eval.scorer import open_scorer
-from dfssm.model.hf_import import load_teacher
 from dfssm.opset.markdown import table
 
 from .facts_language import RELATIONS, Facts, stored
@@ -18,7 +17,7 @@ from .language import STUDENT, TEST, Fresh, seeded, text, tokenizer, vocab_size
 from .measure import measure
 from .rows import Figures, Found, Row
 from .tables import number, of_models, of_seeds, percent
-from .train import Student, Teacher, make_student, titles, train_teacher
+from .train import Student, Teacher, make_student, students_of, titles, train_teacher, weights_of
 
 PASSES = 2  # each fact is asked so many times, in documents that differ
 
@@ -63,8 +62,8 @@ def rows_of(folder: Path, name: str, plan: Plan, seed: int, students: Iterable[S
         random = seeded(seed, TEST)
         documents = [document for _ in range(PASSES) for document in language.everything(random)]
         found: Figures = measure(open_scorer(model), open_scorer(teacher), documents)
-        weights = sum(p.numel() for p in load_teacher(teacher).parameters())
-        return found | {"facts": stored(language.count, found["known"]), "count": language.count, "weights": weights}
+        facts = {"facts": stored(language.count, found["known"]), "count": language.count}
+        return found | facts | {"weights": weights_of(teacher)}
 
     def make_teacher(place: Path, found: Found) -> Figures:
         source = Fresh(language, plan.teacher.window, seed)
@@ -85,17 +84,16 @@ def rows_of(folder: Path, name: str, plan: Plan, seed: int, students: Iterable[S
     setup["teacher"] = dataclasses.asdict(plan.teacher)
     rows = [Row(f"{name}/teacher", setup, plan.teacher.tokens, make_teacher)]
     for student in students:
-        cost = (0.02 + 3 * student.share) * plan.teacher.tokens
         of_student = setup | {"student": dataclasses.asdict(student)}
-        rows.append(Row(f"{name}/{student.name}", of_student, cost, maker(student)))
+        rows.append(Row(f"{name}/{student.name}", of_student, student.cost * plan.teacher.tokens, maker(student)))
     return rows
 
 
 def facts_rows(folder: Path, seeds: Sequence[int], plan: Plan = FACTS) -> list[Row]:
-    """Students of 100 % of the teacher's tokens are made for the first seed only."""
+    """Of each seed."""
     rows = []
     for seed in seeds:
-        students = [student for student in plan.students if student.share < 1 or seed == seeds[0]]
+        students = students_of(plan.students, seed == seeds[0])
         rows += rows_of(folder, f"facts/seed-{seed}", plan, seed, students)
     return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,15 @@ from dfssm.distill.vocabulary import beginnings, train_tokenizer
 from dfssm.eval.perplexity import measure
 from dfssm.eval.scorer import open_scorer
 from dfssm.eval.text import Text
-from dfssm.model.hf_import import load_teacher
 from dfssm.model.text import text_files
 from dfssm.opset.files import write_file
+from dfssm.opset.hashing import sha256
+from dfssm.opset.reading import open_file
 
 from .language import END
 from .rows import Figures, Found, Row
 from .tables import number, of_models, percent
-from .train import HELD_OUT, Student, Teacher, make_student, titles, train_teacher
+from .train import HELD_OUT, Student, Teacher, make_student, students_of, titles, train_teacher, weights_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ _GROUPS = 2
 
 
 def text_rows(folder: Path, seeds: Sequence[int], files: Sequence[str], plan: Plan = TEXT) -> list[Row]:
-    """Of each seed. The tokenizer and the tokens are made for the first row. No rows where there are no files.
-
-    Students of 100 % of the tokens are made for the first seed only.
-    """
+    """Of each seed. The tokenizer and the tokens are made for the first row. No rows where there are no files."""
     if not files:
         return []
     found_files = text_files(files)
@@ -69,7 +66,6 @@ def text_rows(folder: Path, seeds: Sequence[int], files: Sequence[str], plan: Pl
     rows = []
     for seed in seeds:
         setup = dataclasses.asdict(plan.teacher) | {"vocab": plan.vocab, "text": source, "seed": seed}
-        students = [student for student in plan.students if student.share < 1 or seed == seeds[0]]
         teacher = folder / f"text/seed-{seed}/teacher/teacher"
 
         def make_of_teacher(place: Path, found: Found, seed: int = seed) -> Figures:
@@ -92,17 +88,15 @@ def text_rows(folder: Path, seeds: Sequence[int], files: Sequence[str], plan: Pl
             return make
 
         rows.append(Row(f"text/seed-{seed}/teacher", setup, size, make_of_teacher))
-        for student in students:
+        for student in students_of(plan.students, seed == seeds[0]):
             of_student = setup | {"student": dataclasses.asdict(student)}
-            rows.append(Row(f"text/seed-{seed}/{student.name}", of_student, (0.02 + 3 * student.share) * size,
-                            maker(student)))  # fmt: skip
+            rows.append(Row(f"text/seed-{seed}/{student.name}", of_student, student.cost * size, maker(student)))
     return rows
 
 
 def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256")
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    with open_file(file) as content:
+        return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(content)}
 
 
 def _tokens(folder: Path, files: Sequence[Path], plan: Plan) -> tuple[Path, Tokens]:
@@ -123,8 +117,7 @@ def _figures(model: Path, teacher: Path, text: Tokens, plan: Plan) -> Figures:
     assert found.against
     figures = {"perplexity": found.perplexity, "kl": found.against.kl, "same_top": found.against.same_top}
     ratio = found.perplexity / float(np.exp(found.against.nats / found.tokens))
-    weights = sum(p.numel() for p in load_teacher(teacher).parameters())
-    return figures | {"ratio": ratio, "weights": weights}
+    return figures | {"ratio": ratio, "weights": weights_of(teacher)}
 
 
 def text_table(found: Found, plan: Plan = TEXT) -> str:

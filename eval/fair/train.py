@@ -73,6 +73,11 @@ class Student:
     batch: int = 4
 
     @property
+    def cost(self) -> float:
+        """Work to make and measure it, as a share of its teacher's."""
+        return 0.02 + 3 * self.share
+
+    @property
     def name(self) -> str:
         how = f"{self.share:.0%}-by-{self.batch * self.window}" if self.share else "data-free"
         return f"{self.planes}-plane-rank-{self.rank}-{how}"
@@ -83,6 +88,16 @@ class Student:
         step = self.batch * self.window
         how = f"{100 * self.share:.0f} % of the tokens, {step:,} a step" if self.share else "data-free"
         return f"{self.planes} plane{'s' * (self.planes > 1)}, rank {self.rank}, {how}"
+
+
+def students_of(students: Sequence[Student], first: bool) -> list[Student]:
+    """Those that are made for a seed: of all of the teacher's tokens for the `first` one only."""
+    return [student for student in students if student.share < 1 or first]
+
+
+def weights_of(teacher: Path) -> int:
+    """How many weights the teacher in this folder has."""
+    return sum(p.numel() for p in load_teacher(teacher).parameters())
 
 
 def titles(students: Sequence[Student]) -> dict[str, str]:
