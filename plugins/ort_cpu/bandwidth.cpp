@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#define DFSSM_EXPORT extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 namespace {
 

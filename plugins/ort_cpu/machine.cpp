@@ -1,8 +1,7 @@
 // What libdfssm_ort_cpu.so tells besides its ops, as C functions: a program asks with dlsym
 // (targets/cpu_library.py), no build for its Python is needed.
+#include "export.h"
 #include "kernels.h"
-
-#define DFSSM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Names of the kernel tables that this CPU can run, the plainest first, separated by spaces.
 DFSSM_EXPORT const char* dfssm_cpu_isas() { return dfssm::usable_names(); }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "export.h"
 #include "ort.h"
 
 namespace dfssm::ort {
@@ -39,8 +40,6 @@ OrtCustomOpDomain* make_domain() {
 
 }  // namespace
 }  // namespace dfssm::ort
-
-#define DFSSM_EXPORT extern "C" __attribute__((visibility("default")))
 
 DFSSM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dfssm::ort;
