@@ -1,18 +1,17 @@
 """Every option that takes a number: what it refuses, and that the refusal is one line which names the bounds."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import click
 import pytest
+from examples_as_modules import load
 
 from dfssm.cli.compile import command as dfcompile
 from dfssm.cli.main import dfssm
 from dfssm.cli.options import Number
 from dfssm.cli.process import run
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "01_train_teacher.py"
+EXAMPLE = "01_train_teacher.py"
 
 
 def commands(command, path):
@@ -25,17 +24,10 @@ def commands(command, path):
         yield path, command
 
 
-def example():
-    spec = importlib.util.spec_from_file_location("example_01", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.train_teacher
-
-
 FOUND = [
     *commands(dfssm, ["dfssm"]),
     *commands(dfcompile, ["dfcompile"]),
-    *commands(example(), [EXAMPLE.name]),
+    *commands(load(EXAMPLE).train_teacher, [EXAMPLE]),
 ]
 NUMBERS = [
     pytest.param(path, command, option, id=f"{' '.join(path)} {option.opts[0]}")

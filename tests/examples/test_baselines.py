@@ -1,26 +1,19 @@
 """04_baselines.py: what the baselines round to."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from examples_as_modules import load
 
 from dfssm.model.config import Mamba2Config
 from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.teacher import Mamba2LM
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("baselines", ROOT / "examples" / "04_baselines.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("04_baselines.py")
 
 
 def draw(m, k):

@@ -1,6 +1,5 @@
 """The training examples at a tiny size: teacher, its schedule, resume, refusals, student; and the demo model's card."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from examples_as_modules import EXAMPLES, load
 from tokenizers import Tokenizer
 
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
 from dfssm.opset.errors import DfssmError
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPE = "--vocab-size 300 --d-model 32 --layers 1 --d-state 8 --headdim 16".split()
 SMALL = "--batch 4 --tokens 32 --held-out 0.05 --threads 1".split()
 STORY = "The cat sat on the mat. The dog sat by the door, and the cat ran."
@@ -31,10 +30,7 @@ BOOK = "A book without a mark between its parts — one line.\n"
 @pytest.fixture(scope="module")
 def example():
     """01_train_teacher.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_teacher", EXAMPLES / "01_train_teacher.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("01_train_teacher.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """The command of the fair bench: what it has measured, in the page of results."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from examples_as_modules import load
 
 from dfssm.eval.fair.rows import FILE
 
@@ -14,10 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("fair_bench", ROOT / "examples" / "03_fair_bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("03_fair_bench.py")
 
 
 def call(bench, *arguments):
