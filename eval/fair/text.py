@@ -43,14 +43,14 @@ class Plan:
 TEXT = Plan(
     vocab=8192,
     measured=50_000,
-    teacher=Teacher(d_model=160, n_layer=6, d_state=64, tokens=0, lr=2e-3),
+    teacher=Teacher(d_model=160, n_layer=4, d_state=64, tokens=0, lr=2e-3),
     students=(
         Student(rank=2),
         Student(planes=2, rank=2),
         Student(rank=2, share=0.05),
         Student(rank=2, share=0.25),
-        Student(rank=2, share=1.0),
         Student(planes=2, rank=2, share=0.25),
+        Student(rank=2, share=1.0),
     ),
 )
 _GROUPS = 2
