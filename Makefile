@@ -10,9 +10,10 @@
 # make wheels  the wheels, into dist/, with auditwheel's verdict
 # make arm     the wheel of dfssm for Linux on Arm, cross-compiled, into dist/
 # make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
+# make site    the documentation as web pages, into build/site/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson site lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -99,6 +100,10 @@ arm: build
 
 jetson: build
 	scripts/build_jetson.sh dist $(BIN)/python
+
+site: build
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+	@echo build/site/index.html
 
 lock: build
 	$(BIN)/python scripts/lock.py
