@@ -24,8 +24,9 @@ def locked(name: str) -> dict[str, str]:
 
 
 def versions(name: str, python: str) -> dict[str, str]:
-    """Package -> locked version, for that Python on an x86-64."""
-    environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.1"}
+    """Package -> locked version, for that Python ("3.11", "3.11.2") on an x86-64."""
+    short, full = re.match(r"\d+\.\d+", python)[0], python if python.count(".") == 2 else f"{python}.1"
+    environment = default_environment() | {"python_version": short, "python_full_version": full}
     found = {}
     for line in locked(name):
         requirement = Requirement(line)
@@ -73,5 +74,5 @@ def test_the_build_tools_are_those_of_pyproject():
 
 def test_this_environment_is_the_lock():
     """What `make test` runs in: every locked package in its locked version."""
-    found = versions("dev", default_environment()["python_version"])
+    found = versions("dev", default_environment()["python_full_version"])
     assert {name: version(name) for name in found} == found
