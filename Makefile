@@ -10,10 +10,11 @@
 # make wheels  the wheels, into dist/, with auditwheel's verdict
 # make arm     the wheel of dfssm for Linux on Arm, cross-compiled, into dist/
 # make jetson  the plugins' wheel for Jetson Orin and Thor, cross-compiled, into dist/
+# make release   of the commit that is checked out: wheels, sources, bill of materials, hashes, into dist/release/
 # make site    the documentation as web pages, into build/site/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson site lock clean
+.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson release site lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -100,6 +101,9 @@ arm: build
 
 jetson: build
 	scripts/build_jetson.sh dist $(BIN)/python
+
+release: build
+	scripts/release.sh dist/release $(BIN)/python
 
 site: build
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site

@@ -40,7 +40,7 @@ CONTENTS = {
     "Specification": ["docs/ops", "docs/export", "docs/format", "docs/json", "docs/api"],
     "Speed": ["docs/performance", "docs/bench", "docs/gpu"],
     "Trust": ["docs/reliability", "SECURITY"],
-    "Project": ["CONTRIBUTING", "CHANGELOG", "examples/demo/README", "examples/demo/teacher/README"],
+    "Project": ["CONTRIBUTING", "CHANGELOG", "THIRD_PARTY", "examples/demo/README", "examples/demo/teacher/README"],
 }
 
 

@@ -366,3 +366,29 @@ def test_a_gpu_check_without_nvcc_is_no_error(tmp_path):
     done = bare(tmp_path, "gpu_check.sh", {})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "gpu_check: not run: no nvcc on PATH to build the plugins with\n"
+
+
+CHANGES = (
+    "# Changelog\n\n## [Unreleased]\n\n- new\n\n## [1.2.0] - 2026-01-02\n\n### Added\n- old\n\n## [1.1.0]\n- older\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "said"),
+    [("1.2.0", "### Added\n- old", ""), ("1.1.0", "- older", ""), ("1.3.0", "- new", "no section [1.3.0]")],
+)
+def test_changes_is_the_section_of_a_version(tmp_path, version, wanted, said):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "CHANGELOG.md").write_text(CHANGES)
+    done = subprocess.run([tmp_path / "scripts/changes.sh", version], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == wanted
+    assert said in done.stderr and bool(said) == bool(done.stderr)
+
+
+def test_a_release_is_of_a_commit(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "tree/scripts")
+    subprocess.run(["git", "init", "-q", tmp_path / "tree"], check=True)
+    command = [tmp_path / "tree/scripts/release.sh", tmp_path / "out", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and list((tmp_path / "out").iterdir()) == []
+    assert done.stderr == "release: there are changes that are not committed, and a release is of a commit\n"
