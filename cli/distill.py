@@ -68,6 +68,8 @@ def _count(
               help="Share of each file, from its end, that is held out.")  # fmt: skip
 @_count("--held-out-documents", 1000, "Documents that are held out of a stream (hf:), its first ones.", least=0)
 @_count("--held-out-tokens", 2**17, "Evaluate on at most N of the held-out tokens, spread over all.")
+@click.option("--init-from", type=click.Path(), metavar="MODEL",
+              help="Start at this model.pt: a calibrated conversion, or the student of another run.")  # fmt: skip
 @click.option(
     "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the teacher's."
 )
@@ -83,7 +85,8 @@ def _count(
 @_count("--evaluate-every", 200, "Steps from one held-out perplexity to the next.", "STEPS")
 @click.option("--tensorboard", is_flag=True, help="Also log to DIR/tensorboard.")
 @click.option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
-@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in DIR.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in DIR; with --curve wsd also to more "
+              "--total-tokens.")  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Only print an estimate of memory and time.")
 @_count("--devices", 1, "Number of devices, for --plan.", most=2**20)
 @json_option
@@ -104,6 +107,8 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
         return
     if (tokenizer := options["tokenizer"]) is None:
         tokenizer = teacher / TOKENIZER
+    if options["init_from"] is not None:
+        options["init_from"] = paths.student(options["init_from"])
     options["tokenizer"] = paths.file(tokenizer, "the teacher's own with --tokenizer", TOKENIZER)
     require(*_needs(data, options["tensorboard"], options["wandb"]))
     import torch

@@ -41,8 +41,11 @@ class Checkpoints:
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, own: str) -> None:
-        """Keep the trained parameters, the optimiser and `own`, a text of this rank's.
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, own: str, also: int | None = None
+    ) -> None:
+        """Save the trained parameters, the optimiser and `own`, a text of this rank's. Older ones go, but for the last
+        few and that of the step `also`.
 
         A full disk raises DfssmError; the checkpoints before stay.
         """
@@ -64,7 +67,8 @@ class Checkpoints:
                 temporary.rename(final)
                 sync(self.folder)
                 for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self._folder(old))
+                    if old != also:
+                        shutil.rmtree(self._folder(old))
         except (OSError, CheckpointException) as error:
             why = str(error).strip().splitlines()[-1]
             if isinstance(error, CheckpointException):
@@ -99,6 +103,14 @@ class Checkpoints:
                 optim_state_dict=state["optimizer"],
                 options=_TRAINED,
             )
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: of a run that takes them anew."""
+        if self.ranks.first:
+            for later in self.steps():
+                if later > step:
+                    shutil.rmtree(self._folder(later))
+        self.ranks.barrier()
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

@@ -14,24 +14,24 @@ from dfssm.model.student import DFSSMLM, BinaryLinear
 LEVELS = 17  # of the published density field: -8/8 .. 8/8
 
 
-class _Levels(torch.autograd.Function):
-    """The nearest of the levels; the gradient passes where |w| < 1 (linear clamp)."""
+class _Clamp(torch.autograd.Function):
+    """w within [-1, 1], on the nearest of `count` levels if there are any; the gradient passes where |w| < window."""
 
     @staticmethod
-    def forward(ctx, w: Tensor) -> Tensor:
+    def forward(ctx, w: Tensor, count: int, window: float) -> Tensor:
         ctx.save_for_backward(w)
-        half = (LEVELS - 1) / 2
-        return (w.clamp(-1.0, 1.0) * half).round() / half
+        ctx.window, half = window, (count - 1) / 2
+        return (w.clamp(-1.0, 1.0) * half).round() / half if count else w.clamp(-1.0, 1.0)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
-        return g * (w.abs() < 1.0)
+        return g * (w.abs() < ctx.window), None, None
 
 
-def levels(w: Tensor) -> Tensor:
-    """Density-field weights: latents -> LEVELS levels of [-1, 1], straight-through (paper, stage 1)."""
-    return _Levels.apply(w)
+def levels(w: Tensor, count: int = LEVELS, window: float = 1.0) -> Tensor:
+    """Density-field weights: latents -> `count` levels of [-1, 1], straight-through (paper, stage 1)."""
+    return _Clamp.apply(w, count, window)
 
 
 class DensityLinear(BinaryLinear):
@@ -43,6 +43,8 @@ class DensityLinear(BinaryLinear):
     """
 
     hard, soft = "sign", "continuous"  # "sign" or "levels"; "continuous" or "levels"
+    levels = LEVELS
+    clamp_window = 1.0  # the gradient of levels and of clamped latents passes below it
     blend: float | Tensor = 1.0  # a tensor while it moves: torch.compile makes a program of each number
     float_activations = False
     low_rank = "int8"  # or "float", or "none" while the scaffold is trained without it
@@ -74,11 +76,14 @@ class DensityLinear(BinaryLinear):
         return F.linear(x if self.float_activations else dequantized(x), weight)
 
     def _scaffold(self) -> Tensor:
-        hard = sign(self.latent, self.window) if self.hard == "sign" else levels(self.latent)
+        hard = sign(self.latent, self.window) if self.hard == "sign" else self._clamped(self.levels)
         if self.is_hard:
             return hard
-        soft = self.latent.clamp(-1.0, 1.0) if self.soft == "continuous" else levels(self.latent)
+        soft = self._clamped(0 if self.soft == "continuous" else self.levels)
         return (1.0 - self.blend) * soft + self.blend * hard
+
+    def _clamped(self, count: int) -> Tensor:
+        return _Clamp.apply(self.latent, count, self.clamp_window)
 
 
 def densify(student: DFSSMLM, **attributes) -> list[DensityLinear]:

@@ -15,12 +15,15 @@ from dfssm.model.teacher import Mamba2LM
 
 from .distributed import Ranks
 
+_FIGURES = ("perplexity", "kl", "same_top")
+
 
 @dataclass
 class Measured:
     """Models by name on the held-out `windows` i64[n,tokens+1], if there are any.
 
-    `perplexity`, and `kl`: mean KL(teacher || model), nats a token, where there is a teacher.
+    `perplexity`, and where there is a teacher `kl`, mean KL(teacher || model), nats a token, and `same_top`, the share
+    of tokens for which both hold the same next one for the most probable.
     """
 
     windows: np.ndarray
@@ -28,26 +31,48 @@ class Measured:
     teacher: Mamba2LM | None
     perplexity: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
+    same_top: dict[str, float] = field(default_factory=dict)
+    of: str = ""  # what tells these windows and models from others
+
+    def state(self) -> dict:
+        """What was measured so far."""
+        return {"of": self.of} | {name: dict(getattr(self, name)) for name in _FIGURES}
+
+    def take(self, state: dict) -> bool:
+        """Have what was measured before; False where it is of something else."""
+        if state.get("of") != self.of:
+            return False
+        for name in _FIGURES:
+            setattr(self, name, dict(state[name]))
+        return True
 
     def add(self, name: str, model: Callable) -> None:
         if not len(self.windows):
             return
+        teacher = self.teacher if model is not self.teacher else None
+        found = figures(model, teacher, self.windows, self.ranks)
+        self.perplexity[name] = found["perplexity"]
+        if teacher is not None:
+            self.kl[name], self.same_top[name] = found["held_out_kl"], found["held_out_same_top"]
 
-        def sums(windows: Tensor) -> Tensor:
-            logits = model(windows[:, :-1])[0].float()
-            found = [cross_entropy(logits, windows)]
-            if self.teacher is not None and model is not self.teacher:
-                wanted = self.teacher(windows[:, :-1])[0].float()
-                kl = torch.zeros_like(found[0])
-                for x, y in zip(logits, wanted, strict=True):  # in fp32 there are three of each token's distributions
-                    kl += F.kl_div(x.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="sum").double()
-                found.append(kl)
-            return torch.stack(found)
 
-        loss, *kl = held_out_means(sums, self.windows, self.ranks)
-        self.perplexity[name] = math.exp(loss)
-        if kl:
-            self.kl[name] = kl[0]
+def figures(model: Callable, teacher: Mamba2LM | None, windows: np.ndarray, ranks: Ranks) -> dict[str, float]:
+    """`held_out` loss, nats a token, and `perplexity`; of a `teacher` also `held_out_kl` and `held_out_same_top`."""
+
+    def sums(part: Tensor) -> Tensor:
+        logits = model(part[:, :-1])[0].float()
+        found = [cross_entropy(logits, part)]
+        if teacher is not None:
+            wanted = teacher(part[:, :-1])[0].float()
+            kl = torch.zeros_like(found[0])
+            for x, y in zip(logits, wanted, strict=True):  # in fp32 there are three of each token's distributions
+                kl += F.kl_div(x.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="sum").double()
+            found += [kl, (logits.argmax(-1) == wanted.argmax(-1)).sum().double()]
+        return torch.stack(found)
+
+    loss, *of_teacher = held_out_means(sums, windows, ranks)
+    found = {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return found | dict(zip(("held_out_kl", "held_out_same_top"), of_teacher, strict=False))
 
 
 def cut_windows(ids: np.ndarray, tokens: int, most: int | None = None) -> np.ndarray:
@@ -61,11 +86,6 @@ def cut_windows(ids: np.ndarray, tokens: int, most: int | None = None) -> np.nda
     kept = count if most is None else min(count, max(1, most // tokens))
     windows = np.lib.stride_tricks.sliding_window_view(ids, tokens + 1)[::tokens]
     return windows[np.arange(kept) * count // kept].astype(np.int64)
-
-
-def held_out_loss(model: Callable, windows: np.ndarray, ranks: Ranks) -> float:
-    """Mean loss, nats a token, over windows i64[n,tokens+1]."""
-    return held_out_means(lambda part: cross_entropy(model(part[:, :-1])[0], part)[None], windows, ranks)[0]
 
 
 def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:

@@ -23,16 +23,21 @@ class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients of a chunk of tokens at a time: at no time are there logits of all tokens."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, head, target, labels, cross_entropy, chunk):
+    def forward(ctx, hidden, weight, head, target, labels, cross_entropy, chunk, temperature):
         dtype, head = gradient_dtype(hidden.device), head.fixed()
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         kl, ce = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
         for begin in range(0, len(hidden), chunk):
             piece = slice(begin, begin + chunk)
-            log_p = F.log_softmax(head.project(hidden[piece]).float(), dim=-1)
-            found, gradient = target.divergence(piece, log_p)
-            kl += found
+            logits = head.project(hidden[piece]).float()
+            log_p = F.log_softmax(logits / temperature, dim=-1)
+            found, gradient = target.divergence(piece, log_p, temperature)
+            kl += temperature**2 * found
+            if temperature != 1:
+                gradient *= temperature
             if cross_entropy:
+                if temperature != 1:
+                    log_p = F.log_softmax(logits, dim=-1)
                 came = labels[piece, None]
                 ce -= log_p.gather(1, came).sum()
                 gradient += cross_entropy * log_p.exp().scatter_add_(1, came, -torch.ones_like(log_p[:, :1]))
@@ -47,14 +52,16 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         to_hidden, to_weight = ctx.saved_tensors
-        return gradient * to_hidden, gradient * to_weight, None, None, None, None, None
+        return gradient * to_hidden, gradient * to_weight, None, None, None, None, None, None
 
 
 class Target(Protocol):
     """The teacher's distributions at the tokens of a batch."""
 
-    def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits."""
+    def divergence(self, piece: slice, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits divided by
+        the `temperature`, from which log_p[n,V] is made.
+        """
         ...
 
 
@@ -64,8 +71,8 @@ class TeacherLogits:
     def __init__(self, head: TokenTable, hidden: Tensor):
         self.project, self.hidden = head.fixed().project, hidden
 
-    def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = F.log_softmax(self.project(self.hidden[piece]).float(), dim=-1)
+    def divergence(self, piece: slice, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_q = F.log_softmax(self.project(self.hidden[piece]).float() / temperature, dim=-1)
         q = log_q.exp()
         return (q * log_q.sub_(log_p)).sum(dtype=torch.float64), log_p.exp().sub_(q)
 
@@ -77,13 +84,15 @@ def chunked_loss(
     labels: Tensor | None = None,
     cross_entropy: float = 0.0,
     chunk: int = CHUNK,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, kl, ce), nats a token: loss = kl + cross_entropy * ce, which alone has a gradient.
 
-    hidden[n,D] after the student's norm_f; `head` is a token table of a model; labels i64[n] are the tokens
-    that came, for cross entropy.
+    kl is that of both distributions at `temperature`, times its square, so that its gradient keeps its size (arXiv
+    1503.02531). hidden[n,D] after the student's norm_f; `head` is a token table of a model; labels i64[n] are
+    the tokens that came, for cross entropy.
     """
-    return _ChunkedLoss.apply(hidden, head.weight, head, target, labels, cross_entropy, chunk)
+    return _ChunkedLoss.apply(hidden, head.weight, head, target, labels, cross_entropy, chunk, temperature)
 
 
 class Distillation(nn.Module):
@@ -104,6 +113,7 @@ class Distillation(nn.Module):
         recompute: bool = False,
         chunk: int = CHUNK,
         compiled: bool = False,
+        temperature: float = 1.0,
     ):
         super().__init__()
         if isinstance(teacher, Mamba2LM):
@@ -113,6 +123,7 @@ class Distillation(nn.Module):
                 layer.compile()
         self.student, self.teacher = student, teacher
         self.hidden, self.cross_entropy, self.recompute, self.chunk = hidden, cross_entropy, recompute, chunk
+        self.temperature = temperature
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         """ids i64[B,T+1] -> {"loss", "kl", "ce", "hidden"}, nats a token; "loss" has a gradient."""
@@ -138,9 +149,8 @@ class Distillation(nn.Module):
                 logits: Target = TeacherLogits(self.teacher.head, self.teacher.norm_f(target).flatten(0, 1))
             else:
                 logits = self.teacher.target(ids)
-        loss, kl, ce = chunked_loss(
-            student.norm_f(hidden).flatten(0, 1), student.head, logits, labels, self.cross_entropy, self.chunk
-        )
+        of_student, how = student.norm_f(hidden).flatten(0, 1), (self.cross_entropy, self.chunk, self.temperature)
+        loss, kl, ce = chunked_loss(of_student, student.head, logits, labels, *how)
         result = {"loss": loss, "kl": kl}
         if self.cross_entropy:
             result["ce"] = ce

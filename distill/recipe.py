@@ -22,14 +22,16 @@ def _choice(default: str, others: Sequence[str], help: str) -> Any:
 class Recipe:
     """The ingredients, each with its help text and its range or choices. Any other value raises DfssmError.
 
-    Learning rates rise over `warmup` of the steps and fall along a cosine to `final_lr` of themselves.
+    Learning rates rise over `warmup` of the steps and fall to `final_lr` of themselves, along a `curve`: a cosine, or
+    level until the last `decay` of the steps and then straight down (warm-up, stable, decay: arXiv 2404.06395).
     """
 
     rank: int = _number(16, 0, 4096, "Rank of the int8 low-rank correction; 0: none.")
     planes: int = _number(1, 1, 8, "Binary planes: about N bits per weight.")
-    hard: str = _choice("sign", ["levels"], "What weights become: their signs, or one of 17 levels as published.")
+    hard: str = _choice("sign", ["levels"], "What weights become: their signs, or one of several levels as published.")
+    levels: int = _number(17, 3, 65537, "How many levels: 17 in the paper, 257 in the README of its code.")
     anneal: str = _choice(
-        "none", ["continuous", "levels"], "What they are annealed from: nothing, the continuous latents, or 17 levels."
+        "none", ["continuous", "levels"], "What they are annealed from: nothing, the continuous latents, or levels."
     )
     anneal_share: float = _number(0.5, 0, 1, "Share of the scaffold's training over which they are annealed.")
     init: str = _choice(
@@ -53,11 +55,19 @@ class Recipe:
     low_rank_lr: float = _number(1.0, 1e-6, 1_000_000, "Learning rate of the low rank, as a multiple of --lr.")
     float_lr: float = _number(0.25, 1e-6, 1_000_000, "Learning rate of the float parameters, as a multiple of --lr.")
     warmup: float = _number(0.05, 0, 1, "Share of the steps over which the learning rate rises.")
-    final_lr: float = _number(0.05, 0, 1, "Learning rate at the end of the cosine decay, as a multiple of --lr.")
+    curve: str = _choice(
+        "cosine", ["wsd"], "Learning rate after the warm-up: a cosine, or level and then down; wsd can be lengthened."
+    )
+    decay: float = _number(0.2, 0, 1, "With --curve wsd: share of the steps over which the learning rate falls.")
+    final_lr: float = _number(0.05, 0, 1, "Learning rate at the end, as a multiple of --lr.")
+    temperature: float = _number(1.0, 0.1, 100, "Temperature of both distributions in the KL divergence.")
     cross_entropy: float = _number(0.0, 0, 1_000_000, "Weight of the cross entropy, added to the KL divergence.")
     hidden: float = _number(0.0, 0, 1_000_000, "Weight of the squared error of the hidden states, layer by layer.")
     ste_window: float = _number(
         1.5, 1e-6, 1_000_000, "Straight-through gradient: it passes to latents below this, in units of the row's scale."
+    )
+    clamp_window: float = _number(
+        1.0, 1, 1_000_000, "Straight-through gradient of levels and clamped latents: it passes to latents below this."
     )
     state_dtype: str = _choice("fp32", ["int8"], "int8: round the state between the chunks of a window.")
 
@@ -88,6 +98,13 @@ class Recipe:
             "float": self.lr * self.float_lr * curve if self.train_float and first else 0.0,
         }
 
+    @property
+    def level(self) -> tuple[float, float] | None:
+        """Between which points of the run nothing depends on its length; None for a recipe that is never so."""
+        if self.curve == "cosine" or self.scaffold_share < 1 or self.anneal != "none":
+            return None
+        return self.warmup, 1 - self.decay
+
     def low_rank(self, progress: float) -> str:
         """Form of the low rank: absent while the published recipe trains the scaffold, then float."""
         if self.scaffold_share == 1:
@@ -97,24 +114,31 @@ class Recipe:
     def _curve(self, progress: float) -> float:
         if progress < self.warmup:
             return progress / self.warmup
+        if self.curve == "wsd":
+            return 1 - (1 - self.final_lr) * max(0.0, progress - 1 + self.decay) / max(1e-9, self.decay)
         falling = (progress - self.warmup) / max(1e-9, 1 - self.warmup)
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
 
 
 RECIPES = {
     "binary": Recipe(),
-    # Stage 1 of 12.3 M tokens at 3e-4, stage 2 of 20 M at 1e-3 (paper.md): ratios kept, the rates scale with --lr.
+    # Stage 1 of 12.3 M tokens at 3e-4, stage 2 of 20 M at 1e-3: ratios kept, the rates scale with --lr. All parameters
+    # train in stage 1, along a ramp of its whole length; gradients pass latents of any size. The published loss is
+    # 0.7 T^2 KL, summed over the 512 tokens of a window, + 0.3 CE, a mean: per token a CE of 0.3 / (0.7 * 4 * 512).
     "paper": Recipe(
         hard="levels",
         anneal="continuous",
+        anneal_share=1.0,
         init="zero",
         activations="float",
-        train_float=False,
         scaffold_share=12.3 / 32.3,
         lr=3e-4,
         low_rank_lr=10 / 3,
+        float_lr=1.0,
         final_lr=0.0,
-        cross_entropy=1.0,
+        temperature=2.0,
+        cross_entropy=0.3 / (0.7 * 4 * 512),
+        clamp_window=1_000_000,
     ),
 }
 """`binary` ends at what ships; `paper` is the published recipe, evaluated at 17 levels and exported by sign."""

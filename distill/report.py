@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfssm.opset.files import write_file
+from dfssm.opset.numbers import duration
 
 from .chart import Chart, Point, Series, label, svg
 
@@ -102,16 +103,6 @@ def page(name: str, log: Sequence[dict[str, Any]], result: dict[str, Any]) -> st
     )
 
 
-def duration(seconds: float) -> str:
-    """42 s, 5 min 3 s, 6 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
     """The finite values of `key` over tokens."""
     return [(line["tokens"], line[key]) for line in log if key in line and math.isfinite(line[key])]
@@ -120,7 +111,11 @@ def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
 def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
     parts = [("loss", "loss")] + ([("KL", "kl"), ("hidden", "hidden")] if series(log, "hidden") else [])
     losses = [Series(name, series(log, key), noisy=True) for name, key in parts]
+    groups = [(name, f"grad_norm_{name}") for name in ("scaffold", "low_rank", "float")]
+    norms = [Series(name.replace("_", " "), series(log, key), noisy=True) for name, key in groups if series(log, key)]
+    blend = series(log, "blend")
     charts = [
+        Chart("Held-out KL", "nats per token", [Series("student", series(log, "held_out_kl"), dots=True)], log=True),
         Chart("Training loss", "nats per token", losses, log=True),
         Chart(
             "Held-out perplexity",
@@ -129,13 +124,20 @@ def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
             None if teacher is None else ("teacher", teacher),
             log=True,
         ),
-        Chart("Annealing", "share of quantised weights", [Series("blend", series(log, "blend"))], shows=(0, 1)),
+        Chart("Same top token", "share of tokens",
+              [Series("student", series(log, "held_out_same_top"), dots=True)], shows=(0, 1)),
+        Chart("Flipped signs", "share", [Series("flipped", series(log, "flipped"))], shows=(0,)),
+        # Most recipes anneal nothing.
+        Chart("Annealing", "share of quantised weights",
+              [Series("blend", blend if any(b < 1 for _, b in blend) else [])], shows=(0, 1)),
         Chart("Learning rate", "", [Series("learning rate", series(log, "lr"))], shows=(0,)),
         Chart("Speed", "tokens/s", [Series("speed", series(log, "tok_s"), noisy=True)], shows=(0,)),
-        Chart("Gradient norm", "before clipping", [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
-    ]
+        Chart("Gradient norm", "before clipping",
+              norms or [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
+    ]  # fmt: skip
     tokens = log[-1]["tokens"]
-    figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(charts)]
+    full = [chart for chart in charts if any(one.points for one in chart.series)]
+    figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(full)]
     return f'<section class="charts" aria-label="Curves">{"".join(figures)}</section>'
 
 
@@ -148,7 +150,11 @@ def _figure(chart: Chart, key: str, tokens: float) -> str:
 
 
 def _tiles(result: dict[str, Any], teacher: float | None) -> str:
-    tiles = {
+    tiles = {}
+    if "student" in result["kl"]:
+        tiles["KL from teacher, nats per token"] = f"{result['kl']['student']:.4f}"
+        tiles["same top token as the teacher"] = f"{100 * result['same_top']['student']:.1f} %"
+    tiles |= {
         "training tokens": label(result["tokens"]),
         "training time": duration(result["seconds"]),
         "tokens/s": label(result["tokens"] / result["seconds"]),

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from dfssm.model.hf_import import load_teacher
@@ -30,13 +31,13 @@ from . import PREFIX
 from .checkpoint import Checkpoints
 from .data import Source, Windows, open_files, open_tokenizer
 from .distributed import Ranks, shard
-from .held_out import Measured, cut_windows, held_out_loss
+from .held_out import Measured, cut_windows, figures
 from .log import Sink, open_sinks
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .stream import StreamedWindows
-from .student import begin, data_free, finish, move_to, other_forms, trainable
+from .student import Flips, begin, blank, data_free, finish, move_to, other_forms, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
 
@@ -57,6 +58,7 @@ class Job:
     held_out: float = 0.02
     held_out_documents: int = 1000
     held_out_tokens: int = 2**17
+    init_from: Path | None = None  # a model.pt, to go on training its student
     tokenizer: Path | None = None
     recompute: bool = False
     compiled: bool = False
@@ -93,6 +95,7 @@ class Prepared(_Run):
     teacher: Mamba2LM | TopK
     bf16: bool
     measured: Measured
+    flips: Flips | None
     identity: dict
     sinks: list[Sink]
 
@@ -112,6 +115,10 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
     if job.top_k and job.recipe.hidden:
         raise DfssmError(
             f"hidden is {job.recipe.hidden}, but with --top-k no teacher is there to compare with; leave one"
+        )
+    if job.top_k and job.recipe.temperature != 1:
+        raise DfssmError(
+            f"temperature is {job.recipe.temperature}, but --top-k stores the probabilities at 1; leave one out"
         )
     if job.top_k and streams:
         raise DfssmError("--top-k: the windows of a stream are not known before; leave it out, or give --data files")
@@ -161,18 +168,21 @@ def prepare(opened: Opened) -> Prepared:
 
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     teacher = opened.teacher.to(ranks.device)
-    student = begin(teacher, job.recipe, source, schedule.seed, ranks)
-    windows = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
-    measured = Measured(windows, ranks, None if job.top_k else teacher)  # which would stay in memory
-    measured.add("teacher", teacher)
-    measured.add("data_free", data_free(teacher, job.recipe))
-
-    # What must be the same for a run to be resumed. Of the teacher's weights only the vectors are looked at.
+    if opened.resume:
+        student = blank(teacher, job.recipe, ranks)
+    else:
+        student = begin(teacher, job.recipe, source, schedule.seed, ranks, job.init_from)
+    # Of the teacher's weights only the vectors are looked at.
     vectors = b"".join(p.numpy(force=True).tobytes() for p in teacher.parameters() if p.ndim == 1)
+    windows = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
+    measured = _measured(windows, teacher, hashlib.sha256(vectors + windows.tobytes()).hexdigest(), job, ranks)
+
+    # What must be the same for a run to be resumed.
     identity = dataclasses.asdict(job.recipe) | {
         # The rest of the schedule changes no number, or follows from the number of ranks.
         **{name: getattr(schedule, name) for name in ("steps", "batch", "tokens", "seed")},
         "top_k": job.top_k,
+        "init_from": job.init_from and {"sha256": hashlib.sha256(read_file(job.init_from)).hexdigest()},
         "teacher": {"sha256": hashlib.sha256(vectors).hexdigest()},
         "data": text or list(job.data),
     }
@@ -183,9 +193,26 @@ def prepare(opened: Opened) -> Prepared:
     if job.top_k and isinstance(source, Windows):
         count, size = schedule.steps * schedule.batch, schedule.micro_batch
         by = precompute(teacher, source, count, job.top_k, job.output / "topk", size, bf16, ranks)
+    # A sharded student has its signs on several devices.
+    flips = Flips(student, teacher) if ranks.world == 1 else None
     # Not `opened` itself: with its teacher, which may be done with, gigabytes would stay in memory.
     start = job, ranks, opened.resume, opened.tokenizer
-    return Prepared(*start, source, student, by, bf16, measured, identity, sinks)
+    return Prepared(*start, source, student, by, bf16, measured, flips, identity, sinks)
+
+
+def _measured(windows: np.ndarray, teacher: Mamba2LM, of: str, job: Job, ranks: Ranks) -> Measured:
+    """What teacher and data-free conversion are worth on `windows`, or what the newest checkpoint has of that. `of`: a
+    hash of both.
+    """
+    measured = Measured(windows, ranks, None if job.top_k else teacher)  # which would stay in memory
+    measured.of = f"{of}, rank {job.recipe.rank}, planes {job.recipe.planes}, top_k {job.top_k}"
+    checkpoints = Checkpoints(job.output / "checkpoints", ranks)
+    for step in checkpoints.steps()[-1:]:
+        if measured.take(json.loads(checkpoints.own(step)).get("measured", {})):
+            return measured
+    measured.add("teacher", teacher)
+    measured.add("data_free", data_free(teacher, job.recipe))
+    return measured
 
 
 def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) -> dict:
@@ -195,7 +222,13 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
     job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
     recipe, windows = job.recipe, measured.windows
     model = Distillation(
-        prepared.student, prepared.teacher, recipe.hidden, recipe.cross_entropy, job.recompute, compiled=job.compiled
+        prepared.student,
+        prepared.teacher,
+        recipe.hidden,
+        recipe.cross_entropy,
+        job.recompute,
+        compiled=job.compiled,
+        temperature=recipe.temperature,
     )
     shard(model, ranks)
     trainer = Trainer(
@@ -207,10 +240,13 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         ranks,
         job.output,
         functools.partial(move_to, student=model.student, recipe=recipe),
-        (lambda: held_out_loss(model.logits, windows, ranks)) if len(windows) else None,
+        (lambda: figures(model.logits, measured.teacher, windows, ranks)) if len(windows) else None,
+        prepared.flips or dict,
+        recipe.level if not job.top_k else None,  # whose logits are of so many windows as the run was to have
         bf16=prepared.bf16,
         sinks=prepared.sinks,
         identity=prepared.identity,
+        kept={"measured": measured.state()},
     )
     if prepared.resume:
         trainer.resume()
@@ -236,6 +272,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         "seconds": trainer.seconds,
         "perplexity": measured.perplexity,
         "kl": measured.kl,
+        "same_top": measured.same_top,
         "model": STUDENT,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfssm.model.calibrate import calibrate
-from dfssm.model.checkpoint import save_student
+from dfssm.model.checkpoint import load_student_tensors, save_student
+from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import convert, student_from_teacher
-from dfssm.model.quant import dequantized
+from dfssm.model.quant import dequantized, pack_bits
 from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding, from_tensors
 from dfssm.model.teacher import Mamba2LM, SelectiveScan, TokenTable
-from dfssm.model.tensors import SCAFFOLD, weights
+from dfssm.model.tensors import FLOAT, ROWS, SCAFFOLD, weights
+from dfssm.opset.errors import DfssmError
 
 from .data import Source
 from .density import DensityLinear, densify, levels, projections, set_attributes, zero_low_rank
@@ -34,8 +36,18 @@ def data_free(teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
     return from_tensors(*convert(teacher, recipe.rank, recipe.planes)).to(teacher.norm_f.weight.device)
 
 
-def begin(teacher: Mamba2LM, recipe: Recipe, source: Source, seed: int, ranks: Ranks) -> DFSSMLM:
-    """The student of `teacher` before its first step; `source` stays where it is."""
+def begin(
+    teacher: Mamba2LM, recipe: Recipe, source: Source, seed: int, ranks: Ranks, start: Path | None = None
+) -> DFSSMLM:
+    """The student of `teacher` before its first step; `source` stays where it is.
+
+    `start`: a model.pt whose student it is, instead of what the recipe begins with. DfssmError if that is of another
+    shape than teacher and recipe give.
+    """
+    if start:
+        student = student_of(start, teacher, recipe)
+        train_as(student, recipe)
+        return student
     sizes = activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
     tensors = calibrated(teacher, source, recipe, ranks) if recipe.init == "calibrated" else None
     torch.manual_seed(seed)
@@ -44,6 +56,46 @@ def begin(teacher: Mamba2LM, recipe: Recipe, source: Source, seed: int, ranks: R
     if recipe.init == "zero":
         zero_low_rank(layers)
     return student
+
+
+def blank(teacher: Mamba2LM, recipe: Recipe, ranks: Ranks) -> DFSSMLM:
+    """A student whose parameters a checkpoint will give."""
+    student = DFSSMLM(DFSSMConfig.from_teacher(teacher.config, recipe.rank, recipe.planes)).to(ranks.device)
+    train_as(student, recipe)
+    return student
+
+
+def student_of(file: Path, teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
+    """The student in `file`, to be trained further: its signs, with the sizes of the teacher's weights for latents."""
+    config, tensors = load_student_tensors(file)
+    wanted = DFSSMConfig.from_teacher(teacher.config, recipe.rank, recipe.planes)
+    for (name, found), value in zip(config.to_dict().items(), wanted.to_dict().values(), strict=True):
+        if name != "eos_token_id" and found != value:
+            raise DfssmError(f"{file}: {name} is {found}, of this teacher and recipe it is {value}; give another model")
+    student = student_from_teacher(teacher, recipe.rank, recipe.planes, tensors=tensors)
+    others = {}
+    for weight in weights(config):
+        if weight.form == FLOAT:
+            others[weight.name] = tensors[weight.name].float()
+        elif weight.form == ROWS:
+            others[weight.name] = tensors[weight.name].float() * tensors[weight.part("scale")][:, None]
+    student.load_state_dict(student.state_dict() | others)
+    return student
+
+
+class Flips:
+    """`flipped`: the share of a student's signs that are not those of the data-free conversion."""
+
+    def __init__(self, student: DFSSMLM, teacher: Mamba2LM):
+        config, tensors = convert(teacher, 0, student.config.planes)
+        names = [weight.name.removesuffix(".weight") for weight in weights(config) if weight.form == SCAFFOLD]
+        self._pairs = [(student.get_parameter(f"{name}.latent"), tensors[f"{name}.bits"]) for name in names]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        count = torch.tensor([bits.bit_count() for bits in range(256)])
+        others = [count[(pack_bits(latent) ^ bits).long().cpu()].sum() for latent, bits in self._pairs]
+        return {"flipped": float(sum(others)) / sum(8 * bits.numel() for _, bits in self._pairs)}
 
 
 def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
@@ -58,6 +110,8 @@ def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
         soft="levels" if recipe.anneal == "levels" else "continuous",
         float_activations=recipe.activations == "float",
         window=recipe.ste_window,
+        levels=recipe.levels,
+        clamp_window=recipe.clamp_window,
     )
 
 
@@ -137,14 +191,16 @@ def finish(model: Distillation, recipe: Recipe, ranks: Ranks, file: Path) -> DFS
 def shipped(student: DFSSMLM, recipe: Recipe) -> dict[str, Tensor]:
     """The tensors of model.pt.
 
-    Weights of 17 levels end as published: the sign of each, and the row mean of their sizes as the scale. This is what
+    Weights of levels end as published: the sign of each, and the row mean of their sizes as the scale. This is what
     the paper's exporter writes of the scaffold that was evaluated at 17 levels.
     """
     tensors = student.export_tensors()
     if recipe.hard == "levels":
         for prefix, module in student.named_modules():
             if isinstance(module, BinaryLinear):
-                tensors[f"{prefix}.scale"] = (module.scale * levels(module.latent).abs().mean(-1)).float()
+                tensors[f"{prefix}.scale"] = (
+                    module.scale * levels(module.latent, recipe.levels).abs().mean(-1)
+                ).float()
     return tensors
 
 

@@ -40,8 +40,9 @@ class TopKTarget:
     def __init__(self, ids: Tensor, log_q: Tensor):
         self.ids, self.log_q = ids, log_q
 
-    def divergence(self, piece: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits.
+    def divergence(self, piece: slice, log_p: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits. There is
+        no other temperature: what the others would have at it is not known.
 
         That of a token among the k is p - q; another's is its p, less its share of the others' q.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
+from torch.distributed.tensor import DTensor
 
 from dfssm.opset.errors import DfssmError
 
@@ -21,6 +21,8 @@ from .checkpoint import Checkpoints
 from .data import Source
 from .distributed import Ranks
 from .log import Log, Sink
+from .progress import TrainingProgress
+from .stopping import Stopping
 
 BETAS = 0.9, 0.95
 MAX_NORM = 1.0  # of the gradient
@@ -60,9 +62,12 @@ class Trainer:
     """Minimises `model(ids)["loss"]` over the windows of `source`.
 
     `rates(progress)` gives each parameter group its learning rate by name, `before(progress)` sets what else changes
-    along the run (progress: between 0 and 1, of the middle of a step). `held_out()` is the loss of text that is not
-    trained on, in nats a token. `ends()` is the step at which the run ends, where that is found on the way; at most the
-    schedule's. Log lines go to log.jsonl in `folder`, checkpoints to checkpoints/.
+    along the run (progress: between 0 and 1, of the middle of a step). `held_out()` has the figures of text that is not
+    trained on; `watched()` what else a line of the log has. `ends()` is the step at which the run ends, where that is
+    found on the way; at most the schedule's. Log lines go to log.jsonl in `folder`, checkpoints to checkpoints/.
+
+    `level`: between which points of the run nothing depends on its length. The checkpoint of the second one is kept:
+    a run of more steps goes on from there.
     """
 
     model: nn.Module
@@ -73,12 +78,15 @@ class Trainer:
     ranks: Ranks
     folder: Path
     before: Callable[[float], dict[str, float]] = lambda progress: {}
-    held_out: Callable[[], float] | None = None
+    held_out: Callable[[], dict[str, float]] | None = None
+    watched: Callable[[], dict[str, float]] = dict
+    level: tuple[float, float] | None = None
     ends: Callable[[], int] | None = None
     weight_decay: float = 0.0  # of matrices
     bf16: bool = False
     sinks: Sequence[Sink] = ()
     identity: dict = field(default_factory=dict)  # what a run that goes on must have in common with its checkpoint
+    kept: dict = field(default_factory=dict)  # what a checkpoint has besides
 
     def __post_init__(self) -> None:
         self.parts = self.schedule.parts(self.ranks)
@@ -89,7 +97,7 @@ class Trainer:
                 self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, self.schedule.keep)
         self.log = Log(self.folder, self.ranks.first, self.sinks)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.floor = 0, 0.0, 0.0  # no point of the run lies before the floor
         self.sums: dict[str, float] = {}  # since the last line of the log, which was at:
         self.logged = 0, 0.0  # step and seconds
 
@@ -101,8 +109,13 @@ class Trainer:
     @property
     def progress(self) -> float:
         """From 0 to 1: of the middle of the next step, or by the clock where that is further."""
-        by_steps, most = (self.step + 0.5) / self.schedule.steps, self.schedule.seconds
+        by_steps, most = max(self.floor, (self.step + 0.5) / self.schedule.steps), self.schedule.seconds
         return by_steps if most is None else max(by_steps, min(1.0, self.seconds / most))
+
+    @property
+    def level_ends(self) -> int | None:
+        """The last step after which the run may still become longer."""
+        return None if self.level is None else math.floor(self.level[1] * self.schedule.steps)
 
     @property
     def done(self) -> bool:
@@ -111,12 +124,28 @@ class Trainer:
         return self.step >= self.steps or (most is not None and self.ranks.agree(self.seconds >= most))
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint; False if there is none. DfssmError if it is of another schedule."""
+        """Go on from the newest checkpoint; False if there is none. DfssmError if it is of another schedule.
+
+        A schedule of more steps goes on from the newest checkpoint in the level part; later ones are removed.
+        """
         steps = self.checkpoints.steps()
         if not steps:
             return False
         saved = json.loads(self.checkpoints.own(steps[-1]))
-        for name, value in json.loads(json.dumps(self.identity)).items():
+        same = dict(self.identity)
+        if self.level and saved["identity"].get("steps", 0) < same.get("steps", 0):
+            begun = saved["identity"]["steps"]
+            first, last = (math.floor(point * begun) for point in self.level)
+            steps = [step for step in steps if first <= step <= last]
+            if not steps:
+                raise DfssmError(
+                    f"{self.folder}: was begun with steps {begun}, and has no checkpoint of steps {first} to {last} to "
+                    "become longer from; resume with the same, or choose another folder"
+                )
+            saved = json.loads(self.checkpoints.own(steps[-1]))
+            saved["floor"] = max(saved.get("floor", 0.0), self.level[0])
+            del same["steps"]
+        for name, value in json.loads(json.dumps(same)).items():
             begun = saved["identity"].get(name)
             if begun != value:
                 what = f"another {name}" if isinstance(value, dict) else f"{name} {begun}, not {value}"
@@ -126,38 +155,50 @@ class Trainer:
         self.checkpoints.load(steps[-1], self.model, self.optimizer)
         self.source.load_state_dict(saved["source"])
         self.step, self.seconds, self.bf16 = steps[-1], saved["seconds"], saved["bf16"]
-        self.sums, self.logged = saved["sums"], tuple(saved["logged"])
+        self.sums, self.logged, self.floor = saved["sums"], tuple(saved["logged"]), saved.get("floor", 0.0)
+        self.checkpoints.drop_after(self.step)
         self.log.cut(self.step)
         return True
 
     def train(self) -> None:
-        """Run to the end of the schedule. A loss that is not finite raises DfssmError and keeps the last checkpoint."""
+        """Run to the end of the schedule. A loss that is not finite raises DfssmError and keeps the last checkpoint.
+
+        SIGTERM ends the step that is taken, saves a checkpoint, and then ends what it would have ended.
+        """
         schedule = self.schedule
         begin = time.perf_counter() - self.seconds
         if not self.step:
             self.log.cut(0)  # lines of a run that did not come to a checkpoint
         self.model.train()
-        for _ in self._progress():
-            rates, extra = self.rates(self.progress), self.before(self.progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rates[group["name"]]
-            found = self._step()
-            self.step += 1
-            self.seconds = time.perf_counter() - begin
-            for name, value in found.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            done = self.done
-            if self.step % schedule.log_every == 0 or done:
-                steps, seconds = self.step - self.logged[0], self.seconds - self.logged[1]
-                means = {name: total / steps for name, total in self.sums.items()}
-                speed = steps * schedule.batch * schedule.tokens / seconds
-                self.log.write(self._position() | means | {"lr": max(rates.values()), "tok_s": speed} | extra)
-                self.sums, self.logged = {}, (self.step, self.seconds)
-            if self.held_out and (self.step % schedule.evaluate_every == 0 or done):
-                self._evaluate(self.held_out)
-            if self.step % schedule.save_every == 0 or done:
-                self.checkpoints.save(self.step, self.model, self.optimizer, json.dumps(self._own()))
-            begin = time.perf_counter() - self.seconds  # measuring and saving are not training
+        size = schedule.batch * schedule.tokens
+        with TrainingProgress(self.step * size, self.ranks.first) as progress, Stopping() as stopping:
+            while not self.done:
+                rates, extra = self.rates(self.progress), self.before(self.progress)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rates[group["name"]]
+                found = self._step()
+                self.step += 1
+                self.seconds = time.perf_counter() - begin
+                for name, value in found.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                done, stops = self.done, self.ranks.agree(stopping.asked)
+                if self.step % schedule.log_every == 0 or done:
+                    steps, seconds = self.step - self.logged[0], self.seconds - self.logged[1]
+                    means = {name: total / steps for name, total in self.sums.items()}
+                    of_line = {"lr": max(rates.values()), "tok_s": steps * size / seconds} | extra | self.watched()
+                    self.log.write(self._position() | means | of_line)
+                    self.sums, self.logged = {}, (self.step, self.seconds)
+                if self.held_out and (self.step % schedule.evaluate_every == 0 or done):
+                    self._evaluate(self.held_out)
+                if self.step % schedule.save_every == 0 or self.step == self.level_ends or done or stops:
+                    own = json.dumps(self._own())
+                    self.checkpoints.save(self.step, self.model, self.optimizer, own, self.level_ends)
+                # A run that goes by the clock is as long as it will be at this speed.
+                last = self.steps if schedule.seconds is None else round(self.step / self.progress)
+                progress.update(self.step * size, min(self.steps, last) * size, self.log.shown)
+                if stops and not done:
+                    stopping.end()
+                begin = time.perf_counter() - self.seconds  # measuring and saving are not training
 
     def _step(self) -> dict[str, float]:
         """One update; the values of the batch, the same on every rank."""
@@ -172,10 +213,11 @@ class Trainer:
             (values["loss"] / self.parts).backward()
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double() / self.parts
+        norms = {name: _norm(parameters) for name, parameters in self.groups.items()}
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         means = self.ranks.mean(torch.stack(list(totals.values()))).tolist()
-        found = dict(zip(totals, means, strict=True)) | {"grad_norm": float(norm)}
+        found = dict(zip(totals, means, strict=True)) | {"grad_norm": _whole(norm)}
+        found |= {f"grad_norm_{name}": value for name, value in norms.items() if value is not None}
         if not all(map(math.isfinite, found.values())):
             raise DfssmError(
                 f"step {self.step + 1}: the loss is {found['loss']}, the gradient {found['grad_norm']}; lower --lr "
@@ -184,11 +226,11 @@ class Trainer:
         self.optimizer.step()
         return found
 
-    def _evaluate(self, held_out: Callable[[], float]) -> None:
+    def _evaluate(self, held_out: Callable[[], dict[str, float]]) -> None:
         self.model.eval()
-        loss = held_out()
+        found = held_out()
         self.model.train()
-        self.log.write(self._position() | {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))})
+        self.log.write(self._position() | found)
 
     def _position(self) -> dict[str, float]:
         tokens = self.step * self.schedule.batch * self.schedule.tokens
@@ -196,8 +238,8 @@ class Trainer:
 
     def _own(self) -> dict[str, Any]:
         """What a checkpoint holds besides parameters and moments: values of this rank."""
-        names = ("seconds", "bf16", "sums", "logged", "identity")
-        return {"source": self.source.state_dict()} | {name: getattr(self, name) for name in names}
+        names = ("seconds", "bf16", "sums", "logged", "floor", "identity")
+        return self.kept | {"source": self.source.state_dict()} | {name: getattr(self, name) for name in names}
 
     def _parameter_groups(self) -> list[dict]:
         """Matrices may decay; vectors (norms, scales, A, D, biases) never do."""
@@ -211,24 +253,15 @@ class Trainer:
                     groups.append({"params": chosen, "weight_decay": decay, "name": name})
         return groups
 
-    def _progress(self) -> Iterator[int]:
-        size = self.schedule.batch * self.schedule.tokens
-        with tqdm(
-            total=self.steps * size if self.schedule.seconds is None else None,
-            initial=self.step * size,
-            desc="train",
-            unit="tok",
-            unit_scale=True,
-            mininterval=1.0,
-            dynamic_ncols=True,
-            disable=None if self.ranks.first else True,
-        ) as bar:
-            while not self.done:
-                yield self.step
-                by_clock = self.steps if self.schedule.seconds is None else round(self.step / self.progress)
-                bar.total = min(self.steps, by_clock) * size
-                bar.update(size)
-                bar.set_postfix(self.log.shown, refresh=False)
+
+def _norm(parameters: Sequence[nn.Parameter]) -> float | None:
+    """Of the gradients of all of them; None where none has any."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return _whole(nn.utils.get_total_norm(gradients)) if gradients else None
+
+
+def _whole(norm: Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:

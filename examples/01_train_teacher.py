@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.held_out import cut_windows, held_out_loss
+from dfssm.distill.held_out import cut_windows, figures
 from dfssm.distill.trainer import Schedule, Trainer, fast_bf16
 from dfssm.distill.vocabulary import beginnings, train_tokenizer
 from dfssm.model.config import Mamba2Config
@@ -154,10 +154,10 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
             layer.compile()
     plateau = Plateau(options["lr"], options["warmup"], options["longest"])
 
-    def measure() -> float:
-        loss = held_out_loss(model.model, windows, ranks)
-        plateau.measured(trainer.step, loss)
-        return loss
+    def measure() -> dict[str, float]:
+        found = figures(model.model, None, windows, ranks)
+        plateau.measured(trainer.step, found["held_out"])
+        return found
 
     trainer = Trainer(
         model,
@@ -192,10 +192,10 @@ def train_teacher(data, output, tokenizer, vocab_size, device, threads, compiled
     )
     trainer.train()
     save_teacher(model.model, output)
-    loss = held_out_loss(load_teacher(output).to(ranks.device), windows, ranks)
+    perplexity = figures(load_teacher(output).to(ranks.device), None, windows, ranks)["perplexity"]
     click.echo(
         f"{trainer.step:,} steps, {trainer.step * options['batch'] * tokens:,} tokens in {trainer.seconds:.0f} s; "
-        f"held-out perplexity {math.exp(loss):.2f}; wrote {output}"
+        f"held-out perplexity {perplexity:.2f}; wrote {output}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: of the right kind, and within their bounds. Standard library only."""
+"""Numbers that a caller gives, of the right kind and within their bounds; times for people. Standard library only."""
 
 import math
 import os
@@ -22,6 +22,16 @@ def require_memory(what: str, size: int, remedy: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise DfssmError(f"{what} takes {size / 1e6:,.0f} MB, this machine has {memory / 1e6:,.0f} MB: {remedy}")
+
+
+def duration(seconds: float) -> str:
+    """42 s, 5 min 3 s, 6 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _require(name: str, value: object, is_kind: bool, kind: str, least: float, most: float, meaning: str) -> None:

@@ -72,7 +72,8 @@ class TestHelp:
         [
             ("--planes X", "[default: 1]"),
             ("--hard", "[default: sign; paper: levels]"),
-            ("--no-train-float", "[default: yes; paper: no]"),
+            ("--temperature X", "[default: 1; paper: 2]"),
+            ("--no-train-float", "[default: yes]"),
             ("--scaffold-share X", "[default: 1; paper: 0.381]"),
         ],
     )

@@ -84,11 +84,14 @@ class Surrogate:
     def __call__(self, leaves):
         m, latent, window = self.m, leaves["latent"], self.m.window
 
-        def clamp(w):
-            return np.clip(w, -1, 1)
+        def passes(w):
+            return np.clip(w, -m.clamp_window, m.clamp_window)
 
-        def seventeen(name):
-            return self.quantised(name, latent, lambda w: np.rint(clamp(w) * 8) / 8, clamp)
+        def clamped(name, half=0):
+            values = np.clip(latent, -1, 1)
+            return self.quantised(name, latent, lambda w: np.rint(values * half) / half if half else values, passes)
+
+        half = (m.levels - 1) // 2
 
         def same(value):
             return value
@@ -98,8 +101,8 @@ class Surrogate:
                 "sign", latent, lambda w: np.where(w > 0, 1.0, -1.0), lambda w: np.clip(w, -window, window)
             )
         else:
-            hard = seventeen("hard")
-        soft = clamp(latent) if m.soft == "continuous" else seventeen("soft")
+            hard = clamped("hard", half)
+        soft = clamped("soft", half if m.soft == "levels" else 0)
         planes = leaves["scale"][..., None] * ((1 - m.blend) * soft + m.blend * hard)
         weight = planes.sum(0) if planes.ndim == 3 else planes
         if m.low_rank == "float":
@@ -117,7 +120,14 @@ FORMS = {
     "levels-to-sign": {"soft": "levels", "blend": 0.25},
     "levels": {"hard": "levels", "blend": 1.0},
     "half-levels": {"hard": "levels", "blend": 0.5, "low_rank": "none"},
-    "published-1": {"hard": "levels", "blend": 0.75, "low_rank": "none", "float_activations": True},
+    "published-1": {
+        "hard": "levels",
+        "blend": 0.75,
+        "low_rank": "none",
+        "float_activations": True,
+        "clamp_window": 9.0,
+    },
+    "257-levels": {"hard": "levels", "levels": 257, "blend": 0.5},
     "published-2": {"hard": "levels", "low_rank": "float", "float_activations": True},
     "ships": {},
     "ships-window": {"window": 0.5},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfssm.distill.distributed import Ranks
-from dfssm.distill.held_out import cut_windows, held_out_loss
+from dfssm.distill.held_out import cut_windows, figures
 
 TOKENS, VOCAB = 6, 11
 IDS = np.random.default_rng(0).integers(VOCAB, size=2000, dtype=np.uint32)
@@ -24,7 +24,7 @@ def bigrams():
 @pytest.fixture
 def loss():
     """loss(model, windows), measured by one process."""
-    return lambda model, windows: held_out_loss(model, windows, Ranks(0, 1, torch.device("cpu")))
+    return lambda model, windows: figures(model, None, windows, Ranks(0, 1, torch.device("cpu")))["held_out"]
 
 
 class TestWindows:

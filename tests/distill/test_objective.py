@@ -41,17 +41,18 @@ class Case:
         self.teacher, self.taught = Embedding(VOCAB, WIDTH).requires_grad_(False), torch.randn(TOKENS, WIDTH)
         self.labels = torch.randint(VOCAB, (TOKENS,))
 
-    def chunked(self, chunk, cross_entropy):
+    def chunked(self, chunk, cross_entropy, temperature=1.0):
         target = TeacherLogits(self.teacher, self.taught)
-        return chunked_loss(self.hidden, self.head, target, self.labels, cross_entropy, chunk)
+        return chunked_loss(self.hidden, self.head, target, self.labels, cross_entropy, chunk, temperature)
 
-    def plain(self, cross_entropy):
+    def plain(self, cross_entropy, temperature=1.0):
         hidden, weight = (t.detach().double().requires_grad_() for t in (self.hidden, self.head.weight))
         form = rounded if isinstance(self.head, Int8Embedding) else torch.Tensor.double
-        log_p = F.log_softmax(form(hidden) @ form(weight).T, -1)
-        log_q = F.log_softmax(self.taught.double() @ self.teacher.weight.double().T, -1)
-        kl = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
-        ce = F.nll_loss(log_p, self.labels)
+        logits = form(hidden) @ form(weight).T
+        log_p = F.log_softmax(logits / temperature, -1)
+        log_q = F.log_softmax(self.taught.double() @ self.teacher.weight.double().T / temperature, -1)
+        kl = temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        ce = F.cross_entropy(logits, self.labels)
         loss = kl + cross_entropy * ce
         return (loss, kl, ce), torch.autograd.grad(loss, (hidden, weight))
 
@@ -63,11 +64,12 @@ def case(request):
 
 class TestChunkedLoss:
     @pytest.mark.parametrize("cross_entropy", [0.0, 0.7])
+    @pytest.mark.parametrize("temperature", [1.0, 2.0])
     @pytest.mark.parametrize("chunk", CHUNKS)
-    def test_values_and_gradients_are_those_of_the_whole(self, case, chunk, cross_entropy):
-        loss, kl, ce = case.chunked(chunk, cross_entropy)
+    def test_values_and_gradients_are_those_of_the_whole(self, case, chunk, cross_entropy, temperature):
+        loss, kl, ce = case.chunked(chunk, cross_entropy, temperature)
         (3 * loss).backward()  # what comes after it scales the gradient
-        expected, gradients = case.plain(cross_entropy)
+        expected, gradients = case.plain(cross_entropy, temperature)
         torch.testing.assert_close(loss.double(), expected[0], **CLOSE)
         torch.testing.assert_close(kl.double(), expected[1], **CLOSE)
         if cross_entropy:

@@ -63,14 +63,35 @@ class TestRates:
         assert Recipe(train_float=False).rates(progress)["float"] == 0
 
 
+class TestWarmUpStableDecay:
+    RECIPE = Recipe(curve="wsd", lr=1.0, warmup=0.1, decay=0.25, final_lr=0.2)
+
+    def test_the_rate_rises_stays_and_falls(self):
+        found = [self.RECIPE.rates(p)["scaffold"] for p in (0.05, 0.1, 0.5, 0.75, 0.875, 1.0)]
+        assert found == pytest.approx([0.5, 1, 1, 1, 0.6, 0.2])
+
+    def test_of_no_decay(self):
+        assert dataclasses.replace(self.RECIPE, decay=0.0).rates(1.0)["scaffold"] == pytest.approx(1)
+
+    def test_its_level_part_depends_on_no_length(self):
+        assert self.RECIPE.level == (0.1, 0.75)
+
+    @pytest.mark.parametrize("other", [{"curve": "cosine"}, {"anneal": "levels"}, {"scaffold_share": 0.5}])
+    def test_others_have_none(self, other):
+        assert dataclasses.replace(self.RECIPE, **other).level is None
+
+
 class TestPaper:
     """Stage 1: the scaffold alone at 3e-4, annealed; stage 2: the low rank alone at 1e-3, of a frozen scaffold."""
 
     def test_first_stage(self):
         for progress in (0.0, SHARE / 2, SHARE - 1e-9):
             rates = PAPER.rates(progress)
-            assert rates["low_rank"] == rates["float"] == 0 and PAPER.low_rank(progress) == "none"
+            assert rates["low_rank"] == 0 and rates["float"] == rates["scaffold"] and PAPER.low_rank(progress) == "none"
         assert PAPER.rates(0.05 * SHARE)["scaffold"] == pytest.approx(3e-4)
+
+    def test_the_ramp_is_as_long_as_the_first_stage(self):
+        assert [PAPER.blend(p * SHARE) for p in (0.25, 0.5, 1)] == pytest.approx([0.25, 0.5, 1])
 
     def test_second_stage(self):
         for progress in (SHARE, 0.7, 1 - 1e-9):
@@ -84,7 +105,14 @@ class TestPaper:
         assert PAPER.rates(1 - 1e-9)["low_rank"] == pytest.approx(0, abs=1e-12)
 
     def test_it_is_the_published_one(self):
-        published = {"hard": "levels", "anneal": "continuous", "rank": 16, "cross_entropy": 1.0, "planes": 1}
+        published = {
+            "hard": "levels",
+            "anneal": "continuous",
+            "rank": 16,
+            "planes": 1,
+            "levels": 17,
+            "temperature": 2.0,
+        }
         assert published.items() <= dataclasses.asdict(PAPER).items()
 
 

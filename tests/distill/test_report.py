@@ -46,7 +46,8 @@ def line(step: int, **values) -> dict:
 
 
 def evaluation(step: int, perplexity: float) -> dict:
-    return {"step": step, "tokens": 1000 * step, "held_out": 4.0, "perplexity": perplexity, "seconds": 1.5 * step}
+    found = {"step": step, "tokens": 1000 * step, "held_out": 4.0, "perplexity": perplexity, "seconds": 1.5 * step}
+    return found | {"held_out_kl": perplexity / 100, "held_out_same_top": 0.5}
 
 
 RESULT = {
@@ -57,6 +58,7 @@ RESULT = {
     "held_out_tokens": 27191,
     "perplexity": {"teacher": 50.0, "data_free": 125.0, "student": 55.0, "float_low_rank": 55.5},
     "kl": {"data_free": 1.25, "student": 0.0625},
+    "same_top": {"data_free": 0.25, "student": 0.875},
     "model": "model.pt",
 }
 
@@ -188,8 +190,10 @@ class TestLines:
 class TestPage:
     def test_a_complete_run(self, written):
         page = written([evaluation(0, 125.0), *map(line, range(1, 5)), evaluation(4, 55.0)], RESULT)
-        assert len(page.of("svg")) == 6 and len(page.of("circle", "dot")) == 2
+        assert len(page.of("svg")) == 8 and len(page.of("circle", "dot")) == 6
+        assert page.text.index("0.0625") < page.text.index("55.00")  # the divergence comes first
         for text in (
+            "87.5 %",
             "4k",
             "8 s",
             "500",
@@ -206,7 +210,7 @@ class TestPage:
             "student with a float low rank55.501.110" in table
         )
         ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-        assert len(ids) == len(set(ids)) == 12
+        assert len(ids) == len(set(ids)) == 16
 
     def test_nothing_is_fetched_and_nothing_runs(self, written):
         page = written([line(1)], RESULT)
@@ -215,9 +219,16 @@ class TestPage:
         assert "url(" not in page.text and "@import" not in page.text and "prefers-color-scheme: dark" in page.text
 
     def test_without_held_out_text(self, written):
-        page = written([line(1), line(2)], RESULT | {"perplexity": {}, "kl": {}, "held_out_tokens": 0})
-        assert len(page.of("svg")) == 6 and len(page.of("div", "tile")) == 3
-        assert "no values" in page.text and "teacher" not in page.text
+        page = written([line(1), line(2)], RESULT | {"perplexity": {}, "kl": {}, "same_top": {}, "held_out_tokens": 0})
+        assert len(page.of("svg")) == 5 and len(page.of("div", "tile")) == 3
+        assert "no values" not in page.text and "teacher" not in page.text
+
+    def test_a_chart_is_of_something(self, written):
+        """Nothing is annealed, and the gradient is that of each group where it is known."""
+        more = {"blend": 1.0, "flipped": 0.1, "grad_norm_scaffold": 1.0, "grad_norm_float": 2.0}
+        page = written([line(i, **more) for i in (1, 2)], RESULT)
+        assert len(page.of("svg")) == 5 and "Annealing" not in page.text and "Flipped signs" in page.text
+        assert "scaffold: 1 at" in page.text and "float: 2 at" in page.text and "low rank:" not in page.text
 
     def test_numbers_that_are_not_finite_are_not_drawn(self, written):
         page = written([line(1), line(2, grad_norm=math.inf), evaluation(2, math.nan), line(3)], RESULT)

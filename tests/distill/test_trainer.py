@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import signal
 import time
 
@@ -105,6 +107,8 @@ class TestSteps:
             assert line["loss"] == pytest.approx(np.mean(losses[part]), rel=1e-5)
             assert line["kl"] == pytest.approx(np.mean(losses[part]) / 2, rel=1e-5)
             assert line["grad_norm"] == pytest.approx(np.mean(norms[part]), rel=1e-5)
+            of_groups = line["grad_norm_matrix"], line["grad_norm_bias"]
+            assert max(of_groups) <= line["grad_norm"] * (1 + 1e-5) and line["grad_norm"] <= sum(of_groups)
             assert line["lr"] == max(rates((3 * i + 2.5) / 12).values())
             assert line["tok_s"] > 0 and line["seconds"] > 0
 
@@ -138,7 +142,7 @@ class TestSteps:
         assert [line["blend"] for line in log(t)] == [p / 2 for p in seen]
 
     def test_the_last_is_logged_saved_and_measured_whatever_its_number(self, trainer):
-        t = trainer(steps=5, log_every=3, save_every=2, evaluate_every=3, held_out=lambda: 1.0)
+        t = trainer(steps=5, log_every=3, save_every=2, evaluate_every=3, held_out=lambda: {"held_out": 1.0})
         t.train()
         assert [line["step"] for line in log(t) if "loss" in line] == [3, 5]
         assert [line["step"] for line in log(t) if "held_out" in line] == [3, 5]
@@ -152,13 +156,15 @@ class TestSteps:
     def test_held_out_text_is_measured_in_eval_mode(self, trainer):
         model = Bigrams()
         t = trainer(
-            model=model, steps=4, evaluate_every=2, held_out=lambda: model.logits(torch.zeros(1, 1).long()) and 2
+            model=model,
+            steps=4,
+            evaluate_every=2,
+            held_out=lambda: model.logits(torch.zeros(1, 1).long()) and {"held_out": 2},
         )
         t.train()
         assert model.modes == [True, True, False, True, True, False]
         lines = [line for line in log(t) if "held_out" in line]
         assert [(line["step"], line["held_out"]) for line in lines] == [(2, 2), (4, 2)]
-        assert lines[0]["perplexity"] == pytest.approx(math.e**2)
 
     @pytest.mark.parametrize("batch, micro_batch, world", [(8, 3, 1), (8, 16, 1), (6, 2, 2)])
     def test_that_do_not_come_out_even(self, batch, micro_batch, world):
@@ -245,7 +251,7 @@ class TestResume:
             ids = torch.from_numpy(IDS[:50].astype(np.int64))[None]
             return {
                 "model": model,
-                "held_out": lambda: model(ids)["loss"].item(),
+                "held_out": lambda: {"held_out": model(ids)["loss"].item()},
                 "evaluate_every": 3,
                 "log_every": log_every,
                 "micro_batch": 4,
@@ -337,6 +343,125 @@ class TestResume:
         t = trainer()
         t.train()
         assert [line["step"] for line in log(t)] == [3, 6, 9, 12]
+
+
+class TestLonger:
+    """A schedule of which the middle depends on no length: it may become longer until the rate falls."""
+
+    LEVEL = 0.25, 0.75
+
+    @staticmethod
+    def rates(progress):
+        return {name: 0.1 * min(1, progress / 0.25, (1 - progress) / 0.25) for name in ("matrix", "bias")}
+
+    def run(self, trainer, folder, steps, **options):
+        identity = {"steps": steps, "seed": 0}
+        options = {"rates": self.rates, "level": self.LEVEL, "save_every": 100, "log_every": 1} | options
+        t = trainer(folder, steps=steps, identity=identity, **options)
+        t.folder.mkdir(exist_ok=True)
+        return t
+
+    def test_it_is_the_run_that_was_longer_from_the_start_but_for_its_warm_up(self, trainer):
+        short = self.run(trainer, "run", 8)
+        short.train()
+        assert short.checkpoints.steps() == [6, 8]
+        longer = self.run(trainer, "run", 16)
+        assert longer.resume() and longer.step == 6 and longer.checkpoints.steps() == [6]
+        seen = []
+        longer.rates = lambda progress: seen.append(progress) or self.rates(progress)
+        longer.train()
+        assert [line["step"] for line in log(longer)] == list(range(1, 17))
+        rates = [line["lr"] for line in log(longer)]
+        assert rates[1:6] == pytest.approx([0.075, 0.1, 0.1, 0.1, 0.1], rel=0.3) and rates[2:12] == [0.1] * 10
+        assert rates[12:] == sorted(rates[12:], reverse=True) and rates[-1] < 0.02
+        assert longer.checkpoints.steps() == [12, 16]
+
+    def test_much_longer_it_does_not_warm_up_again(self, trainer):
+        self.run(trainer, "run", 8).train()
+        longer = self.run(trainer, "run", 80)
+        assert longer.resume()
+        longer.train()
+        assert [line["lr"] for line in log(longer)][6:60] == [0.1] * 54
+
+    def test_stopped_after_that_it_goes_on(self, trainer):
+        self.run(trainer, "run", 8).train()
+        whole = self.run(trainer, "run", 40, save_every=7)
+        whole.resume()
+        stop_at(whole, 15)
+        t = self.run(trainer, "run", 40, save_every=7)
+        assert t.resume() and t.step == 14
+        assert {rate for name, rate in self.rates(t.progress).items()} == {0.1}
+
+    def test_shorter_it_is_refused(self, trainer):
+        self.run(trainer, "run", 16).train()
+        with pytest.raises(DfssmError, match="was begun with steps 16, not 8"):
+            self.run(trainer, "run", 8).resume()
+
+    def test_without_a_checkpoint_to_become_longer_from_it_is_refused(self, trainer):
+        t = self.run(trainer, "run", 8)
+        t.train()
+        shutil.rmtree(t.checkpoints.folder / "step-000006")
+        with pytest.raises(DfssmError, match="begun with steps 8, and has no checkpoint of steps 2 to 6"):
+            self.run(trainer, "run", 16).resume()
+
+    def test_of_a_rate_that_falls_all_along_it_is_refused(self, trainer):
+        self.run(trainer, "run", 8, level=None).train()
+        with pytest.raises(DfssmError, match="begun with steps 8, not 16"):
+            self.run(trainer, "run", 16, level=None).resume()
+
+
+class TestSigterm:
+    def test_ends_the_step_saves_and_then_ends(self, trainer):
+        class Ended(Exception):
+            pass
+
+        def end(number, frame):
+            raise Ended
+
+        t = trainer(save_every=100, log_every=1)
+        forward = t.model.forward
+
+        def signalled(ids):
+            if t.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return forward(ids)
+
+        t.model.forward = signalled
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            with pytest.raises(Ended):
+                t.train()
+            assert signal.getsignal(signal.SIGTERM) is end
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert t.checkpoints.steps() == [5]
+        whole, again = trainer("whole", log_every=1), trainer(save_every=100, log_every=1)
+        whole.folder.mkdir()
+        whole.train()
+        assert again.resume() and again.step == 5
+        again.train()
+        assert torch.equal(again.model.head.weight, whole.model.head.weight) and but_times(again) == but_times(whole)
+
+    def test_in_the_last_step_changes_nothing(self, trainer):
+        t = trainer(steps=2)
+        forward, before = t.model.forward, signal.getsignal(signal.SIGTERM)
+        t.model.forward = lambda ids: (t.step == 1 and signal.raise_signal(signal.SIGTERM)) or forward(ids)
+        t.train()
+        assert t.step == 2 and t.checkpoints.steps() == [2] and signal.getsignal(signal.SIGTERM) is before
+
+
+class TestWithoutATerminal:
+    def test_a_line_says_how_far_it_is(self, trainer, monkeypatch, capsys):
+        monkeypatch.setattr("dfssm.distill.progress.LINE_EVERY", 0.0)
+        trainer(steps=3, log_every=1).train()
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 3
+        assert re.fullmatch(r"48 of 144 tokens, [\d,]+ tokens/s, loss \d\.\d{3}, \d+ s left", lines[0])
+        assert lines[-1].startswith("144 of 144 tokens, ") and lines[-1].endswith(", 0 s left")
+
+    def test_in_between_there_is_none(self, trainer, capsys):
+        trainer(steps=5).train()
+        assert len(capsys.readouterr().err.splitlines()) == 1  # the last
 
 
 # In the middle of the second save it stands still until it is killed: all is written, but for the name.
