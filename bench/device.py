@@ -82,12 +82,13 @@ def bench_batches(
 ) -> list[dict]:
     """For each of `batches` that the engine takes: the step alone, whose logits stay on the device, and its floor."""
     batches = [batch for batch in batches if batch <= backend.max_batch]
-    probe = CopyBandwidth(backend.cuda, weight_bytes_of_step(engine.config, engine.manifest.layout))
-    results = []
-    for batch in batches:
-        results.append(_bench(engine, probe, batch, tokens, rounds))
-        progress(len(results), len(batches))
-    probe.close()
+    with backend.cuda.device():
+        probe = CopyBandwidth(backend.cuda, weight_bytes_of_step(engine.config, engine.manifest.layout))
+        results = []
+        for batch in batches:
+            results.append(_bench(engine, probe, batch, tokens, rounds))
+            progress(len(results), len(batches))
+        probe.close()
     return results
 
 

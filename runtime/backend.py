@@ -152,8 +152,9 @@ def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool =
         from .tensorrt import TensorRTBackend
 
         target.check(bundle.folder, bundle.manifest, own)
-        opened = target.open_engine(bundle, bundle.manifest, own, trust)
         cuda = Cuda(target.plugin_library(bundle.manifest.engine, own))
+        with cuda.device():
+            opened = target.open_engine(bundle, bundle.manifest, own, trust)
         backend = TensorRTBackend(opened, cuda, in_place=bundle.manifest.engine["lowering"] == "plugin")
     else:
         from .ort import OrtBackend

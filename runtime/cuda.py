@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from dfssm.targets.cuda import PACKAGES
 MOST_LARGEST = 1024
 """Of `largest`: kMostLargest of plugins/trt/common/kernels.h."""
 
+DEVICE = 0
+"""The one that `targets/cuda.py` lists first; CUDA_VISIBLE_DEVICES chooses others."""
+
 
 class Cuda:
-    """One stream of the device that `targets/cuda.py` lists first. All work is queued; `synchronize` waits for it.
-    Addresses are ints. `plugins`: the plugin library, which has `largest`.
+    """One stream of DEVICE. All work is queued, in `with cuda.device()`; `synchronize` waits for it. Addresses are
+    ints. `plugins`: the plugin library, which has `largest`.
 
     Raises DfssmError when `cuda-bindings` is missing, there is no driver or no device, or a call fails.
     """
@@ -31,11 +35,31 @@ class Cuda:
         self._runtime = runtime
         if not self._call("cudaGetDeviceCount"):
             raise DfssmError("there is no CUDA device: run this bundle on a machine with an NVIDIA GPU")
-        self.stream = int(self._call("cudaStreamCreate"))
+        # One that waits for the default stream would break, while it records, what others (PyTorch) queue there.
+        with self.device():
+            self.stream = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
         self.recording = False
         self._plugins = ctypes.CDLL(str(plugins)) if plugins else None
         self.most_largest = MOST_LARGEST if plugins else 0
         self.weighs = hasattr(self._plugins, "dfssm_total_weight")  # the libraries of earlier bundles do not
+
+    def __del__(self) -> None:
+        if hasattr(self, "stream"):
+            with suppress(DfssmError):  # CUDA may have gone before, when the program ends
+                self._call("cudaStreamDestroy", self.stream)
+
+    @contextmanager
+    def device(self) -> Iterator[None]:
+        """In a `with` block, DEVICE is this thread's, whatever the program has chosen (torch.cuda.set_device)."""
+        before = self._call("cudaGetDevice")
+        if before == DEVICE:
+            yield
+            return
+        self._call("cudaSetDevice", DEVICE)
+        try:
+            yield
+        finally:
+            self._call("cudaSetDevice", before)
 
     def allocate(self, size: int) -> int:
         """`size` bytes of device memory, zeroed."""
@@ -99,7 +123,8 @@ class Cuda:
     def begin_capture(self) -> None:
         """What is queued from here on is recorded, not run."""
         self.recording = True
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        # Relaxed: a state that Python collects meanwhile may give its memory back.
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._call("cudaStreamBeginCapture", self.stream, mode)
 
     def end_capture(self) -> Any:
@@ -134,4 +159,5 @@ _REMEDIES = {
     "InsufficientDriver": "install an NVIDIA driver for CUDA 13, or run on a machine with an NVIDIA GPU",
     "NoDevice": "run this bundle on a machine with an NVIDIA GPU",
     "MemoryAllocation": "the device is out of memory; use a smaller batch",
+    "InitializationError": "a process forked from one that used CUDA cannot: let multiprocessing use 'spawn'",
 }

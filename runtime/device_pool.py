@@ -39,17 +39,9 @@ class DevicePool:
         self._host_logits, self._host = logits, host or {}
         rows = len(logits)
         self._ids_dtype = backend.dtype("input_ids")
+        self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
         self._addresses: list[int] = []
         self._pinned: list[np.ndarray] = []
-        most = max(rows, min(rows, backend.prompt_rows) * backend.max_tokens)
-        self._ids = self._allocate(most * self._ids_dtype.itemsize)
-        self._first_place = self._allocate(8)  # of the only token of a step
-        self._places = self._allocate(8 * backend.max_logits)
-        self._logits = self._allocate(logits.nbytes)
-        self._all_logits = 0  # allocated when first asked for
-        self._given_ids = self._pin((rows,), self._ids_dtype)
-        self._row_bytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in backend.layout.items()}
-        self._states = self._allocate_states()
         self._elsewhere: dict[str, dict[str, int]] = {}
         self._graphs: dict[tuple[int, int], Any] = {}  # first row and number of rows -> their step, recorded
         self._stale = self._ahead = False  # the host's copies are behind the device, or before it
@@ -57,6 +49,15 @@ class DevicePool:
         self._next: np.ndarray | None = None  # the tokens that a step left in `_ids`
         self._top: _Largest | None = None  # of a step, where they were asked for; and those of `_behind`
         self._found: _Largest | None = None
+        self._all_logits = 0  # allocated when first asked for
+        most = max(rows, min(rows, backend.prompt_rows) * backend.max_tokens)
+        with self._device():
+            self._ids = self._allocate(most * self._ids_dtype.itemsize)
+            self._first_place = self._allocate(8)  # of the only token of a step
+            self._places = self._allocate(8 * backend.max_logits)
+            self._logits = self._allocate(logits.nbytes)
+            self._given_ids = self._pin((rows,), self._ids_dtype)
+            self._states = self._allocate_states()
 
     def __del__(self) -> None:
         if hasattr(self, "_graphs"):
@@ -196,8 +197,10 @@ class DevicePool:
 
     @contextmanager
     def _device(self) -> Iterator[None]:
-        """Work for the device, queued in a `with` block and done after it. What it uses stays until then."""
-        with self._backend.lock:
+        """Work for the device, queued in a `with` block and done after it. What it uses stays until then. Room for it,
+        too, which is zeroed in the stream: another thread may be recording that.
+        """
+        with self._backend.lock, self._cuda.device():
             try:
                 if self._cuda.recording:  # it was cut short
                     self._cuda.synchronize()
@@ -340,7 +343,7 @@ class DevicePool:
     def _look_for(self, count: int, weigh: bool = False) -> None:
         """From the next step on, for so many logits of each row, and for the weight of all."""
         rows, weight = len(self._host_logits), None
-        with self._device():  # to make room is work of the stream, which another thread may be recording
+        with self._device():
             tokens, logits = (self._pin((rows, count), np.dtype(kind)) for kind in (np.int64, np.float32))
             # The one token of each row is the input of the next step.
             next_ids = self._ids if count == 1 and self._ids_dtype == tokens.dtype else self._allocate(tokens.nbytes)

@@ -106,13 +106,16 @@ class TensorRTBackend:
             strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
             if final_kernels and strategy is not None:
                 config.dynamic_shapes_kernel_specialization_strategy = type(strategy).EAGER
-        context = self.engine.create_execution_context(**settings)
-        if context is not None and settings:
-            size = self.engine.device_memory_size_v2
-            self._activations = self._activations or self.cuda.allocate(size)
-            context.set_device_memory(self._activations, size)
-        if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
-            raise DfssmError("TensorRT makes no execution context: see its message above; is the device's memory full?")
+        with self.cuda.device():
+            context = self.engine.create_execution_context(**settings)
+            if context is not None and settings:
+                size = self.engine.device_memory_size_v2
+                self._activations = self._activations or self.cuda.allocate(size)
+                context.set_device_memory(self._activations, size)
+            if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
+                raise DfssmError(
+                    "TensorRT makes no execution context: see its message above; is the device's memory full?"
+                )
         return context
 
     def _require_known(self, names: list[str]) -> None:

@@ -1,9 +1,11 @@
 """A CUDA device and a TensorRT engine made of NumPy and ONNX Runtime: what `runtime/tensorrt.py` does with real ones
 is then seen without a GPU. They refuse what real ones would: an unknown address, one that is not aligned, a copy past
-the end of an allocation, work queued on a stream that is being recorded but cannot be, a recording whose context has
-gone on to other shapes or other kernels.
+the end of an allocation, work of a thread whose device is another, work queued on a stream that is being recorded but
+cannot be, a recording whose context has gone on to other shapes or other kernels.
 """
 
+import threading
+from contextlib import contextmanager
 from enum import Enum
 from itertools import count
 from types import SimpleNamespace
@@ -40,19 +42,33 @@ class FakeConfig:
 
 class FakeCuda:
     """`syncs` counts waits, `copied` bytes from and to the host, and within the device. Of copies to and from the host,
-    those of pinned memory may be recorded.
+    those of pinned memory may be recorded. `current`: the device of a thread that has chosen none; this one is 0.
     """
 
     stream, weighs = 7, True
 
-    def __init__(self, most_largest=1024):
+    def __init__(self, most_largest=1024, current=0):
         self.memory, self.recording, self.launches = {}, False, 0
         self.recorded = []
         self.addresses = count(1 << 20, 1 << 32)
         self.most_largest, self.host, self.syncs = most_largest, [], 0
         self.copied = dict.fromkeys(("to device", "to host", "within"), 0)
+        self.current, self.of_thread = current, threading.local()
+
+    @contextmanager
+    def device(self):
+        before = getattr(self.of_thread, "device", self.current)
+        self.of_thread.device = 0
+        try:
+            yield
+        finally:
+            self.of_thread.device = before
+
+    def require_device(self):
+        assert getattr(self.of_thread, "device", self.current) == 0, "the device of this thread is another"
 
     def allocate(self, size):
+        self._immediate()  # it is zeroed
         address = next(self.addresses)
         self.memory[address] = np.zeros(size, np.uint8)
         return address
@@ -125,6 +141,7 @@ class FakeCuda:
         self.recording = False  # as `Cuda` does
 
     def begin_capture(self):
+        self.require_device()
         self.recording, self.recorded = True, []
 
     def end_capture(self):
@@ -133,6 +150,7 @@ class FakeCuda:
         return self.recorded
 
     def launch(self, recording):
+        self.require_device()
         self.launches += 1
         for work in recording:
             work()
@@ -141,6 +159,7 @@ class FakeCuda:
         recording.clear()
 
     def _queue(self, work, array=None):
+        self.require_device()
         if not self.recording:
             work()
         else:
@@ -148,6 +167,7 @@ class FakeCuda:
             self.recorded.append(work)
 
     def _immediate(self):
+        self.require_device()
         assert not self.recording, "this would not be part of the graph"
 
 
@@ -205,6 +225,7 @@ class FakeEngine:
         return ((1, 1), (1, 1), (batch, tokens)) if name == "input_ids" else ((1,), (1,), (logits,))
 
     def create_execution_context(self, runtime_config=None):
+        self.cuda.require_device()
         return FakeContext(self, runtime_config)
 
 
@@ -241,6 +262,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream):
         engine, cuda = self.engine, self.engine.cuda
+        cuda.require_device()
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         assert self.own_memory or self.activations, "it was told that it would be given memory"
         if "input_ids" in shapes:

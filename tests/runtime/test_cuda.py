@@ -15,15 +15,19 @@ runtime = pytest.importorskip("cuda.bindings.runtime")
 
 
 class Recorder:
-    """cuda-bindings with every function replaced by one that succeeds and is written down."""
+    """cuda-bindings with every function replaced by one that succeeds and is written down; `current`: what
+    cudaGetDevice says.
+    """
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.current = [], 0
 
     def __getattr__(self, name):
         real = getattr(runtime, name)
-        if isinstance(real, type):
+        if isinstance(real, type) or not callable(real):
             return real
+        if name == "cudaGetDevice":
+            return lambda: (runtime.cudaError_t.cudaSuccess, self.current)
         parameters = re.match(rf"{name}\((.*)\)", real.__doc__)[1]
 
         def call(*arguments):
@@ -54,7 +58,8 @@ def test_calls(recorder):
 
     cuda, array = Cuda(), np.zeros(3, np.float32)
     host, kind = array.ctypes.data, runtime.cudaMemcpyKind
-    assert recorder.calls == [("cudaGetDeviceCount",), ("cudaStreamCreate",)] and cuda.stream == 7
+    made = ("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+    assert recorder.calls == [("cudaGetDeviceCount",), made] and cuda.stream == 7
     recorder.calls.clear()
     assert cuda.allocate(100) == 7
     cuda.to_device(1, array)
@@ -75,7 +80,7 @@ def test_calls(recorder):
         ("cudaMemcpyAsync", 1, host, 12, kind.cudaMemcpyHostToDevice, 7),
         ("cudaMemcpyAsync", host, 2, 12, kind.cudaMemcpyDeviceToHost, 7),
         ("cudaMemcpyAsync", 3, 4, 5, kind.cudaMemcpyDeviceToDevice, 7),
-        ("cudaStreamBeginCapture", 7, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal),
+        ("cudaStreamBeginCapture", 7, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed),
         ("cudaStreamEndCapture", 7),
         ("cudaGraphInstantiate", 7, 0),
         ("cudaGraphDestroy", 7),
@@ -86,6 +91,30 @@ def test_calls(recorder):
         ("cudaHostAlloc", 24, 0),
         ("cudaFreeHost", 7),
     ]
+    del cuda
+    assert recorder.calls[-1] == ("cudaStreamDestroy", 7)
+
+
+def test_the_device_of_the_program_stays_its_own(recorder):
+    """The stream is one of the first device's, whichever the program has chosen."""
+    from dfssm.runtime.cuda import Cuda
+
+    recorder.current = 3
+    cuda = Cuda()
+    assert [call[1] for call in recorder.calls[1:]] == [0, runtime.cudaStreamNonBlocking, 3]
+    recorder.calls.clear()
+    with pytest.raises(KeyError), cuda.device():
+        raise KeyError
+    assert recorder.calls == [("cudaSetDevice", 0), ("cudaSetDevice", 3)]
+
+
+def test_a_process_that_forked(recorder, monkeypatch):
+    from dfssm.runtime.cuda import Cuda
+
+    error = runtime.cudaError_t.cudaErrorInitializationError
+    monkeypatch.setattr(recorder, "cudaGetDeviceCount", lambda: (error, 0), raising=False)
+    with pytest.raises(DfssmError, match="^CUDA says InitializationError .* let multiprocessing use 'spawn'$"):
+        Cuda()
 
 
 def test_the_stand_in_has_the_same_calls():

@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,9 +27,9 @@ def device(request, engine):
     return over_fake(engine, in_place=request.param != "native", rtx=True)
 
 
-def over_fake(engine, in_place=True, **kind):
+def over_fake(engine, in_place=True, current=0, **kind):
     """`engine` over the fake device, for up to 3 rows and 5 tokens a run."""
-    cuda = FakeCuda()
+    cuda = FakeCuda(current=current)
     fake = FakeEngine(cuda, engine.backend.session, max_batch=3, max_tokens=5, **kind)
     return Engine(engine.folder, engine.manifest, TensorRTBackend(fake, cuda, in_place), threads=1)
 
@@ -296,6 +297,41 @@ def test_memory_is_given_back(device):
     assert len(memory) == hasattr(device.backend.engine, "device_memory_size_v2")  # what contexts share
     device.backend = state.engine = None
     assert not memory
+
+
+def test_a_program_that_has_chosen_another_device(engine):
+    """Threads of a program begin on device 0, unless it has told them otherwise: torch.cuda.set_device(1)."""
+    device = over_fake(engine, current=1, rtx=True)
+    states = ours, theirs = device.new_state(2), engine.new_state(2)
+    for run_by, state in zip((device, engine), states, strict=True):
+        run_by.prefill([PROMPT[:5], PROMPT[:3]], state)
+        for _ in range(3):
+            run_by.step([4, 5], state)
+        run_by.logits([PROMPT[:3]] * 2, state)
+    same(ours, theirs)
+
+
+def test_slots_made_while_another_thread_records(engine, monkeypatch):
+    """Their memory is zeroed in the stream, which would become a part of the graph: they wait."""
+    device = over_fake(engine)
+    state, made = device.new_state(), []
+    context = device.backend.step_context(1)
+    execute = context.execute_async_v3
+
+    def run(stream):
+        if device.backend.cuda.recording:
+            other = Thread(target=lambda: made.append(device.slots(2)))
+            other.start()
+            other.join(0.1)
+            waiting.append(other)
+        return execute(stream)
+
+    waiting = []
+    monkeypatch.setattr(context, "execute_async_v3", run)
+    device.step([1], state)
+    (other,) = waiting
+    other.join()
+    assert len(made) == 1
 
 
 def test_contexts_share_the_memory_between_layers(engine):
