@@ -13,7 +13,7 @@ from dfssm.opset.hashing import sha256
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.opset.reading import open_file
 
-from .options import json_option, megabytes, print_result, table
+from .options import json_option, megabytes, print_result, spread, table
 
 _BAR = 40
 
@@ -85,7 +85,7 @@ def _text(result: dict) -> str:
         kind += f", layout {LAYOUTS[result['layout']].name}"
     shape = (
         f"{config['n_layer']} layers, d_model {config['d_model']}, d_state {config['d_state']}, "
-        f"vocabulary {config['vocab_size']}, rank {config['rank']}, planes {config['planes']}"
+        f"vocabulary {config['vocab_size']}, rank {spread(config['rank'])}, planes {spread(config['planes'])}"
     )
     whole = sum(sizes.values())
     rows = [

@@ -117,6 +117,11 @@ def print_result(result: dict[str, Any], as_json: bool, text: Callable[[dict[str
         click.echo(text(result))
 
 
+def spread(values: int | Collection[int]) -> str:
+    """A number, or from where to where several go."""
+    return str(values) if isinstance(values, int) else f"{min(values)} to {max(values)}"
+
+
 def megabytes(count: float) -> str:
     """Bytes for reading: 155.2 MB (of 10^6 bytes), 12 kB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

@@ -21,7 +21,19 @@ from dfssm.opset.reading import read_file, read_text
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 
-from .options import SEED, THREADS, Duration, json_option, megabytes, print_result, progress_bar, whole
+from .options import (
+    SEED,
+    THREADS,
+    Duration,
+    json_option,
+    megabytes,
+    print_result,
+    progress_bar,
+    real,
+    spread,
+    table,
+    whole,
+)
 
 REFINE_BATCH = 4  # windows a step: with few tokens, more steps are worth more than larger ones
 
@@ -78,23 +90,29 @@ def init(preset, config, seed, rank, planes, output, as_json) -> None:
 @click.option("--refine", type=Duration(), metavar="TIME", help="Then train for so long: 300s, 5m or 1.5h.")
 @rank_option
 @planes_option
+@click.option("--budget", type=real(0.001, 1_000_000), metavar="MB", help="Choose rank and planes of each "
+              "projection, for at most so many megabytes of weights.")  # fmt: skip
 @click.option(
     "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the teacher's."
 )
 @click.option("--threads", type=THREADS, metavar="N", help="CPU threads.  [default: by PyTorch]")
 @output_option
 @json_option
-def convert(teacher, data, tokens, window, refine, rank, planes, tokenizer, threads, output, as_json) -> None:
+def convert(teacher, data, tokens, window, refine, rank, planes, budget, tokenizer, threads, output, as_json) -> None:
     """Make a student of TEACHER without training, or with a little.
 
     TEACHER is the folder of a Mamba-2 checkpoint (Hugging Face or mamba_ssm). A weight becomes its sign, times a
     per-row scale; a low-rank correction is fitted to the residual. With --data, each layer is fitted to what the
     teacher computes on a little text, which takes minutes and is much better. --refine goes on from there as dfssm
-    distill does, on all of the text. The tokenizer.json, if there is one, is copied to the folder of FILE, where
+    distill does, on all of the text. --budget measures what each projection costs in quality and gives bytes to those
+    that need them most. The tokenizer.json, if there is one, is copied to the folder of FILE, where
     dfcompile finds it, with its chat template; existing files are kept.
     """
     given = click.get_current_context().get_parameter_source
-    for name in ("tokens", "window", "refine"):
+    for name in ("rank", "planes"):
+        if budget is not None and given(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--budget chooses the {name} of each projection: leave out --{name}.")
+    for name in ("tokens", "window", "refine", "budget"):
         if not data and given(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} is for a calibration: give --data too.")
     teacher = paths.teacher(teacher)
@@ -114,9 +132,9 @@ def convert(teacher, data, tokens, window, refine, rank, planes, tokenizer, thre
         torch.set_num_threads(threads)
     calibration = None
     if refine:
-        student, calibration = _refined(teacher, data, source, tokens, window, rank, planes, refine)
+        student, calibration = _refined(teacher, data, source, tokens, window, rank, planes, budget, refine)
     elif data:
-        student, calibration = _calibrated(teacher, data, source, tokens, window, rank, planes)
+        student, calibration = _calibrated(teacher, data, source, tokens, window, rank, planes, budget)
     else:
         student = convert_teacher(load_teacher(teacher, widen=False), rank, planes)
     save_student(output, *student)
@@ -127,11 +145,12 @@ def convert(teacher, data, tokens, window, refine, rank, planes, tokenizer, thre
     print_result(_report(output, *student) | {"calibration": calibration}, as_json, _text)
 
 
-def _calibrated(teacher, data, tokenizer, tokens, window, rank, planes) -> tuple:
+def _calibrated(teacher, data, tokenizer, tokens, window, rank, planes, budget) -> tuple:
     """Configuration and tensors of a student that is calibrated on text, and what the report has of that."""
     import torch
 
     from dfssm.distill.data import open_tokenizer, sample
+    from dfssm.model.budget import choose
     from dfssm.model.calibrate import calibrate
     from dfssm.model.hf_import import load_teacher
 
@@ -139,15 +158,25 @@ def _calibrated(teacher, data, tokenizer, tokens, window, rank, planes) -> tuple
     config = model.config
     found, ends = open_tokenizer(tokenizer, config)
     model.config = dataclasses.replace(config, eos_token_id=ends)  # which the student takes over
-    windows = sample(data, found, ends[0], config.vocab_size, tokens, window)
+    windows = torch.from_numpy(sample(data, found, ends[0], config.vocab_size, tokens, window))
     begin = time.perf_counter()
+    sensitivity: dict[str, float] = {}
+    if budget is not None:
+        with progress_bar("budget") as progress:
+            chosen, sensitivity = choose(model, windows, budget * 1e6, progress)
+        rank, planes = chosen.rank, chosen.planes
     with progress_bar("calibrate") as progress:
-        student, tensors, errors = calibrate(model, torch.from_numpy(windows), rank, planes, progress)
+        student, tensors, errors = calibrate(model, windows, rank, planes, progress)
+    return (student, tensors), _calibration(begin, windows.numel(), window, errors, sensitivity)
+
+
+def _calibration(begin: float, tokens: int, window: int, errors: dict, sensitivity: dict) -> dict:
+    """What the report says of it."""
     seconds = round(time.perf_counter() - begin, 3)
-    return (student, tensors), {"tokens": windows.size, "window": window, "seconds": seconds, "errors": errors}
+    return {"tokens": tokens, "window": window, "seconds": seconds, "errors": errors, "sensitivity": sensitivity}
 
 
-def _refined(teacher, data, tokenizer, tokens, window, rank, planes, seconds) -> tuple:
+def _refined(teacher, data, tokenizer, tokens, window, rank, planes, budget, seconds) -> tuple:
     """As _calibrated, and then trained for so many seconds."""
     import torch
 
@@ -159,7 +188,12 @@ def _refined(teacher, data, tokenizer, tokens, window, rank, planes, seconds) ->
 
     never = 2**31
     recipe = dataclasses.replace(
-        RECIPES["binary"], rank=rank, planes=planes, init="calibrated", init_tokens=max(window, tokens)
+        RECIPES["binary"],
+        rank=rank,
+        planes=planes,
+        init="calibrated",
+        init_tokens=max(window, tokens),
+        budget=budget or 0.0,
     )
     schedule = Schedule(
         never, REFINE_BATCH, REFINE_BATCH, window, save_every=never, evaluate_every=never, seconds=seconds
@@ -169,8 +203,7 @@ def _refined(teacher, data, tokenizer, tokens, window, rank, planes, seconds) ->
         job = Job(teacher, data, Path(folder), recipe, schedule, held_out=0.0, tokenizer=tokenizer)
         result = distill(job, Ranks(0, 1, torch.device("cpu")))
         student = load_student_tensors(Path(folder) / result["model"])  # mapped: it outlives the folder
-    seconds = round(time.perf_counter() - begin, 3)
-    return student, {"tokens": result["tokens"], "window": window, "seconds": seconds, "errors": {}}
+    return student, _calibration(begin, result["tokens"], window, {}, {})
 
 
 def _read_config(path: Path):
@@ -200,9 +233,17 @@ def _report(output: Path, config, tensors: dict) -> dict:
 
 
 def _text(result: dict) -> str:
+    from dfssm.model.config import PROJECTIONS, DFSSMConfig
+
     config, found = result["config"], result.get("calibration")
-    return (
+    text = (
         f"{result['output']}: {megabytes(result['bytes'])}, {config['n_layer']} layers, "
-        f"d_model {config['d_model']}, rank {config['rank']}, planes {config['planes']}"
+        f"d_model {config['d_model']}, rank {spread(config['rank'])}, planes {spread(config['planes'])}"
         + (f"; calibrated on {found['tokens']:,} tokens in {found['seconds']:.0f} s" if found else "")
     )
+    if (student := DFSSMConfig.from_dict(config)).alike:
+        return text
+    cells = [f"{planes} plane{'s' * (planes > 1)}, rank {rank}" for rank, planes in student.scaffolds]
+    layers = zip(*(cells[i :: len(PROJECTIONS)] for i in range(len(PROJECTIONS))), strict=True)
+    rows = [["layer", *PROJECTIONS], *([str(i), *layer] for i, layer in enumerate(layers))]
+    return f"{text}\n{table(rows)}"

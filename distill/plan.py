@@ -89,8 +89,8 @@ def parameters(config: Mamba2Config) -> dict[str, int]:
     for weight in weights(replace(config, n_layer=1)):  # without a list of all layers
         size = math.prod(weight.shape(config))
         if weight.form == SCAFFOLD and isinstance(config, DFSSMConfig):  # latents, scales, low rank
-            m, k = weight.shape(config)
-            size = config.planes * (size + m) + config.rank * (m + k)
+            (m, k), (rank, planes) = weight.shape(config), config.scaffold(weight.path)
+            size = planes * (size + m) + rank * (m + k)
         times = config.n_layer if weight.name.startswith("layers.") else 1
         counts[{SCAFFOLD: "projections", ROWS: "tables", FLOAT: "rest"}[weight.form]] += times * size
     return counts
@@ -102,7 +102,7 @@ def _projections(config: Mamba2Config) -> list[tuple[int, ...]]:
 
 
 def kept_of_layer(config: DFSSMConfig, tokens: int, bf16: bool = True, soft: bool = False) -> dict[str, float]:
-    """Bytes a token that one layer of the student keeps for the backward pass, in windows of `tokens`."""
+    """Bytes a token that each layer of the student keeps for the backward pass, in windows of `tokens`."""
     c = config
     cast = 2 if bf16 else FP32  # of the convolution, and of soft projections; all else is fp32 of its own accord
     inner, group = c.d_inner, c.ngroups * c.d_state
@@ -116,7 +116,7 @@ def kept_of_layer(config: DFSSMConfig, tokens: int, bf16: bool = True, soft: boo
         + 2 * c.d_state * inner / length  # the state at each chunk's beginning, twice
         + 4 * c.nheads  # the step size and the decays to the ends of the chunk
     ) * FP32 + 2 * c.nheads * FP64  # their logarithms
-    low_rank = 0 if soft else (1 + c.rank) * FP32  # and the scale of the codes
+    low_rank = 0 if soft else (1 + c.scaffolds[0].rank) * FP32  # and the scale of the codes
     narrow = soft and bf16  # z, x, B, C and dt are widened, and kept so
     return {
         "norm": 2 * c.d_model * FP32,  # input, normalised
@@ -157,8 +157,9 @@ class Work:
 def work(config: DFSSMConfig, options: Options) -> Work:
     """What a token of training costs."""
     c, o = config, options
+    rank, planes = c.scaffolds[0]
     scaffold = sum(m * k for m, k in _projections(c))
-    low_rank = c.rank * sum(m + k for m, k in _projections(c))
+    low_rank = rank * sum(m + k for m, k in _projections(c))
     length, group = min(c.chunk_size, o.tokens), c.ngroups * c.d_state
     scan = 2 * length * (group + c.d_inner) + 4 * c.d_state * c.d_inner
     head = 2 * c.vocab_size * c.d_model
@@ -169,8 +170,8 @@ def work(config: DFSSMConfig, options: Options) -> Work:
         return {"bf16" if o.bf16 else "tf32": flops}
 
     # Codes are exact in TF32; gradients and the teacher's products are of the type of autocast; the scan's are fp32.
-    forward = Work(tf32=2 * (c.planes * scaffold + low_rank), fp32=scan, moved=moved["forward"])
-    backward = Work(**cast(2 * (c.planes + 1) * scaffold + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
+    forward = Work(tf32=2 * (planes * scaffold + low_rank), fp32=scan, moved=moved["forward"])
+    backward = Work(**cast(2 * (planes + 1) * scaffold + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
     layer = forward * (2 if o.checkpointing else 1) + backward
     total = Work(tf32=head) + Work(**cast(2 * head))
     if o.teacher:
@@ -179,7 +180,7 @@ def work(config: DFSSMConfig, options: Options) -> Work:
     table = _TABLE_MOVED / min(o.chunk, o.micro_tokens) + _TABLE_PREPARED / o.micro_tokens
     logits = _LOGITS_MOVED * c.vocab_size + table * c.vocab_size * c.d_model
     times = _SCAFFOLD_MOVED["forward"] * (2 if o.checkpointing else 1) + _SCAFFOLD_MOVED["backward"]
-    scaffolds = times * c.n_layer * c.planes * scaffold / o.micro_tokens
+    scaffolds = times * c.n_layer * planes * scaffold / o.micro_tokens
     return layer * c.n_layer + total + Work(moved=FP32 * (logits + scaffolds))
 
 
@@ -237,7 +238,7 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
     layer = sum(kept.values()) * n
     if o.soft:
         scaffold = sum(m * k for m, k in _projections(config))
-        layer += scaffold * (config.planes * (FP32 + 1) + (2 if o.bf16 else FP32))
+        layer += scaffold * (o.planes * (FP32 + 1) + (2 if o.bf16 else FP32))
 
     memory: dict[str, float] = {
         "weights in training, fp32": trained / o.world,

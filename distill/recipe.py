@@ -41,6 +41,13 @@ class Recipe:
         "activations, or 0; or at the calibrated conversion, on --init-tokens.",
     )
     init_tokens: int = _number(2**17, 1, 2**40, "Tokens of the training text to calibrate on.")
+    budget: float = _number(
+        0.0,
+        0,
+        1_000_000,
+        "Megabytes of weights, for --init calibrated: rank and planes of each projection are chosen on --init-tokens. "
+        "0: --rank and --planes.",
+    )
     activations: str = _choice("int8", ["float"], "Inputs of the projections in training.")
     train_float: bool = dataclasses.field(
         default=True, metadata={"help": "Also train the norms, the convolution, A, D, dt and the embedding."}

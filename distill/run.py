@@ -111,6 +111,8 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
 def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
     """Load the teacher and its tokenizer, look for the data and for an earlier run. Writes nothing."""
     job.schedule.parts(ranks)
+    if job.recipe.budget and job.recipe.init != "calibrated":
+        raise DfssmError(f"budget is {job.recipe.budget:g} MB, which needs --init calibrated, not {job.recipe.init}")
     streams = [name for name in job.data if name.startswith(PREFIX)]
     if job.top_k and job.recipe.hidden:
         raise DfssmError(
@@ -168,7 +170,7 @@ def prepare(opened: Opened) -> Prepared:
 
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     teacher = opened.teacher.to(ranks.device)
-    if opened.resume:
+    if opened.resume and not job.recipe.budget:  # which chooses the shape
         student = blank(teacher, job.recipe, ranks)
     else:
         student = begin(teacher, job.recipe, source, schedule.seed, ranks, job.init_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dfssm.model.budget import choose
 from dfssm.model.calibrate import calibrate
 from dfssm.model.checkpoint import load_student_tensors, save_student
 from dfssm.model.config import DFSSMConfig
@@ -49,9 +51,11 @@ def begin(
         train_as(student, recipe)
         return student
     sizes = activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
-    tensors = calibrated(teacher, source, recipe, ranks) if recipe.init == "calibrated" else None
+    config, tensors = DFSSMConfig.from_teacher(teacher.config, recipe.rank, recipe.planes), None
+    if recipe.init == "calibrated":
+        config, tensors = calibrated(teacher, source, config, recipe, ranks)
     torch.manual_seed(seed)
-    student = student_from_teacher(teacher, recipe.rank, recipe.planes, sizes, tensors)
+    student = student_from_teacher(teacher, config.rank, config.planes, sizes, tensors)
     layers = train_as(student, recipe)
     if recipe.init == "zero":
         zero_low_rank(layers)
@@ -88,7 +92,7 @@ class Flips:
 
     def __init__(self, student: DFSSMLM, teacher: Mamba2LM):
         config, tensors = convert(teacher, 0, student.config.planes)
-        names = [weight.name.removesuffix(".weight") for weight in weights(config) if weight.form == SCAFFOLD]
+        names = [weight.path for weight in weights(config) if weight.form == SCAFFOLD]
         self._pairs = [(student.get_parameter(f"{name}.latent"), tensors[f"{name}.bits"]) for name in names]
 
     @torch.no_grad()
@@ -115,17 +119,34 @@ def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:
     )
 
 
-def calibrated(teacher: Mamba2LM, source: Source, recipe: Recipe, ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of the calibrated conversion, on the first windows of `source`, which stays where it is."""
+def calibrated(
+    teacher: Mamba2LM, source: Source, config: DFSSMConfig, recipe: Recipe, ranks: Ranks
+) -> tuple[DFSSMConfig, dict[str, Tensor]]:
+    """The calibrated conversion to `config`, or to what the budget buys, on the first windows of `source`, which stays
+    where it is.
+    """
     state = source.state_dict()
     first = source.take(1)
     more = max(1, recipe.init_tokens // (first.shape[1] - 1)) - 1
     windows = np.concatenate([first, source.take(more)]) if more else first
     source.load_state_dict(state)  # training begins at the first window
     ids = torch.from_numpy(windows).to(ranks.device)[:, :-1]
-    with tqdm(desc="calibrate", total=teacher.config.n_layer, disable=None if ranks.first else True) as bar:
-        found = calibrate(teacher, ids, recipe.rank, recipe.planes, lambda done, of: bar.update(done - bar.n))
-    return ranks.share(found[1])  # ranks see other windows: the first one's student is everybody's
+
+    @contextlib.contextmanager
+    def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+        with tqdm(desc=name, total=teacher.config.n_layer, disable=None if ranks.first else True) as bar:
+            yield lambda done, of: bar.update(done - bar.n)
+
+    # Ranks see other windows: what the first one finds is everybody's.
+    if recipe.budget:
+        with progress("budget") as advance:
+            chosen = choose(teacher, ids, recipe.budget * 1e6, advance)[0]
+        table = ranks.share({"": torch.tensor(chosen.scaffolds, device=ranks.device)})[""]
+        rank, planes = (tuple(column) for column in table.T.tolist())
+        config = dataclasses.replace(config, rank=rank, planes=planes)
+    with progress("calibrate") as advance:
+        config, tensors, _ = calibrate(teacher, ids, config.rank, config.planes, advance)
+    return config, ranks.share(tensors)
 
 
 @torch.no_grad()
@@ -141,7 +162,7 @@ def activation_sizes(teacher: Mamba2LM, source: Source, ranks: Ranks) -> dict[st
 
         return hook
 
-    names = [w.name.removesuffix(".weight") for w in weights(teacher.config) if w.form == SCAFFOLD]
+    names = [w.path for w in weights(teacher.config) if w.form == SCAFFOLD]
     hooks = [teacher.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
     state = source.state_dict()
     for _ in range(count):

@@ -7,10 +7,11 @@
 - `arb P`: alternating refined binarisation (ARB-LLM, arXiv 2410.03129): P planes with fp16 scales of rows and columns,
   refined in turn, then signs with error compensation through the second moment of the inputs, layer after layer. More
   columns, those that matter most, get one more plane, until it is as large as `calibrated P`.
-- `free P`, `calibrated P`: dfssm convert, P planes and rank R.
+- `free P`, `calibrated P`: dfssm convert, P planes and rank R; `calibrated P/R`: of another rank.
+- `budget MB`: dfssm convert --budget MB.
 
 Activations are int8 in all of them, and the token table int8 a row. Bits are those of a projection's weight, scales and
-low rank included.
+low rank included. `--plot FILE` draws the divergence over them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from dfssm.distill.data import open_tokenizer, sample
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import Measured
+from dfssm.model.budget import measure, spend
 from dfssm.model.calibrate import PIECE, calibrate
+from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.quant import dequantized
@@ -156,9 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
     parser.add_argument("--tokens", type=int, default=32768, help="of --data")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--rank", type=int, action="append", help="repeatable; the first is that of all P; default: 2")
     parser.add_argument("--planes", type=int, action="append", help="repeatable; default: 1, 2 and 4")
+    parser.add_argument("--budget", type=float, action="append", default=[], metavar="MB", help="repeatable")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG to write")
     given = parser.parse_args(arguments)
+    rank, *other_ranks = given.rank or [2]
 
     teacher = load_teacher(given.teacher).eval().requires_grad_(False)
     tokenizer, ends = open_tokenizer(given.teacher / "tokenizer.json", teacher.config)
@@ -170,10 +176,16 @@ def main(arguments: list[str] | None = None) -> None:
     matrices = {name: p for name, p in teacher.named_parameters() if name.endswith("_proj.weight")}
     weights = sum(p.numel() for p in matrices.values())
 
+    rows = []
+
     def report(name: str, bits: float, model: nn.Module) -> None:
         measured.add(name, model)
         ratio = measured.perplexity[name] / measured.perplexity["teacher"]
-        print(json.dumps({"name": name, "bits": round(bits, 3), "ratio": ratio, "kl": measured.kl[name]}), flush=True)
+        rows.append({"name": name, "bits": round(bits, 3), "ratio": ratio, "kl": measured.kl[name]})
+        print(json.dumps(rows[-1]), flush=True)
+
+    def report_student(name: str, config: DFSSMConfig, tensors: dict[str, Tensor], *_) -> None:
+        report(name, bits_of(tensors, weights), from_tensors(config, tensors))
 
     def report_rounded(name: str, windows: Tensor, rounding: Callable) -> None:
         spent: dict[str, float] = {}
@@ -187,10 +199,11 @@ def main(arguments: list[str] | None = None) -> None:
         report(name, sum(spent.values()), model)
 
     for planes in given.planes or [1, 2, 4]:
-        config, tensors = convert(teacher, given.rank, planes)
-        report(f"free {planes}", bits_of(tensors, weights), from_tensors(config, tensors))
-        config, tensors, _ = calibrate(teacher, windows, given.rank, planes)
-        report(f"calibrated {planes}", bits_of(tensors, weights), from_tensors(config, tensors))
+        report_student(f"free {planes}", *convert(teacher, rank, planes))
+        config, tensors, _ = calibrate(teacher, windows, rank, planes)
+        report_student(f"calibrated {planes}", config, tensors)
+        for other in other_ranks:
+            report_student(f"calibrated {planes}/{other}", *calibrate(teacher, windows, other, planes))
         sizes = {path: bits_of({k: t for k, t in tensors.items() if k.startswith(path.removesuffix("weight"))},
                                matrix.numel()) for path, matrix in matrices.items()}  # fmt: skip
         report_rounded(
@@ -208,6 +221,36 @@ def main(arguments: list[str] | None = None) -> None:
                     one,
                     lambda path, weight, moment, group=group, bits=planes: round_to_nearest(weight, bits, group),
                 )
+    found = measure(teacher, windows) if given.budget else {}
+    for budget in given.budget:
+        config = spend(teacher.config, budget * 1e6, found)
+        report_student(f"budget {budget:g}", *calibrate(teacher, windows, config.rank, config.planes))
+    if given.plot:
+        plot(rows, weights, given.plot)
+
+
+def plot(rows: list[dict], weights: int, file: Path) -> None:
+    """The divergence over the size of the projections, which have so many weights: a line for each way to round."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dfssm", "font.size": 9}
+    from matplotlib import pyplot
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        kind, of = row["name"].split()
+        _, slash, more = of.partition("/")
+        name = f"{kind}, {'groups of' if kind == 'rtn' else 'rank'} {more}" if slash else kind
+        lines.setdefault(name, []).append((row["bits"], row["kl"]))
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+    axis.set(xlabel="bits per weight of the projections", ylabel="KL divergence from the teacher, nats", yscale="log")
+    megabytes = axis.secondary_xaxis("top", functions=(lambda x: x * weights / 8e6, lambda x: x * 8e6 / weights))
+    megabytes.set_xlabel("MB of the projections")
+    axis.legend()
+    figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":

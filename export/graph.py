@@ -164,7 +164,7 @@ class _StepGraph:
             [x, *(self.g.weight(f"{tensors}.{part}") for part in PARTS[SCAFFOLD])],
             [(F32, ("B", "T", rows))],
             name,
-            planes=self.config.planes,
+            planes=self.config.scaffold(tensors).planes,
             layout=self.layout,
         )
         return y

@@ -35,8 +35,8 @@ without text: 10.1 and 4.8 times its perplexity, 3.8 without; with 4 it is 2.9, 
 def calibrate(
     teacher: Mamba2LM,
     windows: Tensor,
-    rank: int = 16,
-    planes: int = 1,
+    rank: int | tuple[int, ...] = 16,
+    planes: int | tuple[int, ...] = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[DFSSMConfig, dict[str, Tensor], dict[str, float]]:
     """Student of `teacher` whose projections are rounded on the text windows i64[n,T], each read from a zero state.
@@ -62,11 +62,18 @@ def calibrate(
         progress(i, config.n_layer)
         path, wide = f"layers.{i}", copy.deepcopy(layer).float()  # whatever the teacher is kept in
         assert isinstance(wide, Mamba2Block)
-        pair = _round_layer(path, wide, ours.split(batch), theirs.split(batch), zero, planes, rank)
+        pair = _round_layer(path, wide, ours.split(batch), theirs.split(batch), zero, config)
         for name, rounded in zip(("in_proj", "out_proj"), pair, strict=True):
             found[f"{path}.{name}"], errors[f"{path}.{name}"] = rounded.export_tensors(), rounded.error
     progress(config.n_layer, config.n_layer)
     return config, packed(teacher, config, lambda path, _: found[path]), errors
+
+
+def require_finite(path: str, sums: Tensor) -> None:
+    """DfssmError where `sums`, over the inputs or outputs of the projection `path`, are not finite."""
+    if not sums.isfinite().all():
+        found = f"the teacher cannot be converted: its numbers in {path} are not finite on this text"
+        raise DfssmError(f"{found}: copy or train the checkpoint again")
 
 
 def _round_layer(
@@ -75,8 +82,7 @@ def _round_layer(
     given: Sequence[Tensor],
     wanted: Sequence[Tensor],
     zero: Sequence[Tensor],
-    planes: int,
-    rank: int,
+    config: DFSSMConfig,
 ) -> tuple[Rounded, Rounded]:
     """in_proj and out_proj of a layer. Takes through it the hidden states [b,T,D] of the student, `given`, and of the
     teacher, `wanted`, in place; `zero`: the states that they begin with.
@@ -84,7 +90,7 @@ def _round_layer(
     moments = Moments(f"{path}.in_proj", layer.get_parameter("in_proj.weight"))
     for ours, theirs in zip(given, wanted, strict=True):
         moments.add(dequantized(layer.norm(ours)), layer.in_proj(layer.norm(theirs)))
-    into = round_matrix(moments.best(), moments.second, planes, rank)
+    into = moments.round(config)
 
     matrix, moments, inputs = into.matrix(), Moments(f"{path}.out_proj", layer.get_parameter("out_proj.weight")), []
     for ours, theirs in zip(given, wanted, strict=True):
@@ -93,7 +99,7 @@ def _round_layer(
         codes, size = quantize(layer.mix(F.linear(dequantized(layer.norm(ours)), matrix), *states)[0])
         moments.add(codes * size, theirs - ours)  # the student's hidden state is to be the teacher's
         inputs.append((codes.to(torch.int8), size))
-    out = round_matrix(moments.best(), moments.second, planes, rank)
+    out = moments.round(config)
 
     matrix = out.matrix()
     for ours, (codes, size) in zip(given, inputs, strict=True):
@@ -119,7 +125,10 @@ class Moments:
     def best(self) -> Tensor:
         """The matrix f32[M,K] that gives y from x with least squares, drawn to the teacher's where x says little."""
         missing = self.cross - self.weight @ self.second
-        if not missing.isfinite().all():
-            found = f"the teacher cannot be converted: its numbers in {self.path} are not finite on this text"
-            raise DfssmError(f"{found}: copy or train the checkpoint again")
+        require_finite(self.path, missing)
         return (self.weight + torch.linalg.solve(damped(self.second), missing, left=False)).float()
+
+    def round(self, config: DFSSMConfig) -> Rounded:
+        """The best matrix, rounded to what `config` makes of it."""
+        rank, planes = config.scaffold(self.path)
+        return round_matrix(self.best(), self.second, planes, rank)

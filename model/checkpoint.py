@@ -1,10 +1,12 @@
-"""Reading and writing model.pt and .safetensors: format "dfssm", version 1, strict and without running any
+"""Reading and writing model.pt and .safetensors: format "dfssm", versions 1 and 2, strict and without running any
 code.
 
 A file is a format name, a version, the configuration and the tensors of the packed student in canonical
 layout. The configuration says which tensors there are, of which shape and dtype; anything else is an error
 that names the tensor. An fp32 tensor whose values all are fp16 numbers, as those of the published fp16
 checkpoints, lies in the file as fp16: that loses nothing, and is fp32 again when it is read.
+
+Version 2 is for projections that differ in rank or planes. All others are of version 1, which older releases read.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dfssm.opset.reading import open_file
 from .config import DFSSMConfig
 from .tensors import student_tensors
 
-FORMAT, VERSION = "dfssm", 1
+FORMAT, VERSIONS = "dfssm", (1, 2)
 
 
 def tensor_specs(config: DFSSMConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -61,7 +63,7 @@ def check_tensors(source: str, config: DFSSMConfig, tensors: dict[str, Tensor]) 
             found = f"has shape {list(tensor.shape)}"
             raise DfssmError(f"{source}: tensor {name} {found}; its configuration asks {list(shape)}")
         if tensor.dtype != dtype:
-            raise DfssmError(f"{source}: {name} is {tensor.dtype}; format version {VERSION} asks {dtype}")
+            raise DfssmError(f"{source}: {name} is {tensor.dtype}; its format asks {dtype}")
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise DfssmError(f"{source}: {name} holds NaN or infinity; make the student again")
 
@@ -85,9 +87,10 @@ def save_student(path: str | Path, config: DFSSMConfig, tensors: dict[str, Tenso
     tensors = {
         name: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.itemsize else t for name, t in tensors.items()
     }
-    header = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
+    version = VERSIONS[0 if config.alike else 1]
+    header = {"format": FORMAT, "version": version, "config": config.to_dict()}
     if path.suffix == ".safetensors":
-        metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config.to_dict())}
+        metadata = {"format": FORMAT, "version": str(version), "config": json.dumps(config.to_dict())}
 
         def write(draft: Path) -> None:
             save_file(tensors, draft, metadata)
@@ -112,9 +115,9 @@ def load_student_tensors(path: str | Path) -> tuple[DFSSMConfig, dict[str, Tenso
     header, tensors = _read(path)
     if header.get("format") != FORMAT or not isinstance(tensors, dict):
         raise DfssmError(f"{path}: is not a DF-SSM student; make one with dfssm convert or init")
-    if type(header.get("version")) is not int or header["version"] != VERSION:  # a tensor has no truth
+    if type(header.get("version")) is not int or header["version"] not in VERSIONS:  # a tensor has no truth
         raise DfssmError(
-            f"{path}: format version is {header.get('version')!r}, this dfssm reads {VERSION}; "
+            f"{path}: format version is {header.get('version')!r}, this dfssm reads {VERSIONS[0]} to {VERSIONS[-1]}; "
             "export the student again with this version"
         )
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from dfssm.opset.endings import end_ids
 from dfssm.opset.errors import DfssmError
@@ -45,9 +45,7 @@ class Mamba2Config(Sizes):
         """A JSON-ready dict; an infinite dt_limit is null, since JSON has no infinity."""
         values = dataclasses.asdict(self)
         values["dt_limit"] = [None if math.isinf(bound) else bound for bound in self.dt_limit]
-        if isinstance(self.eos_token_id, tuple):
-            values["eos_token_id"] = list(self.eos_token_id)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
@@ -65,7 +63,10 @@ class Mamba2Config(Sizes):
         return cls(**values)
 
     def _require_int(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
+        self._check_int(name, getattr(self, name), low, high)
+
+    @staticmethod
+    def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
         if type(value) is not int or value < low or (high is not None and value > high):
             bounds = f">= {low}" if high is None else f"{low}..{high}"
             raise DfssmError(f"config: {name} is {value!r}; it must be an integer {bounds}")
@@ -76,27 +77,71 @@ class Mamba2Config(Sizes):
             raise DfssmError(f"config: {name} is {divisor}; it must divide {whole_name}, which is {whole}")
 
 
+PROJECTIONS = ("in_proj", "out_proj")  # of a layer
+
+
+class Scaffold(NamedTuple):
+    """What a projection is made of."""
+
+    rank: int
+    planes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DFSSMConfig(Mamba2Config):
-    """A Mamba2Config whose projections are binary scaffolds with an int8 low-rank correction."""
+    """A Mamba2Config whose projections are binary scaffolds with an int8 low-rank correction.
 
-    rank: int = 16  # of the correction; 0 = none
-    planes: int = 1  # binary planes of the scaffold
+    `rank` and `planes` are those of all projections, or of each: in_proj and out_proj of layer 0, of layer 1, and so
+    on. Equal ones become a single number.
+    """
+
+    rank: int | tuple[int, ...] = 16  # of the correction; 0 = none
+    planes: int | tuple[int, ...] = 1  # binary planes of the scaffold
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_int("rank", 0)
-        self._require_int("planes", 1)
+        for name, least in (("rank", 0), ("planes", 1)):
+            value, count = getattr(self, name), self.n_layer * len(PROJECTIONS)
+            if not isinstance(value, list | tuple):
+                self._require_int(name, least)
+                continue
+            if len(value) != count:
+                what = f"config: {name} has {len(value)} numbers"
+                raise DfssmError(f"{what}; give one, or one for each of the {count} projections")
+            for i, number in enumerate(value):
+                self._check_int(f"{name}[{i}]", number, least)
+            object.__setattr__(self, name, tuple(value) if len(set(value)) > 1 else value[0])
         # A packed row is whole 32-bit words: BinaryScaffoldMatMul needs K % 32 == 0.
         for name in ("d_model", "d_inner"):
             if getattr(self, name) % 32:
                 raise DfssmError(f"config: {name} is {getattr(self, name)}; a binary scaffold needs a multiple of 32")
 
     @classmethod
-    def from_teacher(cls, teacher: Mamba2Config, rank: int = 16, planes: int = 1) -> Self:
+    def from_teacher(
+        cls, teacher: Mamba2Config, rank: int | tuple[int, ...] = 16, planes: int | tuple[int, ...] = 1
+    ) -> Self:
         """The student's configuration with the teacher's shape."""
         shared = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(Mamba2Config)}
         return cls(**shared, rank=rank, planes=planes)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all projections have the same rank and as many planes."""
+        return isinstance(self.rank, int) and isinstance(self.planes, int)
+
+    @property
+    def scaffolds(self) -> list[Scaffold]:
+        """Of each projection, in the order of the model."""
+        count = self.n_layer * len(PROJECTIONS)
+        each = ([value] * count if isinstance(value, int) else value for value in (self.rank, self.planes))
+        return list(map(Scaffold._make, zip(*each, strict=True)))
+
+    def scaffold(self, path: str) -> Scaffold:
+        """Of the projection `path`, layers.0.in_proj for example."""
+        _, layer, name = path.split(".")
+        at = int(layer) * len(PROJECTIONS) + PROJECTIONS.index(name)
+        rank, planes = (value if isinstance(value, int) else value[at] for value in (self.rank, self.planes))
+        return Scaffold(rank, planes)
 
 
 def _is_real(value: Any) -> bool:

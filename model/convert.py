@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfssm.opset.errors import DfssmError, reason
 
-from .config import DFSSMConfig, Mamba2Config
+from .config import DFSSMConfig, Mamba2Config, Scaffold
 from .quant import quantize_rows, unpack_bits
 from .student import DFSSMLM, BinaryLinear
 from .teacher import Mamba2LM, initial
@@ -102,8 +102,8 @@ def trainable_from(weight: Tensor, tensors: dict[str, Tensor]) -> BinaryLinear:
 
 def student_from_teacher(
     teacher: Mamba2LM,
-    rank: int = 16,
-    planes: int = 1,
+    rank: int | tuple[int, ...] = 16,
+    planes: int | tuple[int, ...] = 1,
     sizes: dict[str, Tensor] | None = None,
     tensors: dict[str, Tensor] | None = None,
 ) -> DFSSMLM:
@@ -117,25 +117,29 @@ def student_from_teacher(
     shared = dict(teacher.state_dict())
     for weight in weights(config):
         if weight.form == SCAFFOLD:
-            path, value = weight.name.removesuffix(".weight"), shared.pop(weight.name)
+            value = shared.pop(weight.name)
             if tensors:
                 parts = {name: tensors[weight.part(name)] for name in PARTS[SCAFFOLD]}
                 linear = trainable_from(value, parts)
             else:
-                linear = binary_linear_from(value, rank, planes, sizes[path] if sizes else None)
-            student.set_submodule(path, linear)
+                linear = binary_linear_from(value, *config.scaffold(weight.path), sizes[weight.path] if sizes else None)
+            student.set_submodule(weight.path, linear)
     student.load_state_dict(student.state_dict() | shared)
     return student
 
 
 @torch.no_grad()
-def convert(teacher: Mamba2LM, rank: int = 16, planes: int = 1) -> tuple[DFSSMConfig, dict[str, Tensor]]:
+def convert(
+    teacher: Mamba2LM, rank: int | tuple[int, ...] = 16, planes: int | tuple[int, ...] = 1
+) -> tuple[DFSSMConfig, dict[str, Tensor]]:
     """Data-free student of `teacher`: sign, row mean |w|, rank-R SVD of the residual, int8 rows.
 
     Returns the configuration and the tensors of model.pt; one projection is held in fp32 at a time.
     """
     config = DFSSMConfig.from_teacher(teacher.config, rank, planes)
-    return config, packed(teacher, config, lambda _, value: binary_linear_from(value, rank, planes).export_tensors())
+    return config, packed(
+        teacher, config, lambda path, value: binary_linear_from(value, *config.scaffold(path)).export_tensors()
+    )
 
 
 @torch.no_grad()
@@ -150,7 +154,7 @@ def packed(
     for weight in weights(config):
         value = floats[weight.name]
         if weight.form == SCAFFOLD:
-            made = projection(weight.name.removesuffix(".weight"), value)
+            made = projection(weight.path, value)
             tensors |= {weight.part(name): tensor for name, tensor in made.items()}
         elif weight.form == ROWS:
             q, scale = quantize_rows(value)
@@ -184,17 +188,18 @@ def init_student(
         std = 2 / math.sqrt(width)
         return {"weight": codes(vocab, width), "scale": uniform(0.8, 1.2, vocab) * (std / code_std)}
 
-    def scaffold(m: int, k: int, *, gain: float) -> dict[str, Tensor]:
-        lead = (config.planes,) if config.planes > 1 else ()
+    def scaffold(m: int, k: int, of: Scaffold, gain: float) -> dict[str, Tensor]:
+        rank, planes = of
+        lead = (planes,) if planes > 1 else ()
         std = gain / math.sqrt(k)  # of a weight
-        correction = 0.3 * gain / math.sqrt(max(config.rank, 1)) / code_std
+        correction = 0.3 * gain / math.sqrt(max(rank, 1)) / code_std
         return {
             "bits": torch.randint(0, 256, (*lead, m, k // 8), dtype=torch.uint8, generator=g),
-            "scale": uniform(0.5, 1.5, *lead, m) * (std / math.sqrt(config.planes)),
-            "down": codes(config.rank, k),
-            "down_scale": uniform(0.5, 1.5, config.rank) * (1 / math.sqrt(k) / code_std),
-            "up": codes(m, config.rank),
-            "up_scale": uniform(0.5, 1.5, m) * (correction if config.rank else 0.0),
+            "scale": uniform(0.5, 1.5, *lead, m) * (std / math.sqrt(planes)),
+            "down": codes(rank, k),
+            "down_scale": uniform(0.5, 1.5, rank) * (1 / math.sqrt(k) / code_std),
+            "up": codes(m, rank),
+            "up_scale": uniform(0.5, 1.5, m) * (correction if rank else 0.0),
         }
 
     tensors: dict[str, Tensor] = {}
@@ -210,6 +215,8 @@ def init_student(
             if weight.form == ROWS:
                 found = rows(*size)
             else:
-                found = scaffold(*size, gain=1 / math.sqrt(config.n_layer) if weight.init == "residual" else 1.0)
+                gain = 1 / math.sqrt(config.n_layer) if weight.init == "residual" else 1.0
+                m, k = size
+                found = scaffold(m, k, config.scaffold(weight.path), gain)
             tensors |= {weight.part(name): tensor for name, tensor in found.items()}
     return config, tensors

@@ -10,8 +10,8 @@ from typing import Any
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.layouts import LAYOUTS
 
-from .config import DFSSMConfig
-from .tensors import ROLES, student_tensors
+from .config import DFSSMConfig, Scaffold
+from .tensors import PARTS, ROLES, SCAFFOLD, student_tensors
 
 _BYTES = {"float32": 4, "int8": 1, "uint8": 1}
 
@@ -19,12 +19,18 @@ _BYTES = {"float32": 4, "int8": 1, "uint8": 1}
 def model_bytes(config: dict[str, Any], layout: int = 0) -> dict[str, int]:
     """Bytes of a student's tensors by role, from a config by its JSON keys; padding of files not counted."""
     found, of = dict.fromkeys(ROLES, 0), DFSSMConfig.from_dict(config)
-    for name, tensor in student_tensors(dataclasses.replace(of, n_layer=1)).items():  # layers are alike
-        shape, count = tensor.shape, of.n_layer if name.startswith("layers.") else 1
+    once = dataclasses.replace(of, n_layer=1) if of.alike else of  # a config may say a million layers
+    for name, tensor in student_tensors(once).items():
+        shape, count = tensor.shape, of.n_layer // once.n_layer if name.startswith("layers.") else 1
         if name.endswith((".bits", ".up")):  # whose rows the layout pads
             shape = (*shape[:-2], LAYOUTS[layout].padded(shape[-2]), shape[-1])
         found[tensor.role] += count * math.prod(shape) * _BYTES[tensor.dtype]
     return found
+
+
+def scaffold_bytes(rows: int, columns: int, of: Scaffold) -> int:
+    """Bytes of a projection in model.pt."""
+    return sum(math.prod(part.shape(rows, columns, of)) * _BYTES[part.dtype] for part in PARTS[SCAFFOLD].values())
 
 
 def bundle_bytes(folder: Path, manifest: Any) -> dict[str, int]:

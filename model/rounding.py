@@ -91,7 +91,9 @@ def damped(moment: Tensor) -> Tensor:
     """moment[K,K] in fp64 with DAMPING on its diagonal; the identity in place of zeros."""
     moment = moment.double()
     mean = moment.diagonal().mean()
-    return moment + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(len(moment), dtype=torch.float64)
+    return moment + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(
+        len(moment), dtype=torch.float64, device=moment.device
+    )
 
 
 class Levels:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Self
 
 import torch
@@ -19,7 +18,7 @@ from dfssm.opset.errors import DfssmError
 from dfssm.opset.schema import STATE_DTYPES
 
 from .checkpoint import load_student_tensors
-from .config import DFSSMConfig
+from .config import DFSSMConfig, Scaffold
 from .quant import (
     binary_scaffold_matmul,
     dequantized,
@@ -70,7 +69,7 @@ class PackedBinaryLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, planes: int = 1):
         super().__init__()
         for name, part in PARTS[SCAFFOLD].items():
-            shape = part.shape(SimpleNamespace(rank=rank, planes=planes), out_features, in_features)
+            shape = part.shape(out_features, in_features, Scaffold(rank, planes))
             self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, part.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,9 +155,10 @@ class DFSSMLM(Mamba2LM):
             known = ", ".join(STATE_DTYPES)
             raise DfssmError(f"state dtype {state_dtype!r} is not known; choose one of {known}")
         linear = PackedBinaryLinear if packed else BinaryLinear
+        scaffolds = iter(config.scaffolds)  # projections are made in this order
         super().__init__(
             config,
-            linear=lambda k, m: linear(k, m, config.rank, config.planes),
+            linear=lambda k, m: linear(k, m, *next(scaffolds)),
             embedding=PackedInt8Embedding if packed else Int8Embedding,
         )
         self.packed, self.state_dtype = packed, state_dtype

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .config import DFSSMConfig, Mamba2Config
+from .config import DFSSMConfig, Mamba2Config, Scaffold
 
 ROLES = ("scaffold", "low rank", "head", "embedding", "convolution", "scan", "norms")
 
@@ -42,6 +42,11 @@ class Weight:
 
     def source_shape(self, config: Mamba2Config) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else getattr(config, d) for d in self.source_dims or self.dims)
+
+    @property
+    def path(self) -> str:
+        """Of the module that holds it."""
+        return self.name.removesuffix(".weight")
 
     def part(self, name: str) -> str:
         """The name in model.pt of what a student holds of it, see PARTS."""
@@ -83,28 +88,28 @@ def weights(config: Mamba2Config) -> list[Weight]:
 
 class Part(NamedTuple):
     """One of the tensors that a student holds of a weight: dtype, by torch's and NumPy's name; shape, from that of the
-    weight; and role, where that is not the weight's."""
+    weight, a projection's from its Scaffold too; and role, where that is not the weight's."""
 
     dtype: str
     shape: Callable[..., tuple[int, ...]]
     role: str = ""
 
 
-def _planes(config: DFSSMConfig) -> tuple[int, ...]:
+def _planes(scaffold: Scaffold) -> tuple[int, ...]:
     """The leading axis of what there is of each plane; none where there is one."""
-    return (config.planes,) if config.planes > 1 else ()
+    return (scaffold.planes,) if scaffold.planes > 1 else ()
 
 
 PARTS: dict[str, dict[str, Part]] = {
-    FLOAT: {"": Part("float32", lambda c, *shape: shape)},
-    ROWS: {"weight": Part("int8", lambda c, m, k: (m, k)), "scale": Part("float32", lambda c, m, k: (m,))},
+    FLOAT: {"": Part("float32", lambda *shape: shape)},
+    ROWS: {"weight": Part("int8", lambda m, k: (m, k)), "scale": Part("float32", lambda m, k: (m,))},
     SCAFFOLD: {  # the tensors of BinaryScaffoldMatMul, in the order of its inputs
-        "bits": Part("uint8", lambda c, m, k: (*_planes(c), m, k // 8)),
-        "scale": Part("float32", lambda c, m, k: (*_planes(c), m)),
-        "down": Part("int8", lambda c, m, k: (c.rank, k), "low rank"),
-        "down_scale": Part("float32", lambda c, m, k: (c.rank,), "low rank"),
-        "up": Part("int8", lambda c, m, k: (m, c.rank), "low rank"),
-        "up_scale": Part("float32", lambda c, m, k: (m,), "low rank"),
+        "bits": Part("uint8", lambda m, k, of: (*_planes(of), m, k // 8)),
+        "scale": Part("float32", lambda m, k, of: (*_planes(of), m)),
+        "down": Part("int8", lambda m, k, of: (of.rank, k), "low rank"),
+        "down_scale": Part("float32", lambda m, k, of: (of.rank,), "low rank"),
+        "up": Part("int8", lambda m, k, of: (m, of.rank), "low rank"),
+        "up_scale": Part("float32", lambda m, k, of: (m,), "low rank"),
     },
 }
 
@@ -119,11 +124,12 @@ class Tensor(NamedTuple):
 
 def student_tensors(config: DFSSMConfig) -> dict[str, Tensor]:
     """Every tensor of a student of this configuration by its name, in the order of model.pt."""
-    return {
-        weight.part(name): Tensor(part.shape(config, *weight.shape(config)), part.dtype, part.role or weight.role)
-        for weight in weights(config)
-        for name, part in PARTS[weight.form].items()
-    }
+    found = {}
+    for weight in weights(config):
+        sizes = [*weight.shape(config), *([config.scaffold(weight.path)] if weight.form == SCAFFOLD else [])]
+        for name, part in PARTS[weight.form].items():
+            found[weight.part(name)] = Tensor(part.shape(*sizes), part.dtype, part.role or weight.role)
+    return found
 
 
 _ROLES = {

@@ -10,6 +10,7 @@ CONFIGS = {
     "untied": dict(tie_embeddings=False),
     "rank0": dict(rank=0),
     "planes2": dict(planes=2, rank=3),
+    "mixed": dict(rank=(0, 3, 4, 1), planes=(2, 1, 1, 3)),
     "groups": dict(ngroups=2, norm_groups=2),
     # P = 24 and N = 5 are no multiples of a vector; in_proj has 206 rows: the last tile of layout 1 is partly filled.
     "odd": dict(vocab_size=53, d_model=96, headdim=24, d_state=5, expand=1, d_conv=3, rank=1, n_layer=1),
@@ -39,9 +40,10 @@ def step(c: DFSSMConfig, tensors: dict, ids: np.ndarray, states: dict) -> tuple[
         def w(name: str, i: int = i) -> np.ndarray:
             return t[f"layers.{i}.{name}"]
 
-        def scaffold(x: np.ndarray, name: str, w=w) -> np.ndarray:
+        def scaffold(x: np.ndarray, name: str, w=w, i=i) -> np.ndarray:
             parts = ("bits", "scale", "down", "down_scale", "up", "up_scale")
-            return op["BinaryScaffoldMatMul"](x, *(w(f"{name}.{part}") for part in parts), planes=c.planes)
+            planes = c.scaffold(f"layers.{i}.{name}").planes
+            return op["BinaryScaffoldMatMul"](x, *(w(f"{name}.{part}") for part in parts), planes=planes)
 
         x = op["RMSNorm"](h, w("norm.weight"), eps=c.norm_eps)
         z, xBC, dt = np.split(scaffold(x, "in_proj"), np.cumsum([c.d_inner, c.conv_dim]), axis=-1)

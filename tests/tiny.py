@@ -65,13 +65,14 @@ def tensors(config: DFSSMConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray
             "scan.dt_bias": normal(c.nheads) - 3,
         }
         for name, rows, columns in (("in_proj", c.d_in_proj, c.d_model), ("out_proj", c.d_model, c.d_inner)):
-            lead = () if c.planes == 1 else (c.planes,)
+            rank, planes = c.scaffold(f"layers.{i}.{name}")
+            lead = () if planes == 1 else (planes,)
             layer |= {
                 f"{name}.bits": rng.integers(0, 256, (*lead, rows, columns // 8), np.uint8),
                 f"{name}.scale": rng.uniform(0.5, 1.5, (*lead, rows)).astype(np.float32) / np.float32(columns**0.5),
-                f"{name}.down": int8(c.rank, columns),
-                f"{name}.down_scale": np.full(c.rank, 1 / (70 * columns**0.5), np.float32),
-                f"{name}.up": int8(rows, c.rank),
+                f"{name}.down": int8(rank, columns),
+                f"{name}.down_scale": np.full(rank, 1 / (70 * columns**0.5), np.float32),
+                f"{name}.up": int8(rows, rank),
                 f"{name}.up_scale": np.full(rows, 1 / 300, np.float32),
             }
         named |= {f"layers.{i}.{key}": value for key, value in layer.items()}

@@ -12,6 +12,7 @@ from dfssm.cli.options import Duration
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
+from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import unpack_bits
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset import DfssmError
@@ -55,6 +56,28 @@ def test_a_calibrated_student_and_what_is_said_of_it(teacher, text, invoke, tmp_
     assert json.loads(invoke("convert", teacher, "-o", output, "--json").stdout)["calibration"] is None
 
 
+def test_a_budget_is_kept_and_what_it_buys_is_said(teacher, text, invoke, tmp_path):
+    options = ("--data", text, "--tokens", 640, "--window", 32, "-o", tmp_path / "model.pt")
+    result = json.loads(invoke("convert", teacher, *options, "--budget", 0.026, "--json").stdout)
+    assert sum(model_bytes(result["config"]).values()) <= 26_000
+    assert list(result["calibration"]["sensitivity"]) == list(result["calibration"]["errors"])
+    config, tensors = load_student_tensors(tmp_path / "model.pt")
+    assert config.to_dict() == result["config"] and not config.alike
+    rank, planes = config.scaffold("layers.1.out_proj")
+    assert tensors["layers.1.out_proj.down"].shape == (rank, config.d_inner)
+    lines = invoke("convert", teacher, *options, "--budget", 0.026).stdout.splitlines()
+    assert lines[1].split() == ["layer", "in_proj", "out_proj"] and lines[3].endswith(
+        f"{planes} plane{'s' * (planes > 1)}, rank {rank}"
+    )
+    refined = json.loads(invoke("convert", teacher, *options, "--budget", 0.026, "--refine", "1s", "--json").stdout)
+    assert refined["config"] == result["config"]
+    for name in ("planes", "rank"):
+        done = invoke("convert", teacher, *options, "--budget", 0.026, f"--{name}", 2)
+        assert done.exit_code == 2 and f"chooses the {name} of each projection: leave out --{name}" in done.stderr
+    with pytest.raises(DfssmError, match="the budget is 0.001 MB, but the smallest student"):
+        invoke("convert", teacher, *options, "--budget", 0.001)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -78,7 +101,7 @@ def test_what_does_not_fit_is_said_in_one_line(teacher, text, invoke, tmp_path, 
 
 
 def test_options_of_calibration_ask_for_data(teacher, invoke, tmp_path):
-    for option, value in (("--tokens", 640), ("--window", 640), ("--refine", "5m")):
+    for option, value in (("--tokens", 640), ("--window", 640), ("--refine", "5m"), ("--budget", 1)):
         done = invoke("convert", teacher, option, value, "-o", tmp_path / "model.pt")
         assert done.exit_code == 2 and f"{option} is for a calibration: give --data too" in done.stderr.replace(
             "\n", " "

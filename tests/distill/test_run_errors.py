@@ -95,6 +95,9 @@ class TestWhatCannotWork:
     def test_a_stream_without_its_name(self, refuse):
         refuse("^hf:: is no name of a data set", data=["hf:"])
 
+    def test_a_budget_without_calibration(self, refuse):
+        refuse("budget is 0.5 MB, which needs --init calibrated, not svd", budget=0.5)
+
     def test_micro_batches_that_do_not_come_out_even(self, refuse):
         refuse("^batch is 4 windows; give a multiple of ranks x micro-batch = 1 x 3$", micro_batch=3)
 

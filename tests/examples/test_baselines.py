@@ -1,11 +1,15 @@
 """04_baselines.py: what the baselines round to."""
 
+import json
+
 import numpy as np
 import pytest
+import tiny
 import torch
 from examples_as_modules import load
 
 from dfssm.model.config import Mamba2Config
+from dfssm.model.hf_import import save_teacher
 from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.teacher import Mamba2LM
@@ -63,3 +67,29 @@ def test_what_is_not_rounded_is_the_teacher_on_int8_activations(example):
     first = dequantized(teacher.layers[0].norm(dequantized(teacher.embedding(windows)))).flatten(0, 1)
     torch.testing.assert_close(moments["layers.0.in_proj"], (first.T @ first).double())
     assert len(moments) == 4
+
+
+def test_every_rounding_is_measured(example, tmp_path, capsys):
+    torch.manual_seed(0)
+    end = tiny.CONFIG.eos_token_id
+    teacher = Mamba2LM(Mamba2Config(vocab_size=end + 1, d_model=64, n_layer=1, d_state=8, headdim=8, eos_token_id=end))
+    with torch.no_grad():
+        teacher.embedding.weight.mul_(20)  # logits far from uniform
+    save_teacher(teacher, tmp_path / "t")
+    tiny.write_tokenizer(tmp_path / "t" / "tokenizer.json")
+    for name, seed in (("text", 0), ("held", 1)):
+        words = np.random.default_rng(seed).choice("hello world or he will not say the word".split(), 500)
+        (tmp_path / f"{name}.txt").write_text(" ".join(words))
+    texts = ("--data", tmp_path / "text.txt", "--held-out", tmp_path / "held.txt")
+    sizes = ("--tokens", 512, "--window", 32, "--rank", 1, "--rank", 3, "--planes", 1, "--planes", 4)
+    more = ("--budget", 0.04, "--plot", tmp_path / "plot.svg")
+    example.main([str(argument) for argument in (tmp_path / "t", *texts, *sizes, *more)])
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    first = ["free 1", "calibrated 1", "calibrated 1/3", "arb 1"]
+    assert list(rows) == [*first, *(name.replace("1", "4", 1) for name in first), "rtn 4", "rtn 4/64", "budget 0.04"]
+    assert all(row["kl"] > 0 and np.isfinite(row["ratio"]) for row in rows.values())
+    assert rows["rtn 4"]["kl"] < rows["arb 1"]["kl"] and rows["calibrated 4"]["kl"] < rows["calibrated 1"]["kl"]
+    for planes in (1, 4):
+        assert planes < rows[f"arb {planes}"]["bits"] <= rows[f"calibrated {planes}"]["bits"]
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(name in drawn for name in ("calibrated, rank 3", "rtn, groups of 64", "budget", "KL divergence"))

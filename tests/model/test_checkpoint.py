@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dfssm.model.checkpoint import check_tensors, load_student_tensors, save_student, tensor_specs
@@ -125,12 +126,27 @@ def test_missing_extra_misshapen_and_mistyped_tensors_are_named(tmp_path, tensor
 def test_wrong_format_version_and_configuration_are_named(tmp_path, tensors, name):
     path = tmp_path / name
     assert "not a DF-SSM student" in refused(raw_save(path, tensors, format="other"))
-    assert "format version is 2" in refused(raw_save(path, tensors, version=2))
+    assert "format version is 3" in refused(raw_save(path, tensors, version=3))
     assert "'rank_'" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"rank_": 1}))
     assert "headdim is 7" in refused(raw_save(path, tensors, config=CONFIG.to_dict() | {"headdim": 7}))
     assert "config" in refused(raw_save(path, tensors, config=[1]))
     limit = CONFIG.to_dict() | {"dt_limit": [0, 10**400]}
     assert "dt_limit has a bound of over 300 digits" in refused(raw_save(path, tensors, config=limit))
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+@pytest.mark.parametrize("rank, version", [(2, 1), ((2, 0, 1, 2), 2)])
+def test_only_projections_that_differ_need_version_2(tmp_path, name, rank, version):
+    config, tensors = init_student(dataclasses.replace(CONFIG, rank=rank))
+    save_student(tmp_path / name, config, tensors)
+    if name.endswith(".pt"):
+        written = torch.load(tmp_path / name, weights_only=True)["version"]
+    else:
+        with safe_open(tmp_path / name, framework="pt") as content:
+            written = int(content.metadata()["version"])
+    found, loaded = load_student_tensors(tmp_path / name)
+    assert (written, found) == (version, config)
+    assert {key: value.shape for key, value in loaded.items()} == {key: value.shape for key, value in tensors.items()}
 
 
 @pytest.mark.parametrize("name", SUFFIXES)

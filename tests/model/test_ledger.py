@@ -14,10 +14,11 @@ CONFIGS = [
     dataclasses.replace(tiny.CONFIG, tie_embeddings=False),
     dataclasses.replace(tiny.CONFIG, rank=0),
     dataclasses.replace(tiny.CONFIG, planes=3),
+    dataclasses.replace(tiny.CONFIG, planes=(2, 1, 1, 3), rank=(0, 4, 1, 2)),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied", "rank 0", "planes 3"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied", "rank 0", "planes 3", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_config_gives_the_bytes_of_the_tensors(config, layout):
     tensors = tiny.tensors(config)

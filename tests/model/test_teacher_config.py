@@ -22,6 +22,7 @@ def test_json_round_trip(dt_limit):
     for config in (
         Mamba2Config(**SIZES, dt_limit=dt_limit, tie_embeddings=False, eos_token_id=0),
         DFSSMConfig(**SIZES, dt_limit=dt_limit, rank=0, planes=3, norm_groups=4),
+        DFSSMConfig(**SIZES, dt_limit=dt_limit, rank=(0, 2, 1, 0), planes=(1, 1, 2, 3)),
     ):
         text = json.dumps(config.to_dict(), allow_nan=False)
         assert type(config).from_dict(json.loads(text)) == config
@@ -107,3 +108,31 @@ def test_one_id_is_a_number_and_several_are_a_list(given, kept, written):
     config = Mamba2Config(**SIZES, eos_token_id=given)
     assert (config.eos_token_id, config.to_dict()["eos_token_id"]) == (kept, written)
     assert Mamba2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_projections_may_differ():
+    config = DFSSMConfig(**SIZES, rank=(0, 2, 1, 4), planes=2)
+    assert config.scaffolds == [(0, 2), (2, 2), (1, 2), (4, 2)] and not config.alike
+    assert [config.scaffold(f"layers.{i}.{name}").rank for i in (0, 1) for name in ("in_proj", "out_proj")] == [
+        0,
+        2,
+        1,
+        4,
+    ]
+    assert DFSSMConfig(**SIZES, rank=[3, 3, 3, 3], planes=[1, 1, 1, 1]) == DFSSMConfig(**SIZES, rank=3, planes=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rank": (1, 2, 3)}, "rank has 3 numbers; give one, or one for each of the 4 projections"),
+        ({"planes": []}, "planes has 0 numbers"),
+        ({"planes": (1, 0, 1, 1)}, "planes[1] is 0; it must be an integer >= 1"),
+        ({"rank": (1, 2, 3, 4.0)}, "rank[3] is 4.0"),
+        ({"rank": {"in_proj": 1}}, "rank is {'in_proj': 1}; it must be an integer >= 0"),
+    ],
+)
+def test_wrong_projections_are_named(change, message):
+    with pytest.raises(DfssmError) as caught:
+        DFSSMConfig(**SIZES | change)
+    assert message in str(caught.value)

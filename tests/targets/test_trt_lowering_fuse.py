@@ -302,7 +302,7 @@ def test_half_activations(name, fused, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(bool(adapter.missing()), reason=str(adapter.missing()))
 @pytest.mark.parametrize(
-    "name, state_dtype", [("plain", "fp32"), ("planes2", "int8"), ("odd", "fp16"), ("limits", "fp32")]
+    "name, state_dtype", [("plain", "fp32"), ("mixed", "int8"), ("odd", "fp16"), ("limits", "fp32")]
 )
 def test_fused_graph_is_the_graph(name, state_dtype, tmp_path, monkeypatch):
     """A prefill and two steps with the emulated plugins: the same logits and states, bit for bit."""
