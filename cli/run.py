@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from io import TextIOWrapper
 from typing import Any
 
@@ -47,6 +48,13 @@ class Bias(click.ParamType):
 )
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("-n", "--max-tokens", type=whole(0), default=128, metavar="N", help="Generate at most N tokens.")
+@click.option(
+    "--texts",
+    type=whole(1, 4096),
+    default=1,
+    metavar="N",
+    help="Make N texts of the prompt, which is read once. With --seed S they have the seeds S, S + 1 and so on.",
+)
 @click.option(
     "--temperature",
     type=real(0, 1_000_000),
@@ -117,8 +125,9 @@ class Bias(click.ParamType):
 @trust_option
 @json_option
 def run(
-    bundle, prompt, file, chat, system, eos, logit_bias, speculate, load_state, save_state, threads, as_json, **settings
-) -> None:
+    bundle, prompt, file, chat, system, texts, eos, logit_bias, speculate, load_state, save_state, threads, as_json,
+    **settings,
+) -> None:  # fmt: skip
     """Generate text with BUNDLE. It streams to stdout; a line with the speed follows on stderr."""
     if settings["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs is for --json.")
@@ -131,6 +140,10 @@ def run(
     prompt = _prompt(prompt, file)
     if chat and as_json and not prompt:
         raise click.UsageError("--chat with --json answers one prompt: give it with -p or -f.")
+    if texts > 1 and (load_state or save_state or speculate):
+        raise click.UsageError("--texts makes several: leave out --load-state, --save-state and --speculate.")
+    if texts > 1 and chat and not prompt:
+        raise click.UsageError("--texts with --chat answers one prompt: give it with -p or -f.")
     bundle = paths.bundle(bundle)
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")
@@ -149,6 +162,11 @@ def run(
     most = MOST if speculate else 0
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
+    if texts > 1:
+        said = [{"role": "system", "content": system}] if system is not None else []
+        ids = engine.chat_prompt([*said, {"role": "user", "content": prompt}]) if chat else prompt
+        _several(engine, ids, config, texts, as_json)
+        return
     if chat:
         conversation = Chat(engine, config, system)
         if not prompt:
@@ -167,8 +185,7 @@ def run(
             click.echo(rest, nl=False)
     figures = _figures(generation, engine)
     if as_json:
-        told = None if config.logprobs is None else [_told(one, engine.tokenizer) for one in generation.logprobs]
-        print_result({"text": generation.text, "tokens": generation.tokens} | figures | {"logprobs": told}, True, str)
+        print_result(_made(generation, engine) | figures, True, str)
     else:
         click.echo()
         click.echo(_speed(figures), err=True)
@@ -220,6 +237,38 @@ def _converse(chat, speculate: int) -> None:
             click.echo(answer.flush())
         except KeyboardInterrupt:
             click.echo()
+
+
+def _several(engine, prompt, config, count: int, as_json: bool) -> None:
+    """`count` texts of a prompt, made together and printed one after another."""
+    from dfssm.runtime import Scheduler
+
+    begin = time.perf_counter()
+    with Scheduler(engine, min(count, 8, engine.backend.max_batch), queue=count) as scheduler:
+        requests = [scheduler.submit(prompt, config.of_text(index)) for index in range(count)]
+        for index, request in enumerate(requests):
+            if index and not as_json:
+                click.echo("---")
+            for piece in request:
+                if not as_json:
+                    click.echo(piece, nl=False)
+            if not as_json:
+                click.echo()
+    seconds, tokens = time.perf_counter() - begin, sum(len(request.tokens) for request in requests)
+    if as_json:
+        figures = {"prompt_tokens": requests[0].prompt_tokens, "new_tokens": tokens, "seconds": seconds}
+        found = [_made(request, engine) | {"finish_reason": request.finish_reason} for request in requests]
+        print_result({"texts": found} | figures | {"threads": engine.threads}, True, str)
+    else:
+        click.echo(f"[{count} texts, {tokens} tokens, {seconds:.1f} s | {engine.threads} threads]", err=True)
+
+
+def _made(text, engine) -> dict:
+    """What has come of a text."""
+    told = None
+    if text.config.logprobs is not None:
+        told = [_told(one, engine.tokenizer) for one in text.logprobs]
+    return {"text": text.text, "tokens": text.tokens, "logprobs": told}
 
 
 def _told(one, tokenizer) -> dict:

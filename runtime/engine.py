@@ -21,7 +21,7 @@ from dfssm.opset.paths import GOLDEN, quoted
 from dfssm.opset.threads import default_threads
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
-from dfssm.targets.chat import ChatTemplate, Message
+from dfssm.targets.chat import ChatTemplate, Message, Tool
 from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
@@ -109,11 +109,14 @@ class Engine:
         """The bundle's chat template, read at the first use; DfssmError when the bundle has none."""
         return ChatTemplate(self.folder, {name: entry["sha256"] for name, entry in self.manifest.files.items()})
 
-    def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Tool] | None = None
+    ) -> list[int]:
         """The tokens of a chat, by the chat template: up to where the model is to answer or, without the prompt for
-        that, to go on with the last message. A message is {"role": "user", "content": "Hello"}, say.
+        that, to go on with the last message. A message is {"role": "user", "content": "Hello"}, say. `tools` that the
+        model may call, in OpenAI's form: DfssmError where the template takes none.
         """
-        return encode(self.chat_template(messages, add_generation_prompt), self.tokenizer, begins=False)
+        return encode(self.chat_template(messages, add_generation_prompt, tools), self.tokenizer, begins=False)
 
     def new_state(self, batch: int = 1) -> State:
         """The state of `batch` sequences that have read nothing yet."""
@@ -246,9 +249,7 @@ class Engine:
         requests = []
         for prompt, one in zip(prompts, configs, strict=True):
             one = dataclasses.replace(one, **options)
-            for index in range(n):
-                seed = None if one.seed is None else one.seed + index
-                requests.append(scheduler.submit(prompt, one, seed=seed))
+            requests += [scheduler.submit(prompt, one.of_text(index)) for index in range(n)]
         more = True
         while more:
             more = scheduler.step()

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -61,6 +61,10 @@ class GenerationConfig(Sampling):
             object.__setattr__(self, name, tuple(ids) if isinstance(ids, Set | Iterator) else ids)
         if self.ignore_eos and self.eos not in (None, ()):
             raise DfssmError(f"eos is {self.eos!r} with ignore_eos: give one of them")
+
+    def of_text(self, index: int) -> Self:
+        """Of several texts of one prompt, the config of that at `index`: its seed, if any, is that much higher."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,9 @@ def create_app(
         service.require_model(body.model)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         config = service.config(partial(body.config, logprobs=logprobs), body.tokens, limits.tokens)
-        ids = await asyncio.to_thread(engine.chat_prompt, [message.plain for message in body.messages])
+        ids = await asyncio.to_thread(
+            engine.chat_prompt, [message.plain for message in body.messages], tools=body.given
+        )
         return await respond(chats, body, request, await service.texts([ids], body.n, config))
 
     return app

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, Json, NonNegativeInt, PositiveInt, model_validator
 
 from dfssm.runtime import GenerationConfig
 
@@ -91,19 +91,52 @@ class Part(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    arguments: Json[Any]
+
+
+class ToolCall(BaseModel):
+    """What the model called in an earlier answer. The arguments are JSON in a string; templates take what it says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: str
-    content: str | list[Part]
+    content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message without tool_calls has content")
+        return self
 
     @property
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content} | name
+        found = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            found["content"] = "".join(part.text for part in self.content)
+        return {"content": ""} | found
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: dict[str, Any]
 
 
 class ChatRequest(TextRequest):
@@ -113,6 +146,13 @@ class ChatRequest(TextRequest):
     max_completion_tokens: NonNegativeInt | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None  # nothing makes a model call one
+
+    @property
+    def given(self) -> list[dict[str, Any]] | None:
+        """The tools that the template gets."""
+        return [tool.model_dump() for tool in self.tools] if self.tools and self.tool_choice != "none" else None
 
     @property
     def tokens(self) -> int | None:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import time
 from typing import Any
 
@@ -80,8 +80,7 @@ class Service:
                 ids = await asyncio.to_thread(self._ids, prompt)
                 texts.prompt_tokens += len(ids)
                 for index in range(n):
-                    seed = None if config.seed is None else config.seed + index
-                    texts.requests.append(self.scheduler.submit(ids, replace(config, seed=seed), notify=texts.notify))
+                    texts.requests.append(self.scheduler.submit(ids, config.of_text(index), notify=texts.notify))
                 texts.firsts.append(texts.requests[-n])
         except BaseException:
             texts.cancel()

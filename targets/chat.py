@@ -29,6 +29,9 @@ _TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "Hello"}, say."""
 
+Tool = Mapping[str, Any]
+"""{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}."""
+
 
 class ChatTemplate:
     """The chat template in `folder`: chat_template.jinja, else that of tokenizer_config.json. Threads may share it.
@@ -53,18 +56,23 @@ class ChatTemplate:
         except ChildError as error:
             raise DfssmError(f"{folder}: its chat template cannot be read ({error}); put a right one there") from None
 
-    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def __call__(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Tool] | None = None
+    ) -> str:
         """The text of `messages`, up to where the model is to answer or, without the prompt for that, to go on with the
-        last of them. It is to be encoded without more special tokens: the template has written them.
+        last of them. It is to be encoded without more special tokens: the template has written them. `tools`: what the
+        model may call.
 
-        Raises DfssmError for what are no messages, and where the template refuses them or takes too much.
+        Raises DfssmError for what are no messages, and where the template refuses them, takes no tools, or takes too
+        much.
         """
         if not isinstance(messages, Sequence) or not messages:
             raise DfssmError(f"the messages are {messages!r}: give a list of at least one")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise DfssmError(f"a message is {message!r}: give an object with role and content")
-        request = [self._text, [dict(message) for message in messages], add_generation_prompt, self.tokens]
+        plain, given = [dict(message) for message in messages], None if tools is None else list(tools)
+        request = [self._text, plain, add_generation_prompt, self.tokens, given]
         try:
             with self._lock:
                 return str(self._child.ask(request))

@@ -5,7 +5,8 @@ import json
 from dfssm.targets.bundle import MANIFEST, file_entry, sealed
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% for t in tools or () %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -49,6 +49,19 @@ def test_a_chat_answers_one_prompt(bundle):
     assert (one["tokens"], one["prompt_tokens"]) == (answer.tokens, answer.prompt_tokens)
 
 
+def test_several_texts_of_a_prompt(bundle):
+    options = ["--temperature", 1.5, "--seed", 3, "--logprobs", 1]
+    keys = ("text", "tokens", "finish_reason", "logprobs")
+    for more in ([], ["--chat", "--system", "é"]):
+        alone = [found(bundle, "-p", "hello", *more, *options, "--seed", seed) for seed in (3, 4, 5)]
+        several = found(bundle, "-p", "hello", *more, *options, "--texts", 3)
+        assert several["texts"] == [{key: one[key] for key in keys} for one in alone]
+        assert several["prompt_tokens"] == alone[0]["prompt_tokens"] and several["new_tokens"] == 27
+    result = run(bundle, "-p", "hello", "--temperature", 1.5, "--seed", 3, "--texts", 2)
+    expected = [run(bundle, "-p", "hello", "--temperature", 1.5, "--seed", seed).stdout for seed in (3, 4)]
+    assert result.stdout == "---\n".join(expected)
+
+
 def test_a_chat_answers_line_after_line(bundle):
     chat = Chat(Engine.load(bundle, threads=1), GenerationConfig(max_tokens=9, temperature=1.5, seed=2))
     expected = []
@@ -66,6 +79,8 @@ def test_a_chat_answers_line_after_line(bundle):
         (["-p", "a", "--system", "b"], "--system is for --chat"),
         (["--chat", "--load-state", "a"], "--chat keeps its state itself: leave out --load-state and --save-state"),
         (["--chat", "--json"], "--chat with --json answers one prompt: give it with -p or -f"),
+        (["--chat", "--texts", 2], "--texts with --chat answers one prompt: give it with -p or -f"),
+        (["-p", "a", "--texts", 2, "--speculate"], "--texts makes several: leave out"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(bundle, arguments, named):

@@ -6,6 +6,7 @@ from browser import CHROMIUM, Browser
 from serving import serving
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "h\u00e9llo"}]
+WRONG_CALL = {"function": {"name": "add", "arguments": "{"}}
 OPTIONS = {"max_tokens": 30, "temperature": 1.2, "seed": 5}
 
 
@@ -43,6 +44,31 @@ def test_answers_are_those_of_the_templates_prompt(server, talking):
         assert again.choices[0].message.content == text and again.choices[0].logprobs is None
 
 
+def test_tools_go_into_the_prompt(server, talking):
+    function = {"name": "add", "parameters": {"type": "object"}}
+    tools, call = [{"type": "function", "function": function}], {"name": "add", "arguments": '{"a": [1, "\u00e9"]}'}
+    talk = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+    ]
+    plain = call | {"arguments": {"a": [1, "\u00e9"]}}
+    read = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": plain}]}]
+    read[2]["tool_calls"][0] = {"id": "1"} | read[2]["tool_calls"][0]
+    read.append(talk[3])
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+        for choice, given in (("auto", tools), ("none", None)):
+            ids = talking.chat_prompt(read, tools=given)
+            answer = client.chat.completions.create(
+                model="tiny", messages=talk, tools=tools, tool_choice=choice, **OPTIONS
+            )
+            message = answer.choices[0].message
+            assert message.content == "".join(talking.generate(ids, **OPTIONS)) and message.tool_calls is None
+            assert answer.usage.prompt_tokens == len(ids)
+        with pytest.raises(openai.BadRequestError, match="tool_choice: Input should be 'auto' or 'none'"):
+            client.chat.completions.create(model="tiny", messages=talk, tools=tools, tool_choice="required")
+
+
 def test_what_is_wrong_is_answered(server, talking, engine):
     for body, message in (
         ({"messages": []}, "messages: List should have at least 1 item"),
@@ -50,7 +76,8 @@ def test_what_is_wrong_is_answered(server, talking, engine):
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
             "messages: Input should be",
         ),
-        ({"messages": [{"role": "user"}]}, "messages: Field required"),
+        ({"messages": [{"role": "user"}]}, "messages: Value error, a message without tool_calls has content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [WRONG_CALL]}]}, "messages: Invalid JSON"),
         ({"messages": MESSAGES, "max_completion_tokens": 401}, "max_tokens is 401"),
         ({"messages": [{"role": "user", "content": "a " * 5000}]}, "the prompt has "),
     ):

@@ -98,6 +98,37 @@ def test_texts_are_those_of_transformers(tokenizer, tmp_path, name, prompt):
         assert ours(messages, prompt) == theirs.apply_chat_template(messages, tokenize=False, **asked)
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "é<", "parameters": {"type": "object"}}}]
+TOOL_TEMPLATES = {
+    "json": "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    "each": "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}"
+    "{%- if tools is not none %}{% for t in tools %}{{ t | tojson(indent=4) }}\n{% endfor %}{%- endif %}"
+    "{% for m in messages %}{% for c in m.tool_calls %}<{{ c.function.name }} {{ c.function.arguments | tojson }}>"
+    "{% endfor %}{{ m.content }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+def test_tools_are_those_of_transformers(tokenizer, tmp_path, name):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOOL_TEMPLATES[name]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = PreTrainedTokenizerFast.from_pretrained(tmp_path), ChatTemplate(tmp_path)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    for tools in (None, TOOLS):
+        expected = theirs.apply_chat_template(talk, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert ours(talk, tools=tools) == expected
+
+
+def test_a_template_without_a_place_for_tools_refuses_them(template):
+    made = template("{% for m in messages %}{{ m.content }} tools{% endfor %}")
+    with pytest.raises(DfssmError, match=r"refuses these messages \(it takes no tools\)"):
+        made(CHAT, tools=TOOLS)
+
+
 def test_what_goes_with_a_tokenizer(tmp_path):
     assert beside(tmp_path / "tokenizer.json") == []
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
