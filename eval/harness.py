@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
-from dfssm.runtime.text import StopFilter, TextStream
+from dfssm.runtime.text import StopFilter, TextStream, Vocabulary
 from dfssm.targets.chat import ChatTemplate, Message
 from dfssm.targets.text import encode
 
@@ -151,7 +151,7 @@ class DfssmLM(TemplateLM):
         if "max_length" in settings:  # of the context with the answer
             count = max(0, int(settings["max_length"]) - len(ids))
         ends = {*self.scorer.ends, *map(tokenizer.token_to_id, stop)}  # a special token is a stop, though no text
-        stream, stops = TextStream(tokenizer), StopFilter(stop)
+        stream, stops = TextStream(Vocabulary(tokenizer)), StopFilter(stop)
         tokens: list[int] = []
         logits, state = self.scorer.read(np.array([ids]), self.scorer.new_state(1))
         while len(tokens) < count:

@@ -13,7 +13,7 @@ from dfssm.targets.trust import own_library
 
 from .config import require_config
 from .sampler import Sampler
-from .sampling import Sampling
+from .sampling import Sampling, choose_each
 from .state import Layout, State
 
 
@@ -39,6 +39,9 @@ class Pool(Protocol):
     """Resident memory of the states of so many sequences, a row each, and the runs on it. A batch is a range of rows;
     what touches one row leaves the others as they are.
     """
+
+    on_host: bool
+    """Whether the logits are made in the memory of `logits`: a device has them elsewhere, and brings what is asked."""
 
     @property
     def logits(self) -> np.ndarray:
@@ -112,19 +115,43 @@ class Backend(Protocol):
         """A pool of the rows of `state`, which works in its arrays or keeps them as copies."""
 
 
-def choose(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int, float]:
-    """The token that `sampler` takes after the `position` tokens that row `row` has read, and its logit."""
+def choose(
+    pool: Pool, rows: Sequence[int], samplers: Sequence[Sampler], positions: Sequence[int]
+) -> list[tuple[int, float] | Exception]:
+    """The token that each of `samplers` takes after so many tokens that its row has read, and its logit, or what it
+    raised.
+    """
+    found: dict[int, tuple[int, float] | Exception] = {}
+    together = [at for at, sampler in enumerate(samplers) if pool.on_host and not sampler.needs_logits]
+    if together:
+        some = [rows[at] for at in together]
+        beside = some == list(range(some[0], some[0] + len(some)))
+        logits = pool.logits[some[0] : some[0] + len(some)] if beside else pool.logits[some]
+        tokens = choose_each([samplers[at].sampling for at in together], logits, [positions[at] for at in together])
+        for at, token, row in zip(together, tokens, logits, strict=True):
+            samplers[at].add(token)
+            found[at] = token, float(row[token])
+    for at, (row, sampler, position) in enumerate(zip(rows, samplers, positions, strict=True)):
+        if at not in found:
+            try:
+                found[at] = _choose(pool, row, sampler, position)
+            except Exception as error:  # of a processor, say
+                found[at] = error
+    return [found[at] for at in range(len(rows))]
+
+
+def _choose(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int, float]:
     if sampler.needs_logits:
         logits = pool.logits_of(row)
         token = sampler.choose(logits, position)
         return token, float(logits[token])
-    token, logit = _choose(pool, row, sampler.sampling, position)
+    token, logit = _choose_on_device(pool, row, sampler.sampling, position)
     sampler.add(token)
     return token, logit
 
 
-def _choose(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
-    """Where a device may keep the logits."""
+def _choose_on_device(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
+    """A device may keep the logits."""
     if sampling.count:
         tokens, logits = pool.largest(row, sampling.count)
         at = sampling.choose_among(logits, position)

@@ -67,6 +67,8 @@ class DevicePool:
         for array in getattr(self, "_pinned", []):
             self._cuda.unpin(array)
 
+    on_host = False
+
     @property
     def logits(self) -> np.ndarray:
         self.pull_logits()

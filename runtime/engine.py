@@ -34,6 +34,7 @@ from .sampling import Sampling
 from .slots import Slots
 from .speculation import MOST, Draft, PromptLookup
 from .state import State, require_model
+from .text import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,6 +104,11 @@ class Engine:
         tokenizer = load_tokenizer(self.folder / TOKENIZER, give, sha256=self.manifest.files[TOKENIZER]["sha256"])
         trim()
         return tokenizer
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the tokens of the tokenizer mean."""
+        return Vocabulary(self.tokenizer)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -280,7 +286,10 @@ class Engine:
 
     def choose(self, state: State, sampling: Sampling | Sampler) -> tuple[int, float]:
         """The token that `sampling` takes after what `state` (batch 1) has read, and its logit."""
-        return choose(self._pool(state), state.span.start, Sampler.of(sampling), int(state.tokens[0]))
+        (found,) = choose(self._pool(state), [state.span.start], [Sampler.of(sampling)], [int(state.tokens[0])])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def require_finite(self, state: State) -> None:
         """DfssmError where a logit of the last token is NaN or infinite. The rows with such are broken from then on."""

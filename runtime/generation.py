@@ -135,7 +135,6 @@ class Generation:
         if fresh and not self.prompt_tokens:
             raise DfssmError("the prompt is empty: give at least one token, or a state to continue from")
         self._engine, self.config, self._max_tokens = engine, config, config.max_tokens
-        self._tokenizer = engine.tokenizer
         self._ends, self._owns_state = engine.ends(config), state is None
         given, generated = after.history if after else ([], [])
         if self.prompt_tokens:  # another turn
@@ -275,7 +274,7 @@ class Generation:
             self._engine.prefill(self._prompt, self.state)
             self.prefill_seconds = time.perf_counter() - start
         recent = self.state.recent[0]
-        self._stream = TextStream(self._tokenizer, recent[recent >= 0].tolist())
+        self._stream = TextStream(self._engine.vocabulary, recent[recent >= 0].tolist())
         return self._stream
 
     def _read(self, token: int) -> None:

@@ -65,6 +65,8 @@ class OrtPool:
     second set of buffers, which is copied back after each run.
     """
 
+    on_host = True
+
     def __init__(
         self,
         session: onnxruntime.InferenceSession,

@@ -16,7 +16,7 @@ from .generation import GenerationConfig
 from .prefix_cache import Key
 from .rows import RECENT
 from .sampler import Sampler, TokenLogprobs
-from .slots import Slot, Slots
+from .slots import Slot
 from .text import StopFilter, TextStream
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Request:
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        return self._sampler.logprobs[: len(self.tokens)]
+        return self.sampler.logprobs[: len(self.tokens)]
 
     def cancel(self) -> None:
         """End it before the next step, which frees its slot. One that has ended stays as it is."""
@@ -127,19 +127,20 @@ class Request:
         at = self.read - self.prompt_tokens
         return self.prompt[self.read : self.read + count].tolist() if at < 0 else self.tokens[at : at + count]
 
-    def choose(self, slots: Slots) -> str | None:
-        """Take the next token. Returns why the text ends, None where it does not."""
-        assert self.slot
-        if len(self.tokens) == self.config.max_tokens:
-            return "length"
-        token = slots.next(self.slot, self._sampler)
+    @property
+    def complete(self) -> bool:
+        """Whether it has as many tokens as it may have."""
+        return len(self.tokens) == self.config.max_tokens
+
+    def take(self, token: int) -> str | None:
+        """`token` is the next one. Returns why the text ends, None where it does not."""
         self.begun = self.begun or time.monotonic()
         if token in self._ends:
             return self._ends[token]
         self._push(token)
         if self._filter.stopped:
             return "stop"
-        if len(self.tokens) == self.config.max_tokens:
+        if self.complete:
             return "length"
         self.notify()
         return None
@@ -164,10 +165,10 @@ class Request:
 
     def _write(self, tokens: Sequence[int], logprobs: list[TokenLogprobs]) -> None:
         """The text is that of `tokens`."""
-        self._stream = TextStream(self._engine.tokenizer, self.prompt[-RECENT:].tolist())
+        self._stream = TextStream(self._engine.vocabulary, self.prompt[-RECENT:].tolist())
         self._filter = StopFilter(tuple(self.config.stop or ()))
-        self._sampler = Sampler(self.config, self.prompt.tolist(), tokens)
-        self._sampler.logprobs = logprobs
+        self.sampler = Sampler(self.config, self.prompt.tolist(), tokens)
+        self.sampler.logprobs = logprobs
         self.tokens, self.text = list[int](), ""
         for token in tokens:
             self._push(token)

@@ -54,12 +54,13 @@ class Rows:
 
     def _end_run(self, rows: range, ids: np.ndarray) -> None:
         tokens = ids.shape[1]
-        for row, read in zip(rows, ids, strict=True):  # one by one: for one row a third of the time of slices
-            self.tokens[row] += tokens
-            recent = self.recent[row]
-            recent[:-tokens] = recent[tokens:]
-            recent[-tokens:] = read[-RECENT:]
-            self.broken.pop(row, None)
+        # Of one row a view: a third of the time of a slice.
+        some, read = (rows.start, ids[0]) if len(rows) == 1 else (slice(rows.start, rows.stop), ids)
+        self.tokens[some] += tokens
+        recent = self.recent[some]
+        recent[..., :-tokens] = recent[..., tokens:]
+        recent[..., -tokens:] = read[..., -RECENT:]
+        self.end(rows)
 
     def copy(self, source: int, to: int) -> None:
         """Row `to` has read what `source` has."""

@@ -37,9 +37,10 @@ class Sampler:
         self.logprobs: list[TokenLogprobs] = []
         # Whether a choice takes all logits of a row, on the host.
         self.needs_logits = sampling.needs_text or bool(sampling.logit_bias) or sampling.logprobs is not None
-        self._times = dict.fromkeys(self.prompt, 0)  # token of the text, prompt included -> how often it was generated
+        # Token of the text, prompt included -> how often it was generated; for what asks for that.
+        self._times = dict.fromkeys(self.prompt, 0) if sampling.needs_text else {}
         for token in self.generated:
-            self._times[token] = self._times.get(token, 0) + 1
+            self._count(token)
 
     @classmethod
     def of(cls, given: Sampling | Sampler) -> Sampler:
@@ -68,7 +69,11 @@ class Sampler:
     def add(self, token: int) -> None:
         """`token` was chosen."""
         self.generated.append(token)
-        self._times[token] = self._times.get(token, 0) + 1
+        self._count(token)
+
+    def _count(self, token: int) -> None:
+        if self.sampling.needs_text:
+            self._times[token] = self._times.get(token, 0) + 1
 
     def changed(self, logits: np.ndarray) -> np.ndarray:
         """The logits f32[V] that the filters get. DfssmError where processors leave none that can be chosen, or return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -96,17 +96,7 @@ class Sampling:
 
         With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
         """
-        count, total = self.count, None
-        if not count:
-            # Those of a language model that matter are few against its vocabulary: to sort the few hundred largest is
-            # some twenty times cheaper than to sort all.
-            count, total = 256, total_weight(logits, self.temperature)
-        while True:
-            tokens, of_them = largest(logits, count)
-            at = self.choose_among(of_them, position, total)
-            if at is not None:
-                return int(tokens[at])
-            count *= 8
+        return choose_each([self], logits[None], [position])[0]
 
     @property
     def count(self) -> int:
@@ -119,7 +109,10 @@ class Sampling:
         """
         if not math.isfinite(logits[0]) or (total is None and len(logits) == 1):
             return 0
-        found = weights(logits, logits[0], self.temperature)
+        return self._draw(weights(logits, logits[0], self.temperature), position, total)
+
+    def _draw(self, found: np.ndarray, position: int, total: int | None) -> int | None:
+        """`choose_among`, from the weights i32[n] of these logits."""
         sums = np.cumsum(found, dtype=np.int64)
         total = int(sums[-1]) if total is None else total
         kept = len(sums) + (int(sums[-1]) < total)  # of the largest; one more than there are: it takes others to tell
@@ -147,13 +140,17 @@ _EXP2 = [np.float32(c) for c in (1.0, 0.69314697, 0.24022120, 0.05550713, 0.0096
 
 _PART = 1 << 14
 
+_FEW, _NEAR = 256, 5.0
+"""The tokens that are first looked at: at most so many, and at least exp(-_NEAR) times as probable as the first."""
+
 _TO_WHOLE = np.float32(1.5 * 2**23)
 """What is added to this is rounded to a whole number, in the low bits of the sum."""
 
 
-def weights(logits: np.ndarray, most: np.float32, temperature: float) -> np.ndarray:
-    """Whole numbers i32[n] in proportion to the probabilities that the softmax gives to logits f32[n], which are finite
-    or -inf; that of the largest of all, `most`, is 2^30.
+def weights(logits: np.ndarray, most: np.float32 | np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    """Whole numbers i32[...] in proportion to the probabilities that the softmax gives to logits f32[...], which are
+    finite or -inf; that of the largest of all, `most`, is 2^30. Several softmaxes have their own `most` and
+    `temperature`, arrays that broadcast.
 
     The same on every machine: these operations of fp32 are rounded alike everywhere, unlike exp, and sums of whole
     numbers have no order. A GPU makes them too: plugins/trt/largest/kernel.cu.
@@ -178,19 +175,70 @@ def weights(logits: np.ndarray, most: np.float32, temperature: float) -> np.ndar
     return found.astype(np.int32)
 
 
-def divisor(temperature: float) -> np.float32:
+def divisor(temperature: float | np.ndarray) -> np.float32:
     """Of the differences of logits: below this fp32 has no quotients; the draw is the greedy choice long before."""
-    return np.float32(max(temperature, 1e-20))
+    return np.float32(np.maximum(temperature, 1e-20))
 
 
 def total_weight(logits: np.ndarray, temperature: float) -> int:
     """The sum of `weights`; 0 where a logit is NaN or inf."""
-    most = logits.max()
-    if not math.isfinite(most):
-        return 0
+    return _totals(logits[None], np.array([temperature]))[0] if math.isfinite(logits.max()) else 0
+
+
+def _totals(logits: np.ndarray, temperatures: np.ndarray) -> list[int]:
+    """`total_weight` of each row of logits f32[n,V], which has a finite maximum, by temperatures [n]."""
+    most, by, totals = logits.max(1, keepdims=True), temperatures[:, None], np.zeros(len(logits), np.int64)
     # In parts: malloc gives back what is larger than 128 KB, and its pages are then made anew, which took 200 us.
-    parts = (logits[i : i + _PART] for i in range(0, len(logits), _PART))
-    return sum(int(weights(part, most, temperature).sum(dtype=np.int64)) for part in parts)
+    width = max(1, _PART // len(logits))
+    for start in range(0, logits.shape[1], width):
+        totals += weights(logits[:, start : start + width], most, by).sum(1, dtype=np.int64)
+    return [int(total) for total in totals]
+
+
+def choose_each(samplings: Sequence[Sampling], logits: np.ndarray, positions: Sequence[int]) -> list[int]:
+    """`Sampling.choose` of each row of logits f32[n,V]. Together, as that takes a third of the time: most of it is that
+    of calls of NumPy.
+    """
+    best = logits.argmax(1)
+    most, chosen = logits[np.arange(len(best)), best], [int(token) for token in best]
+    drawn = [row for row in range(len(chosen)) if samplings[row].count != 1 and math.isfinite(most[row])]
+    if not drawn:
+        return chosen
+    temperatures = np.array([samplings[row].temperature for row in drawn])
+    of_all = [at for at, row in enumerate(drawn) if not samplings[row].count]
+    totals: dict[int, int] = {}
+    if of_all:
+        rows = [drawn[at] for at in of_all]
+        totals = dict(zip(rows, _totals(logits[rows], temperatures[of_all]), strict=True))
+    looks = [_first(logits[row], most[row], samplings[row]) for row in drawn]
+    counts = [len(tokens) for tokens in looks]
+    found = weights(
+        np.concatenate([logits[row, tokens] for row, tokens in zip(drawn, looks, strict=True)]),
+        np.repeat(most[drawn], counts),
+        np.repeat(temperatures, counts),
+    )
+    ends = np.cumsum(counts).tolist()
+    for row, tokens, count, end in zip(drawn, looks, counts, ends, strict=True):
+        at = samplings[row]._draw(found[end - count : end], positions[row], totals.get(row))
+        while at is None:
+            count = max(_FEW, 8 * count)
+            tokens, values = largest(logits[row], count)
+            at = samplings[row].choose_among(values, positions[row], totals[row])
+        chosen[row] = int(tokens[at])
+    return chosen
+
+
+def _first(logits: np.ndarray, most: np.float32, sampling: Sampling) -> np.ndarray:
+    """The largest of logits f32[V], as tokens in falling order: all that decide or, where all do, those that most draws
+    take. These are few against the vocabulary: the choice among the few hundred largest is some twenty times cheaper
+    than among all.
+    """
+    tokens = np.flatnonzero(logits >= np.float32(most - _NEAR * sampling.temperature))
+    count = sampling.count
+    if len(tokens) < count or len(tokens) > (count or _FEW):
+        return largest(logits, count or _FEW)[0]
+    found: np.ndarray = tokens[np.argsort(-logits[tokens], kind="stable")]
+    return found
 
 
 def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

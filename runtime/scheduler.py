@@ -204,7 +204,7 @@ class Scheduler:
             self._reading.append(request)
         else:
             self._writing.append(request)
-            self._choose(request)
+            self._choose([request])
 
     def _read_prompts(self) -> None:
         """Read the next piece of the prompt whose turn it is, and with it those of prompts in the rows beside it that
@@ -229,8 +229,7 @@ class Scheduler:
 
     def _write(self) -> None:
         """Read the last token of every text, and choose its next."""
-        for request in self._run_batch(side_by_side(self._writing), 1):
-            self._choose(request)
+        self._choose(self._run_batch(side_by_side(self._writing), 1))
 
     def _run_batch(self, requests: list[Request], length: int) -> list[Request]:
         """Read the next `length` tokens of each. Returns them, or none where the run failed."""
@@ -241,12 +240,24 @@ class Scheduler:
                 return requests
         return []
 
-    def _choose(self, request: Request) -> None:
-        with self._failing(request):
-            reason = request.choose(self.slots)
-            self.written += reason is None
-            if reason:
-                self._end(request, reason)
+    def _choose(self, requests: list[Request]) -> None:
+        """Take the next token of each."""
+        more = []
+        for request in requests:
+            if request.complete:
+                self._end(request, "length")
+            else:
+                more.append(request)
+        slots = [request.slot for request in more if request.slot]  # all of them
+        tokens = self.slots.next(slots, [request.sampler for request in more])
+        for request, token in zip(more, tokens, strict=True):
+            with self._failing(request):
+                if isinstance(token, Exception):
+                    raise token
+                reason = request.take(token)
+                self.written += reason is None
+                if reason:
+                    self._end(request, reason)
 
     def _keep(self, request: Request) -> None:
         """Put its state into the cache, if it is of use there."""

@@ -131,13 +131,26 @@ class Slots:
         """`run` without a look at the logits: `next` is to choose by them."""
         self._run(slots, ids)
 
-    def next(self, slot: Slot, sampling: Sampling | Sampler) -> int:
-        """The token that `sampling` takes after what the slot has read. Raises DfssmError as `run` does."""
-        row = self._row(slot)
-        self.rows.require_sound([row])
-        token, logit = choose(self.pool, row, Sampler.of(sampling), slot.tokens)
+    def next(self, slots: Sequence[Slot], samplings: Sequence[Sampling | Sampler]) -> list[int | Exception]:
+        """The token that each slot's `Sampling` takes after what the slot has read, or why it has none: what `run`
+        raises, or a processor. One with penalties, processors or logprobs goes in the `Sampler` of its text. A device
+        keeps the logits, unless one needs all of a row.
+        """
+        if len(samplings) != len(slots):
+            raise DfssmError(f"{len(slots)} slots and {len(samplings)} samplings: give each slot one")
+        rows = [self._row(slot) for slot in slots]
+        self.rows.require_sound(rows)
+        positions = self.rows.tokens[rows].tolist()
+        chosen = choose(self.pool, rows, [Sampler.of(sampling) for sampling in samplings], positions)
+        pairs = zip(rows, chosen, strict=True)
+        return [one if isinstance(one, Exception) else self._finite(row, *one) for row, one in pairs]
+
+    def _finite(self, row: int, token: int, logit: float) -> int | Exception:
         if not math.isfinite(logit):
-            self.engine.check(self.pool, self.rows, range(row, row + 1), self.pool.logits[row : row + 1])
+            try:
+                self.engine.check(self.pool, self.rows, range(row, row + 1), self.pool.logits[row : row + 1])
+            except DfssmError as error:
+                return error
         return token
 
     def choose(
@@ -146,20 +159,15 @@ class Slots:
         ids: np.ndarray | Sequence[Sequence[int]],
         samplings: Sequence[Sampling | Sampler],
     ) -> list[int]:
-        """`run`, and the token that each slot's `Sampling` takes next; one with penalties, processors or logprobs goes
-        in the `Sampler` of its text. A device keeps the logits then, unless one needs all of a row.
-        """
-        if len(samplings) != len(slots):
-            raise DfssmError(f"{len(slots)} slots and {len(samplings)} samplings: give each slot one")
+        """`read`, then `next`; raises what is no token."""
         samplers = [Sampler.of(sampling) for sampling in samplings]
-        span = self._run(slots, ids)
-        chosen = [
-            choose(self.pool, row, sampler, int(self.rows.tokens[row]))
-            for row, sampler in zip(span, samplers, strict=True)
-        ]
-        if not all(math.isfinite(logit) for _, logit in chosen):
-            self.engine.check(self.pool, self.rows, span, self.pool.logits[span.start : span.stop])
-        return [token for token, _ in chosen]
+        self._run(slots, ids)
+        tokens = []
+        for found in self.next(slots, samplers):
+            if isinstance(found, Exception):
+                raise found
+            tokens.append(found)
+        return tokens
 
     def _run(self, slots: Sequence[Slot], ids: np.ndarray | Sequence[Sequence[int]]) -> range:
         """Returns the rows that they lie in."""

@@ -16,6 +16,34 @@ if TYPE_CHECKING:
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a token that is one byte, to a decoder with ByteFallback
 
 
+class Vocabulary:
+    """What single tokens of `tokenizer`, which stays as it is, mean as text; what was found out once is kept."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        kinds = _decoders(tokenizer)
+        self._byte_fallback, self._byte_level = "ByteFallback" in kinds, "ByteLevel" in kinds
+        self._known: dict[int, bytes | None] = {}
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Of a token that adds the same to every text: none of a special one. None where it depends on the text."""
+        if token not in self._known:
+            self._known[token] = self._look_up(token)
+        return self._known[token]
+
+    def _look_up(self, token: int) -> bytes | None:
+        decode = self.tokenizer.decode
+        name = self.tokenizer.id_to_token(token)
+        if name is None or decode([token], skip_special_tokens=False) != decode([token]):
+            return b""  # padding of the vocabulary, or a special token
+        if self._byte_level:
+            known = set(name) <= _BYTE_LEVEL.keys()  # an added token need not be
+            return bytes(_BYTE_LEVEL[character] for character in name) if known else name.encode()
+        if self._byte_fallback and (byte := _BYTE.fullmatch(name)):
+            return bytes([int(byte[1], 16)])
+        return None
+
+
 class TextStream:
     """Incremental `tokenizer.decode`: each token is its bytes, and a piece the characters whose last byte has come.
 
@@ -26,10 +54,8 @@ class TextStream:
     the SentencePiece kind drop the leading space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
-        self._tokenizer = tokenizer
-        kinds = _decoders(tokenizer)
-        self._byte_fallback, self._byte_level = "ByteFallback" in kinds, "ByteLevel" in kinds
+    def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()):
+        self._vocabulary = vocabulary
         self._last: list[int] = []  # the last token that was none of the special ones
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         for token in context[-RECENT:]:
@@ -45,18 +71,15 @@ class TextStream:
 
     def _bytes(self, token: int) -> bytes:
         """What `token` adds to the text after those before it."""
-        decode, last = self._tokenizer.decode, self._last
-        name = self._tokenizer.id_to_token(token)
-        if name is None or decode([token], skip_special_tokens=False) != decode([token]):
-            return b""  # padding of the vocabulary, or a special token
-        self._last = [token]
-        if self._byte_level:
-            known = set(name) <= _BYTE_LEVEL.keys()  # an added token need not be
-            return bytes(_BYTE_LEVEL[character] for character in name) if known else name.encode()
-        if self._byte_fallback and (byte := _BYTE.fullmatch(name)):
-            return bytes([int(byte[1], 16)])
-        # Decoders of other kinds make whole characters of a token, with a space in front or without by what is before.
-        return decode([*last, token])[len(decode(last)) :].encode()
+        found = self._vocabulary.bytes_of(token)
+        if found is None:
+            # Some decoders make whole characters of a token, with a space in front or without by what is before.
+            decode, last = self._vocabulary.tokenizer.decode, self._last
+            found = decode([*last, token])[len(decode(last)) :].encode()
+            self._last = [token]
+        elif found:
+            self._last = [token]
+        return found
 
 
 def _decoders(tokenizer: Tokenizer) -> set[str]:

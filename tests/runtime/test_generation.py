@@ -7,6 +7,7 @@ import tiny
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
+from dfssm.runtime.text import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,9 @@ def test_wrong_states_and_ids_are_named(engine):
 @pytest.fixture
 def scripted(engine, monkeypatch):
     """scripted(prompt, ids, state) -> the text of a generation that chooses these ids, with byte-fallback tokens."""
-    monkeypatch.setitem(engine.__dict__, "tokenizer", tiny.byte_fallback_tokenizer())
+    tokenizer = tiny.byte_fallback_tokenizer()
+    monkeypatch.setitem(engine.__dict__, "tokenizer", tokenizer)
+    monkeypatch.setitem(engine.__dict__, "vocabulary", Vocabulary(tokenizer))
 
     def run(prompt, ids, state=None):
         script = iter(ids)

@@ -3,7 +3,7 @@ import pytest
 
 from dfssm.opset import DfssmError
 from dfssm.runtime import sampling as module
-from dfssm.runtime.sampling import Sampling, total_weight, weights
+from dfssm.runtime.sampling import Sampling, choose_each, total_weight, weights
 
 # Probabilities that are exact in binary, so that the cases below can be worked by hand.
 P = np.array([1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16])
@@ -166,3 +166,26 @@ def test_near_temperature_zero_the_largest_is_drawn(temperature, filters):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_logit_that_is_not_finite_is_chosen(bad, temperature):
     assert Sampling(temperature).choose(np.array([0, 1, bad, 2], np.float32), 0) == 2
+
+
+def test_rows_that_choose_together_choose_as_alone():
+    rng = np.random.default_rng(5)
+    kinds = [
+        {}, {"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 40.0}, {"temperature": 1e-300},
+        {"temperature": 1.0, "top_k": 7}, {"temperature": 9.0, "top_k": 900}, {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1.0, "top_p": 0.7}, {"temperature": 2.0, "min_p": 0.02}, {"temperature": 0.8, "top_k": 5000},
+    ]  # fmt: skip
+    samplings = [Sampling(seed=seed, **kind) for seed in range(12) for kind in kinds]
+    logits = (3 * rng.standard_normal((len(samplings), 2500))).round(1).astype(np.float32)  # with ties
+    logits[::7, ::3] = -np.inf
+    logits[50, 9], logits[61, 8] = np.nan, np.inf
+    positions = rng.integers(0, 1000, len(samplings)).tolist()
+    found = choose_each(samplings, logits, positions)
+    assert found == [s.choose(row, position) for s, row, position in zip(samplings, logits, positions, strict=True)]
+    assert (found[50], found[61]) == (9, 8)
+    for sampling, row, position, token in zip(samplings, logits, positions, found, strict=True):
+        if sampling.temperature and np.isfinite(row.max()) and not sampling.min_p and sampling.top_p == 1:
+            order = np.lexsort((np.arange(len(row)), -row))[: sampling.top_k or None]
+            sums = np.cumsum(weights(row[order], row.max(), sampling.temperature), dtype=object)
+            bits = module._random_bits(sampling.seed, position)
+            assert token == order[next(i for i, s in enumerate(sums) if s * 2**53 > bits * sums[-1])]

@@ -87,7 +87,7 @@ def test_a_random_schedule_changes_no_text(run_by, seed):
             assert request.tokens == expected[: len(request.tokens)]
         else:
             assert request.tokens == expected
-            stream = TextStream(run_by.tokenizer, request.prompt.tolist())
+            stream = TextStream(run_by.vocabulary, request.prompt.tolist())
             assert request.text == "".join(map(stream.push, expected)) + stream.flush()
 
 

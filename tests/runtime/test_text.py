@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.runtime.text import StopFilter, TextStream
+from dfssm.runtime.text import StopFilter, TextStream, Vocabulary
 
 TEXT = "hello world – naïve café 漢字 👩‍🚀 \u200b e\u0301 end"
 
@@ -53,7 +53,7 @@ def tokenizer(request):
 
 
 def stream(tokenizer, ids, context=()):
-    text = TextStream(tokenizer, context)
+    text = TextStream(Vocabulary(tokenizer), context)
     return [*(text.push(token) for token in ids), text.flush()]
 
 
@@ -118,7 +118,7 @@ def test_a_piece_is_the_characters_whose_last_byte_came_wherever_the_prompt_ends
     assert ends[-1] == len(CUTS.encode()), "the oracle must know every token"
     inside = 0
     for cut in range(1, len(ids)):
-        pieces, begin = TextStream(tokenizer, ids[:cut]), ends[cut - 1]
+        pieces, begin = TextStream(Vocabulary(tokenizer), ids[:cut]), ends[cut - 1]
         inside += complete(CUTS, 0, begin).encode() != CUTS.encode()[:begin]
         for token, end in zip(ids[cut:], ends[cut:], strict=True):
             assert pieces.push(token) == complete(CUTS, begin, end), (cut, tokenizer.id_to_token(token))
