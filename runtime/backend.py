@@ -152,18 +152,19 @@ def _choose(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int,
 
 def _choose_on_device(pool: Pool, row: int, sampling: Sampling, position: int) -> tuple[int, float]:
     """A device may keep the logits."""
+    bits = sampling.random_bits(position)
     if sampling.count:
         tokens, logits = pool.largest(row, sampling.count)
-        at = sampling.choose_among(logits, position)
+        at = sampling.choose_among(logits, bits)
         assert at is not None
         return int(tokens[at]), float(logits[at])
     if found := pool.weighed(row, sampling.temperature):
         tokens, logits, total = found
-        at = sampling.choose_among(logits, position, total)
+        at = sampling.choose_among(logits, bits, total)
         if at is not None:
             return int(tokens[at]), float(logits[at])
     logits = pool.logits_of(row)
-    token = sampling.choose(logits, position)
+    token = sampling.choose_by(logits, bits)
     return token, float(logits[token])
 
 

@@ -96,22 +96,40 @@ class Sampling:
 
         With a seed, the draw depends on the seed and the position alone: a text that is cut and continued is the same.
         """
-        return choose_each([self], logits[None], [position])[0]
+        return self.choose_by(logits, self.random_bits(position))
+
+    def choose_by(self, logits: np.ndarray, bits: int) -> int:
+        """`choose` with these `random_bits`."""
+        count, total = self.count, None
+        if not count:
+            # Those of a language model that matter are few against its vocabulary: to sort the few hundred largest is
+            # some twenty times cheaper than to sort all.
+            count, total = _FEW, total_weight(logits, self.temperature)
+        while True:
+            tokens, of_them = largest(logits, count)
+            at = self.choose_among(of_them, bits, total)
+            if at is not None:
+                return int(tokens[at])
+            count *= 8
 
     @property
     def count(self) -> int:
         """How many of the largest logits decide: 1 of a greedy choice, 0 where all of them do."""
         return self.top_k if self.temperature else 1
 
-    def choose_among(self, logits: np.ndarray, position: int, total: int | None = None) -> int | None:
-        """`choose` from the largest logits, f32[n] in falling order: the index of one. All that decide, or as many as
-        the caller has, with the `total_weight` of all: None where the choice is none of these.
+    def random_bits(self, position: int) -> int:
+        """What a draw goes by, a whole number below 2^53: one a choice, however often it looks."""
+        return _random_bits(self.seed, position)
+
+    def choose_among(self, logits: np.ndarray, bits: int, total: int | None = None) -> int | None:
+        """`choose_by` from the largest logits, f32[n] in falling order: the index of one. All that decide, or as many
+        as the caller has, with the `total_weight` of all: None where the choice is none of these.
         """
         if not math.isfinite(logits[0]) or (total is None and len(logits) == 1):
             return 0
-        return self._draw(weights(logits, logits[0], self.temperature), position, total)
+        return self.draw(weights(logits, logits[0], self.temperature), bits, total)
 
-    def _draw(self, found: np.ndarray, position: int, total: int | None) -> int | None:
+    def draw(self, found: np.ndarray, bits: int, total: int | None) -> int | None:
         """`choose_among`, from the weights i32[n] of these logits."""
         sums = np.cumsum(found, dtype=np.int64)
         total = int(sums[-1]) if total is None else total
@@ -125,7 +143,7 @@ class Sampling:
             total = int(sums[kept - 1])
         elif self.top_p < 1 or self.min_p:
             return None
-        at = int(np.searchsorted(sums, _random_bits(self.seed, position) * total >> 53, side="right"))
+        at = int(np.searchsorted(sums, bits * total >> 53, side="right"))
         return at if at < len(sums) else None
 
 
@@ -147,17 +165,21 @@ _TO_WHOLE = np.float32(1.5 * 2**23)
 """What is added to this is rounded to a whole number, in the low bits of the sum."""
 
 
-def weights(logits: np.ndarray, most: np.float32 | np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    """Whole numbers i32[...] in proportion to the probabilities that the softmax gives to logits f32[...], which are
-    finite or -inf; that of the largest of all, `most`, is 2^30. Several softmaxes have their own `most` and
-    `temperature`, arrays that broadcast.
+def weights(logits: np.ndarray, most: np.float32, temperature: float) -> np.ndarray:
+    """Whole numbers i32[n] in proportion to the probabilities that the softmax gives to logits f32[n], which are finite
+    or -inf; that of the largest of all, `most`, is 2^30.
 
     The same on every machine: these operations of fp32 are rounded alike everywhere, unlike exp, and sums of whole
     numbers have no order. A GPU makes them too: plugins/trt/largest/kernel.cu.
     """
+    return _weights(logits, most, divisor(temperature))
+
+
+def _weights(logits: np.ndarray, most: np.float32 | np.ndarray, by: np.float32 | np.ndarray) -> np.ndarray:
+    """`weights` by a `divisor`; of several softmaxes, where `most` and `by` are arrays that broadcast."""
     with np.errstate(over="ignore"):  # -inf is right
         x: np.ndarray = logits - most
-        x /= divisor(temperature)
+        x /= by
     x *= np.float32(math.log2(math.e))
     np.maximum(x, np.float32(-64), out=x)  # of which nothing is left
     power = x + _TO_WHOLE
@@ -175,56 +197,52 @@ def weights(logits: np.ndarray, most: np.float32 | np.ndarray, temperature: floa
     return found.astype(np.int32)
 
 
-def divisor(temperature: float | np.ndarray) -> np.float32:
+def divisor(temperature: float) -> np.float32:
     """Of the differences of logits: below this fp32 has no quotients; the draw is the greedy choice long before."""
-    return np.float32(np.maximum(temperature, 1e-20))
+    return np.float32(max(temperature, 1e-20))
 
 
 def total_weight(logits: np.ndarray, temperature: float) -> int:
     """The sum of `weights`; 0 where a logit is NaN or inf."""
-    return _totals(logits[None], np.array([temperature]))[0] if math.isfinite(logits.max()) else 0
-
-
-def _totals(logits: np.ndarray, temperatures: np.ndarray) -> list[int]:
-    """`total_weight` of each row of logits f32[n,V], which has a finite maximum, by temperatures [n]."""
-    most, by, totals = logits.max(1, keepdims=True), temperatures[:, None], np.zeros(len(logits), np.int64)
+    most = logits.max()
+    if not math.isfinite(most):
+        return 0
     # In parts: malloc gives back what is larger than 128 KB, and its pages are then made anew, which took 200 us.
-    width = max(1, _PART // len(logits))
+    parts = (logits[i : i + _PART] for i in range(0, len(logits), _PART))
+    return sum(int(weights(part, most, temperature).sum(dtype=np.int64)) for part in parts)
+
+
+def _totals(logits: np.ndarray, most: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """`total_weight` of each row of logits f32[n,V], by its largest and its divisor, f32[n,1]."""
+    totals, width = np.zeros(len(logits), np.int64), max(1, _PART // len(logits))
     for start in range(0, logits.shape[1], width):
-        totals += weights(logits[:, start : start + width], most, by).sum(1, dtype=np.int64)
-    return [int(total) for total in totals]
+        totals += _weights(logits[:, start : start + width], most, by).sum(1, dtype=np.int64)
+    return totals
 
 
 def choose_each(samplings: Sequence[Sampling], logits: np.ndarray, positions: Sequence[int]) -> list[int]:
-    """`Sampling.choose` of each row of logits f32[n,V]. Together, as that takes a third of the time: most of it is that
-    of calls of NumPy.
-    """
+    """`Sampling.choose` of each row of logits f32[n,V], in a third of the time, as that is mostly of calls of NumPy."""
+    if len(samplings) == 1:
+        return [samplings[0].choose(logits[0], positions[0])]
     best = logits.argmax(1)
     most, chosen = logits[np.arange(len(best)), best], [int(token) for token in best]
     drawn = [row for row in range(len(chosen)) if samplings[row].count != 1 and math.isfinite(most[row])]
     if not drawn:
         return chosen
-    temperatures = np.array([samplings[row].temperature for row in drawn])
-    of_all = [at for at, row in enumerate(drawn) if not samplings[row].count]
+    by = np.array([divisor(sampling.temperature) for sampling in samplings])
     totals: dict[int, int] = {}
-    if of_all:
-        rows = [drawn[at] for at in of_all]
-        totals = dict(zip(rows, _totals(logits[rows], temperatures[of_all]), strict=True))
-    looks = [_first(logits[row], most[row], samplings[row]) for row in drawn]
-    counts = [len(tokens) for tokens in looks]
-    found = weights(
-        np.concatenate([logits[row, tokens] for row, tokens in zip(drawn, looks, strict=True)]),
-        np.repeat(most[drawn], counts),
-        np.repeat(temperatures, counts),
-    )
-    ends = np.cumsum(counts).tolist()
-    for row, tokens, count, end in zip(drawn, looks, counts, ends, strict=True):
-        at = samplings[row]._draw(found[end - count : end], positions[row], totals.get(row))
-        while at is None:
-            count = max(_FEW, 8 * count)
-            tokens, values = largest(logits[row], count)
-            at = samplings[row].choose_among(values, positions[row], totals[row])
-        chosen[row] = int(tokens[at])
+    if of_all := [row for row in drawn if not samplings[row].count]:
+        found = _totals(logits[of_all], most[of_all, None], by[of_all, None])
+        totals = {row: int(total) for row, total in zip(of_all, found, strict=True)}
+    looks = {row: _first(logits[row], most[row], samplings[row]) for row in drawn}
+    counts = [len(tokens) for tokens in looks.values()]
+    values = np.concatenate([logits[row, tokens] for row, tokens in looks.items()])
+    found = _weights(values, most[drawn].repeat(counts), by[drawn].repeat(counts))
+    ends = np.cumsum(counts)
+    for (row, tokens), of_them in zip(looks.items(), np.split(found, ends[:-1]), strict=True):
+        bits = samplings[row].random_bits(positions[row])
+        at = samplings[row].draw(of_them, bits, totals.get(row))
+        chosen[row] = samplings[row].choose_by(logits[row], bits) if at is None else int(tokens[at])
     return chosen
 
 

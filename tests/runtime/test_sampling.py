@@ -189,3 +189,18 @@ def test_rows_that_choose_together_choose_as_alone():
             sums = np.cumsum(weights(row[order], row.max(), sampling.temperature), dtype=object)
             bits = module._random_bits(sampling.seed, position)
             assert token == order[next(i for i, s in enumerate(sums) if s * 2**53 > bits * sums[-1])]
+
+
+def test_a_choice_is_of_one_draw_however_far_it_looks(monkeypatch):
+    """Without a seed another draw at each look would take the probability from the tokens that take several."""
+    logits = np.zeros((4, 3000), np.float32)
+    calls = []
+
+    def last(seed, position):
+        calls.append(position)
+        return 2**53 - 1
+
+    monkeypatch.setattr(module, "_random_bits", last)
+    samplings = [Sampling(1.0), Sampling(1.0, top_p=0.99), Sampling(1.0), Sampling(1.0, top_k=2)]
+    assert choose_each(samplings, logits, [0, 1, 2, 3]) == [2999, 2969, 2999, 1] and calls == [0, 1, 2, 3]
+    assert samplings[0].choose(logits[0], 4) == 2999 and calls[4:] == [4]
