@@ -69,7 +69,7 @@ def _count(
 @_count("--held-out-documents", 1000, "Documents that are held out of a stream (hf:), its first ones.", least=0)
 @_count("--held-out-tokens", 2**17, "Evaluate on at most N of the held-out tokens, spread over all.")
 @click.option("--init-from", type=click.Path(), metavar="MODEL",
-              help="Start at this model.pt: a calibrated conversion, or the student of another run.")  # fmt: skip
+              help="Start at this model.pt, with its rank and planes: of a conversion or another run.")  # fmt: skip
 @click.option(
     "--tokenizer", type=click.Path(), metavar="FILE", help="Use this tokenizer.json instead of the teacher's."
 )

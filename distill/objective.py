@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
 class Target(Protocol):
     """The teacher's distributions at the tokens of a batch."""
 
-    def divergence(self, piece: slice, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def divergence(self, piece: slice, log_p: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """KL(teacher || student) summed over the tokens of `piece`, and its gradient by the student's logits divided by
         the `temperature`, from which log_p[n,V] is made.
         """
@@ -71,7 +71,7 @@ class TeacherLogits:
     def __init__(self, head: TokenTable, hidden: Tensor):
         self.project, self.hidden = head.fixed().project, hidden
 
-    def divergence(self, piece: slice, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def divergence(self, piece: slice, log_p: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         log_q = F.log_softmax(self.project(self.hidden[piece]).float() / temperature, dim=-1)
         q = log_q.exp()
         return (q * log_q.sub_(log_p)).sum(dtype=torch.float64), log_p.exp().sub_(q)

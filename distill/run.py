@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -37,9 +38,12 @@ from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .stream import StreamedWindows
-from .student import Flips, begin, blank, data_free, finish, move_to, other_forms, trainable
+from .student import Flips, begin, blank, data_free, finish, first_signs, move_to, other_forms, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Prepared(_Run):
     teacher: Mamba2LM | TopK
     bf16: bool
     measured: Measured
-    flips: Flips | None
+    first_signs: dict[str, Tensor]
     identity: dict
     sinks: list[Sink]
 
@@ -171,7 +175,7 @@ def prepare(opened: Opened) -> Prepared:
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     teacher = opened.teacher.to(ranks.device)
     if opened.resume and not job.recipe.budget:  # which chooses the shape
-        student = blank(teacher, job.recipe, ranks)
+        student = blank(teacher, job.recipe, ranks, job.init_from)
     else:
         student = begin(teacher, job.recipe, source, schedule.seed, ranks, job.init_from)
     # Of the teacher's weights only the vectors are looked at.
@@ -195,11 +199,10 @@ def prepare(opened: Opened) -> Prepared:
     if job.top_k and isinstance(source, Windows):
         count, size = schedule.steps * schedule.batch, schedule.micro_batch
         by = precompute(teacher, source, count, job.top_k, job.output / "topk", size, bf16, ranks)
-    # A sharded student has its signs on several devices.
-    flips = Flips(student, teacher) if ranks.world == 1 else None
+    signs = first_signs(teacher, student.config.planes)
     # Not `opened` itself: with its teacher, which may be done with, gigabytes would stay in memory.
     start = job, ranks, opened.resume, opened.tokenizer
-    return Prepared(*start, source, student, by, bf16, measured, flips, identity, sinks)
+    return Prepared(*start, source, student, by, bf16, measured, signs, identity, sinks)
 
 
 def _measured(windows: np.ndarray, teacher: Mamba2LM, of: str, job: Job, ranks: Ranks) -> Measured:
@@ -243,7 +246,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         job.output,
         functools.partial(move_to, student=model.student, recipe=recipe),
         (lambda: figures(model.logits, measured.teacher, windows, ranks)) if len(windows) else None,
-        prepared.flips or dict,
+        Flips(model.student, prepared.first_signs),
         recipe.level if not job.top_k else None,  # whose logits are of so many windows as the run was to have
         bf16=prepared.bf16,
         sinks=prepared.sinks,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from dfssm.model.budget import choose
@@ -43,11 +44,11 @@ def begin(
 ) -> DFSSMLM:
     """The student of `teacher` before its first step; `source` stays where it is.
 
-    `start`: a model.pt whose student it is, instead of what the recipe begins with. DfssmError if that is of another
-    shape than teacher and recipe give.
+    `start`: a model.pt whose student it is, with its rank and planes, instead of what the recipe begins with. DfssmError
+    if that is of another teacher's shape.
     """
     if start:
-        student = student_of(start, teacher, recipe)
+        student = student_of(start, teacher)
         train_as(student, recipe)
         return student
     sizes = activation_sizes(teacher, source, ranks) if recipe.init == "activations" else None
@@ -62,21 +63,22 @@ def begin(
     return student
 
 
-def blank(teacher: Mamba2LM, recipe: Recipe, ranks: Ranks) -> DFSSMLM:
-    """A student whose parameters a checkpoint will give."""
-    student = DFSSMLM(DFSSMConfig.from_teacher(teacher.config, recipe.rank, recipe.planes)).to(ranks.device)
+def blank(teacher: Mamba2LM, recipe: Recipe, ranks: Ranks, start: Path | None = None) -> DFSSMLM:
+    """A student whose parameters a checkpoint will give; `start` as of `begin`."""
+    shape = load_student_tensors(start)[0] if start else recipe
+    student = DFSSMLM(DFSSMConfig.from_teacher(teacher.config, shape.rank, shape.planes)).to(ranks.device)
     train_as(student, recipe)
     return student
 
 
-def student_of(file: Path, teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
+def student_of(file: Path, teacher: Mamba2LM) -> DFSSMLM:
     """The student in `file`, to be trained further: its signs, with the sizes of the teacher's weights for latents."""
     config, tensors = load_student_tensors(file)
-    wanted = DFSSMConfig.from_teacher(teacher.config, recipe.rank, recipe.planes)
+    wanted = DFSSMConfig.from_teacher(teacher.config, config.rank, config.planes)
     for (name, found), value in zip(config.to_dict().items(), wanted.to_dict().values(), strict=True):
         if name != "eos_token_id" and found != value:
-            raise DfssmError(f"{file}: {name} is {found}, of this teacher and recipe it is {value}; give another model")
-    student = student_from_teacher(teacher, recipe.rank, recipe.planes, tensors=tensors)
+            raise DfssmError(f"{file}: {name} is {found}, of this teacher it is {value}; give a student of this teacher")
+    student = student_from_teacher(teacher, config.rank, config.planes, tensors=tensors)
     others = {}
     for weight in weights(config):
         if weight.form == FLOAT:
@@ -87,19 +89,25 @@ def student_of(file: Path, teacher: Mamba2LM, recipe: Recipe) -> DFSSMLM:
     return student
 
 
-class Flips:
-    """`flipped`: the share of a student's signs that are not those of the data-free conversion."""
+def first_signs(teacher: Mamba2LM, planes: int | tuple[int, ...]) -> dict[str, Tensor]:
+    """The bits of the data-free conversion, by the name of the projection."""
+    config, tensors = convert(teacher, 0, planes)
+    return {w.path: tensors[f"{w.path}.bits"].cpu() for w in weights(config) if w.form == SCAFFOLD}
 
-    def __init__(self, student: DFSSMLM, teacher: Mamba2LM):
-        config, tensors = convert(teacher, 0, student.config.planes)
-        names = [weight.path for weight in weights(config) if weight.form == SCAFFOLD]
-        self._pairs = [(student.get_parameter(f"{name}.latent"), tensors[f"{name}.bits"]) for name in names]
+
+class Flips:
+    """`flipped`: the share of a student's signs that are not those of `first_signs`. A sharded one's are gathered."""
+
+    def __init__(self, student: DFSSMLM, first: dict[str, Tensor]):
+        self._pairs = [(student.get_parameter(f"{name}.latent"), bits) for name, bits in first.items()]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        count = torch.tensor([bits.bit_count() for bits in range(256)])
-        others = [count[(pack_bits(latent) ^ bits).long().cpu()].sum() for latent, bits in self._pairs]
-        return {"flipped": float(sum(others)) / sum(8 * bits.numel() for _, bits in self._pairs)}
+        count, others = torch.tensor([bits.bit_count() for bits in range(256)]), 0
+        for latent, bits in self._pairs:
+            whole = latent.full_tensor() if isinstance(latent, DTensor) else latent
+            others += int(count[(pack_bits(whole).cpu() ^ bits).long()].sum())
+        return {"flipped": others / sum(8 * bits.numel() for _, bits in self._pairs)}
 
 
 def train_as(student: DFSSMLM, recipe: Recipe) -> list[DensityLinear]:

@@ -269,19 +269,19 @@ class TestRecipes:
         assert second["perplexity"]["student"] < 0.9 * second["perplexity"]["data_free"]
         assert first["sha256"] != second["sha256"]
 
-    def test_another_shape_to_go_on_from_is_refused(self, distill, tmp_path):
-        distill(tmp_path / "first", steps=1, rank=2)
-        with pytest.raises(DfssmError, match=r"model.pt: rank is 2, of this teacher and recipe it is 4; give another"):
-            distill(tmp_path / "second", init_from=tmp_path / "first" / "model.pt")
+    def test_it_has_the_rank_and_planes_of_the_model_that_it_goes_on_from(self, distill, tmp_path, teacher):
+        config, tensors = convert(load_teacher(teacher), (2, 4, 0, 3), (1, 2, 1, 1))
+        save_student(tmp_path / "mixed.pt", config, tensors)
+        options = {"init_from": tmp_path / "mixed.pt", "held_out": 0.1}
+        whole = distill(tmp_path / "out", **options)
+        assert load_student_tensors(tmp_path / "out" / "model.pt")[0].scaffolds == config.scaffolds
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")
+        assert distill(tmp_path / "out", resume=True, **options)["sha256"] == whole["sha256"]
 
-    def test_resumed_a_budget_buys_the_same(self, distill, tmp_path):
-        options = {"init": "calibrated", "init_tokens": 1000, "budget": 0.026, "steps": 4, "save_every": 2}
-        whole = distill(tmp_path, **options)
-        (tmp_path / "model.pt").unlink()
-        shutil.rmtree(tmp_path / "checkpoints" / "step-000004")
-        assert distill(tmp_path, resume=True, **options)["sha256"] == whole["sha256"]
-        config = load_student(tmp_path / "model.pt").config
-        assert not config.alike and sum(model_bytes(config.to_dict()).values()) <= 26_000
+    def test_a_model_of_another_teacher_to_go_on_from_is_refused(self, distill, tmp_path, make_teacher):
+        save_student(tmp_path / "model.pt", *convert(load_teacher(make_teacher(d_state=16)), 4))
+        with pytest.raises(DfssmError, match=r"model.pt: d_state is 16, of this teacher it is 8; give a student of this"):
+            distill(tmp_path / "out", init_from=tmp_path / "model.pt")
 
     def test_resumed_nothing_is_measured_or_begun_again(self, distill, tmp_path, monkeypatch):
         options = {"init": "calibrated", "init_tokens": 1000, "held_out": 0.1}
