@@ -77,7 +77,9 @@ def student_of(file: Path, teacher: Mamba2LM) -> DFSSMLM:
     wanted = DFSSMConfig.from_teacher(teacher.config, config.rank, config.planes)
     for (name, found), value in zip(config.to_dict().items(), wanted.to_dict().values(), strict=True):
         if name != "eos_token_id" and found != value:
-            raise DfssmError(f"{file}: {name} is {found}, of this teacher it is {value}; give a student of this teacher")
+            raise DfssmError(
+                f"{file}: {name} is {found}, of this teacher it is {value}; give a student of this teacher"
+            )
     student = student_from_teacher(teacher, config.rank, config.planes, tensors=tensors)
     others = {}
     for weight in weights(config):

@@ -25,7 +25,6 @@ from dfssm.model.checkpoint import load_student_tensors, save_student
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher
-from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import dequantized
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
@@ -280,7 +279,9 @@ class TestRecipes:
 
     def test_a_model_of_another_teacher_to_go_on_from_is_refused(self, distill, tmp_path, make_teacher):
         save_student(tmp_path / "model.pt", *convert(load_teacher(make_teacher(d_state=16)), 4))
-        with pytest.raises(DfssmError, match=r"model.pt: d_state is 16, of this teacher it is 8; give a student of this"):
+        with pytest.raises(
+            DfssmError, match=r"model.pt: d_state is 16, of this teacher it is 8; give a student of this"
+        ):
             distill(tmp_path / "out", init_from=tmp_path / "model.pt")
 
     def test_resumed_nothing_is_measured_or_begun_again(self, distill, tmp_path, monkeypatch):
