@@ -44,8 +44,8 @@ def begin(
 ) -> DFSSMLM:
     """The student of `teacher` before its first step; `source` stays where it is.
 
-    `start`: a model.pt whose student it is, with its rank and planes, instead of what the recipe begins with. DfssmError
-    if that is of another teacher's shape.
+    `start`: a model.pt whose student it is, with its rank and planes, instead of what the recipe begins with.
+    DfssmError if that is of another teacher's shape.
     """
     if start:
         student = student_of(start, teacher)
@@ -77,9 +77,7 @@ def student_of(file: Path, teacher: Mamba2LM) -> DFSSMLM:
     wanted = DFSSMConfig.from_teacher(teacher.config, config.rank, config.planes)
     for (name, found), value in zip(config.to_dict().items(), wanted.to_dict().values(), strict=True):
         if name != "eos_token_id" and found != value:
-            raise DfssmError(
-                f"{file}: {name} is {found}, of this teacher it is {value}; give a student of this teacher"
-            )
+            raise DfssmError(f"{file}: {name} is {found}, the teacher's is {value}; give a student of this teacher")
     student = student_from_teacher(teacher, config.rank, config.planes, tensors=tensors)
     others = {}
     for weight in weights(config):
