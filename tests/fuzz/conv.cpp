@@ -6,7 +6,7 @@ using namespace dfssm::fuzz;
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input in(data, size);
-  const int64_t B = in.size(1, 3), T = in.size(1, 6), C = in.size(1, 70), W = in.size(2, 4);
+  const int64_t B = in.size(1, 3), T = in.small(1, 6), C = in.small(1, 70), W = in.size(2, 4);
   const int64_t stride = C + in.size(0, 5), cut = in.size(0, C);
   const bool silu = in.flag(), in_place = in.flag();
   // The last token ends where its channels do.

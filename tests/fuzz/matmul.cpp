@@ -56,9 +56,9 @@ constexpr const char* kLayouts[] = {"layout 0", "layout 1", "layout 2"};
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input in(data, size);
-  const int64_t n = in.size(1, 9), M = in.size(1, 70), R = in.size(0, 17);
+  const int64_t n = in.small(1, 9), M = in.small(1, 70), R = in.size(0, 17);
   const bool scaffold = in.flag();
-  const int64_t K = scaffold ? 32 * in.size(1, 6) : in.size(1, 150);
+  const int64_t K = scaffold ? 32 * in.small(1, 6) : in.size(1, 150);
   const int planes = static_cast<int>(in.size(1, 3));
   const int64_t ldy = M + in.size(0, 5), part = in.size(0, 4);
 

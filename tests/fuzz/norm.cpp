@@ -6,7 +6,7 @@ using namespace dfssm::fuzz;
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input in(data, size);
-  const int64_t n = in.size(1, 6), groups = in.size(1, 4), C = groups * in.size(1, 70);
+  const int64_t n = in.small(1, 6), groups = in.size(1, 4), C = groups * in.small(1, 70);
   const int64_t stride = C + in.size(0, 5), cut = in.size(0, n);
   const bool gated = in.flag(), in_place = in.flag();
   const Array<float> source = in.floats(n * C), z = in.floats(gated ? (n - 1) * stride + C : 0);

@@ -79,11 +79,11 @@ struct Scan {
 
   Scan(Input& in, int64_t most_tokens)
       : B(in.size(1, 2)),
-        T(in.size(1, most_tokens)),
+        T(in.small(1, most_tokens)),
         G(in.size(1, 2)),
-        H(G * in.size(1, 3)),
-        P(in.size(1, 36)),
-        N(in.size(1, 20)),
+        H(G * in.small(1, 3)),
+        P(in.small(1, 36)),
+        N(in.small(1, 20)),
         pairs(B * H),
         cut(in.size(0, pairs)),
         type(kTypes[in.size(0, 2)]),
