@@ -53,6 +53,7 @@ def _options_of_targets(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--verify/--no-verify", default=True, help="Compare the bundle with the PyTorch model.  [default: verify]"
 )
+@click.option("--taps", is_flag=True, help="Also write a graph that shows the hidden states, for `dfssm analyze`.")
 @click.option(
     "--emit",
     type=click.Choice(list(FORMS)),

@@ -1,4 +1,4 @@
-"""The passes of dfcompile, in order: load, lower, export, write, build, verify, golden, emit, finish."""
+"""The passes of dfcompile, in order: load, lower, export, write, build, verify, golden, taps, emit, finish."""
 
 import platform
 import resource
@@ -20,7 +20,7 @@ from dfssm.opset.paths import GOLDEN, MANIFEST
 from dfssm.opset.reading import open_file, read_file
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.targets import TARGETS, Target, get_target, trust
-from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, file_entry
+from dfssm.targets.bundle import MODEL, TAPS, TOKENIZER, Manifest, file_entry
 from dfssm.targets.chat import FILES as CHAT_FILES
 from dfssm.targets.chat import ChatTemplate, beside
 from dfssm.targets.text import load_tokenizer
@@ -38,7 +38,7 @@ class Request:
     """What to compile. `output`, `state_dtype` and `tokenizer` left None take their defaults; see docs/format.md.
 
     `options` are those of the target alone, by name; left out, they take the target's defaults. `emit`: one of
-    `triton.FORMS`.
+    `triton.FORMS`. `taps`: a second graph over the same weights that shows the hidden states.
     """
 
     model: str | Path
@@ -49,6 +49,7 @@ class Request:
     verify: bool = True
     force: bool = False
     emit: str = triton.BUNDLE
+    taps: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,6 +139,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
             raise DfssmError(f"target {request.target} has no deferred states: compile with {kept}, or for ort-cpu")
         if request.emit == triton.REPOSITORY:
             raise DfssmError(f"a model repository for Triton has no deferred states: compile with {kept}")
+    if request.taps and target.IS_ENGINE:
+        raise DfssmError(f"target {request.target} shows no hidden states: leave out --taps, or compile for ort-cpu")
     for name in request.options:
         if name not in {option.name for option in target.OPTIONS}:
             raise DfssmError(f"target {request.target} has no option --{name.replace('_', '-')}: leave it out")
@@ -164,7 +167,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Report:
         stage = draft / place
         stage.mkdir(parents=True, exist_ok=True)
         job = Job(request, model, target, state_dtype, layout, tokenizer, stage, progress)
-        for run in (load, lower, export, write, build, verify, golden, emit, finish):
+        for run in (load, lower, export, write, build, verify, golden, taps, emit, finish):
             start = time.perf_counter()
             run(job)
             records.append(PassRecord(run.__name__, time.perf_counter() - start, _peak_rss()))
@@ -244,6 +247,20 @@ def golden(job: Job) -> None:
     job.files.append(GOLDEN)
 
 
+def taps(job: Job) -> None:
+    """Write a second graph, which shows the hidden states and can be patched."""
+    if not job.request.taps:
+        return
+    from dfssm.verify.bundle import verify_taps
+    from dfssm.verify.graph import write_taps
+
+    with writing(job.stage):
+        write_taps(job.stage / MODEL, job.stage)
+    job.files.append(TAPS)
+    if job.request.verify:
+        verify_taps(job.runner, job.stage, job.config.vocab_size)
+
+
 def emit(job: Job) -> None:
     """Write what a server needs besides the bundle."""
     if job.request.emit == triton.REPOSITORY:
@@ -292,7 +309,7 @@ def _check_output(folder: Path, force: bool, place: str) -> None:
         what = f"a bundle at {place}" if place else "a bundle"
         raise DfssmError(f"{folder} exists and is not {what}, so --force does not replace it: choose another -o")
     ours = {folder / place / name for target in map(get_target, TARGETS) for name in (*target.FILES, target.LIBRARY)}
-    ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TOKENIZER, *CHAT_FILES, triton.GRAPH)}
+    ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TAPS, TOKENIZER, *CHAT_FILES, triton.GRAPH)}
     ours |= {(folder / place).parent / triton.CONFIG} if place else set()
     for path in sorted(folder.rglob("*")):
         if path not in ours and (path.is_symlink() or not path.is_dir()):

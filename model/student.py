@@ -31,7 +31,7 @@ from .quant import (
     trained_scaffold_matmul,
     unpack_bits,
 )
-from .teacher import FixedHead, Mamba2LM, Mamba2State, TokenTable
+from .teacher import FixedHead, Mamba2LM, Mamba2State, Tap, TokenTable
 from .tensors import FLOAT, PARTS, SCAFFOLD, weights
 
 
@@ -166,9 +166,11 @@ class DFSSMLM(Mamba2LM):
     def new_state(self, batch: int) -> DFSSMState:
         return DFSSMState.narrow(super().new_state(batch), self.state_dtype)
 
-    def hidden_states(self, input_ids: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, DFSSMState]:
+    def hidden_states(
+        self, input_ids: Tensor, state: Mamba2State | None = None, tap: Tap = lambda layer, hidden: hidden
+    ) -> tuple[Tensor, DFSSMState]:
         state = self.new_state(input_ids.shape[0]) if state is None else state
-        hidden, new = super().hidden_states(input_ids, state.widen())
+        hidden, new = super().hidden_states(input_ids, state.widen(), tap)
         return hidden, DFSSMState.narrow(new, self.state_dtype)
 
     @torch.no_grad()

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
+from dfssm.opset.tokens import token_rows
 
 from .config import Mamba2Config
 from .functional import causal_conv1d, gated_rms_norm, rms_norm, selective_scan_step, ssd_chunked
 
 LinearFactory = Callable[[int, int], nn.Module]  # (in, out) -> module mapping [..., in] to [..., out]
 EmbeddingFactory = Callable[[int, int], "TokenTable"]  # (vocab, d_model) -> module
+Tap = Callable[[int, Tensor], Tensor]
+"""Called with a layer, 0 for the embedding, and the residual stream after it [B,T,D]: what the next one gets."""
 
 
 @dataclasses.dataclass
@@ -235,16 +240,44 @@ class Mamba2LM(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return Mamba2State.zeros(self.config, batch, weight.device, dtype)
 
-    def hidden_states(self, input_ids: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
+    def hidden_states(
+        self, input_ids: Tensor, state: Mamba2State | None = None, tap: Tap = lambda layer, hidden: hidden
+    ) -> tuple[Tensor, Mamba2State]:
         """input_ids i64[B,T] -> the last layer's output [B,T,D] before norm_f, and the new state."""
         self._check(input_ids, state)
         state = self.new_state(input_ids.shape[0]) if state is None else state
-        hidden, new = self.embedding(input_ids), Mamba2State([], [])
-        for layer, conv, ssm in zip(self.layers, state.conv, state.ssm, strict=True):
+        hidden, new = tap(0, self.embedding(input_ids)), Mamba2State([], [])
+        for i, (layer, conv, ssm) in enumerate(zip(self.layers, state.conv, state.ssm, strict=True), 1):
             hidden, conv, ssm = layer(hidden, conv, ssm)
+            hidden = tap(i, hidden)
             new.conv.append(conv)
             new.ssm.append(ssm)
         return hidden, new
+
+    def hidden(
+        self, ids: Any, layers: Sequence[int] | None = None, last: bool = True, patch: Patch | None = None
+    ) -> Hidden:
+        """The residual stream of prompts, in NumPy: arguments, result and errors are those of `Engine.hidden`."""
+        rows, c = token_rows(ids, self.config.vocab_size), self.config
+        return hidden_of_rows(self._tapped, rows, c.n_layer, c.d_model, layers, last, patch)
+
+    @torch.inference_mode()
+    def _tapped(self, ids: np.ndarray, layers: list[int], last: bool, patch: Patch) -> tuple[np.ndarray, np.ndarray]:
+        """As `dfssm.opset.hidden.Run`."""
+        device = self.norm_f.weight.device
+        shown: dict[int, np.ndarray] = {}
+
+        def tap(layer: int, hidden: Tensor) -> Tensor:
+            if layer in patch:
+                ours = torch.from_numpy(patch[layer]).to(hidden)
+                hidden = torch.cat([hidden[:, :-1], ours[:, None]], dim=1)
+            if layer in layers:
+                shown[layer] = (hidden[:, -1] if last else hidden).float().cpu().numpy()
+            return hidden
+
+        hidden, _ = self.hidden_states(torch.from_numpy(ids).to(device), tap=tap)
+        logits = self.head.project(self.norm_f(hidden[:, -1])).float().cpu().numpy()
+        return np.stack([shown[i] for i in layers]) if layers else np.empty((0, len(ids)), np.float32), logits
 
     def forward(
         self, input_ids: Tensor, state: Mamba2State | None = None, logits_to_keep: int = 0

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
 from dfssm.opset.numbers import require_whole
 from dfssm.opset.paths import GOLDEN, quoted
 from dfssm.opset.threads import default_threads
+from dfssm.opset.tokens import token_ids, token_rows
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.chat import ChatTemplate, Message, Tool
@@ -27,6 +29,7 @@ from dfssm.targets.trust import VERIFIED, recorded, run_of
 
 from .backend import Ahead, Backend, Pool, choose, open_backend
 from .generation import Completion, Generation, GenerationConfig
+from .hidden import Taps
 from .memory import trim
 from .rows import Rows
 from .sampler import Sampler
@@ -60,8 +63,9 @@ class Engine:
         model: identity of the model (sha256 of its weights). threads: threads a step runs on.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, threads: int):
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, threads: int, trust: bool = False):
         self.folder, self.manifest, self.backend, self.threads = folder, manifest, backend, threads
+        self._trust = trust
         self.config = manifest.config
         self.model = manifest.files[manifest.weights]["sha256"]
         self.vocab_size = backend.vocab_size
@@ -79,7 +83,8 @@ class Engine:
         """
         threads, start = threads or default_threads(), time.perf_counter()
         with open_bundle(path, hashes=verify_hashes) as bundle:
-            engine = cls(bundle.folder.absolute(), bundle.manifest, open_backend(bundle, threads, trust, mmap), threads)
+            backend = open_backend(bundle, threads, trust, mmap)
+            engine = cls(bundle.folder.absolute(), bundle.manifest, backend, threads, trust)
         target = get_target(engine.manifest.target)
         if target.IS_ENGINE and not recorded(run_of(engine.manifest, target.kernels()), VERIFIED):
             why = f"{path} holds an engine that was never verified on this machine"
@@ -194,6 +199,27 @@ class Engine:
             out[:, start : start + most] = pool.run_all_logits(part, state.span.start, done)
             self.check(pool, state.rows, state.span, out[:, start : start + most])
         return out
+
+    def hidden(
+        self,
+        ids: Tokens | Sequence[Tokens],
+        layers: Sequence[int] | None = None,
+        last: bool = True,
+        patch: Patch | None = None,
+    ) -> Hidden:
+        """The residual stream of prompts, each read in one run from a zero state: a teacher's and a student's `hidden`.
+
+        Args: ids [T], [B,T], or a list of B rows. `layers`: 0 is the embedding, i the i-th block; None: all. `last`: of
+            the last token only. `patch`: layer -> f32[B,D], put in the place of the last token's residual there; the
+            layers after it go on from that, and `patch={n_layer: x}` gives the head's logits of x.
+        Raises DfssmError for a bundle that was compiled without --taps, and as `dfssm.opset.hidden.hidden_of_rows`.
+        """
+        sizes = self.config["n_layer"], self.config["d_model"]
+        return hidden_of_rows(self._taps.run, self._rows(ids), *sizes, layers, last, patch)
+
+    @cached_property
+    def _taps(self) -> Taps:
+        return Taps(self.folder, self.manifest, self.backend.layout, self.threads, self._trust)
 
     def generate(
         self,
@@ -333,26 +359,8 @@ class Engine:
 
     def _rows(self, ids: Any) -> list[np.ndarray]:
         """Any accepted form of prompt as a list of checked i64 rows."""
-        try:
-            rows = list(ids) if np.ndim(ids[0]) else [ids]
-        except (TypeError, LookupError):  # nothing, or no list
-            rows = [ids]
-        rows = [self.token_ids(row) for row in rows]
-        for index, row in enumerate(rows):
-            if row.ndim != 1 or not len(row):
-                raise DfssmError(f"row {index} of the prompt has no tokens: give every row at least one")
-        return rows
+        return token_rows(ids, self.vocab_size)
 
     def token_ids(self, ids: Any) -> np.ndarray:
         """Integers in range, as an array i64 of their shape; DfssmError for anything else."""
-        try:
-            array = np.asarray(ids)
-        except (ValueError, TypeError):  # lists of unequal lengths
-            raise DfssmError("token ids are no plain list: give integers") from None
-        if array.size and array.dtype.kind not in "iu":
-            raise DfssmError(f"token ids are {array.dtype}: give integers")
-        plain = array.ravel().tolist()  # of one token five times as fast to look at
-        if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
-            wrong = next(token for token in plain if not 0 <= token < self.vocab_size)
-            raise DfssmError(f"token id {wrong} is out of range: this model has ids 0 to {self.vocab_size - 1}")
-        return array.astype(np.int64, copy=False)
+        return token_ids(ids, self.vocab_size)

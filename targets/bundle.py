@@ -23,6 +23,8 @@ VERSION = 2
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+TAPS = "taps.onnx"
+"""A second graph over the same weights, which shows the hidden states; a bundle need not have it."""
 ENGINE = "model.engine"
 TOKENIZER = "tokenizer.json"
 

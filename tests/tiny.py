@@ -14,7 +14,8 @@ from dfssm.export.graph import build_step_graph
 from dfssm.export.writer import write_model
 from dfssm.model.config import DFSSMConfig
 from dfssm.targets import get_target
-from dfssm.targets.bundle import Manifest, file_entry
+from dfssm.targets.bundle import TAPS, Manifest, file_entry
+from dfssm.verify.graph import write_taps
 
 MERGES = [
     ("h", "e"),
@@ -142,9 +143,10 @@ def write_bundle(
     tokenizer: bool = True,
     edit: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
     options: Mapping[str, str] = MappingProxyType({}),
+    taps: bool = False,
 ) -> Path:
     """A bundle of the tiny student, made of the same parts as dfcompile's; `edit` changes its tensors before; `options`
-    choose the layout.
+    choose the layout; `taps`: as dfcompile --taps.
     """
     folder.mkdir(parents=True)
     module = get_target(target)
@@ -154,6 +156,9 @@ def write_bundle(
     graph = build_step_graph(config, module.lower(named, layout), state_dtype=state_dtype, layout=layout)
     write_model(graph, folder / "model.onnx")
     names, engine = module.build(folder)
+    if taps:
+        write_taps(folder / "model.onnx", folder)
+        names.append(TAPS)
     if tokenizer:
         write_tokenizer(folder / "tokenizer.json")
         names.append("tokenizer.json")

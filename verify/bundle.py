@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,7 @@ from dfssm.opset.files import writing
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target
-from dfssm.targets.bundle import MODEL, open_bundle
+from dfssm.targets.bundle import MODEL, TAPS, open_bundle
 from dfssm.targets.trust import own_library
 
 from . import growth
@@ -97,6 +97,15 @@ def verify_bundle(target: Target, folder: Path, model: Path, state_dtype: str, p
         "outputs": {name: difference.figures() for name, difference in found.items()},
         "states": growth.run_long(*open_graph(MODEL), ids, advance) if long else None,
     }
+
+
+def verify_taps(target: Target, folder: Path, vocab_size: int) -> None:
+    """DfssmError unless the graph TAPS in `folder` gives the bits of the shipped one over TOKENS random tokens."""
+    ids = np.random.default_rng(SEED).integers(0, vocab_size, (1, TOKENS))
+    sessions = (target.open_session(folder, model=name) for name in (MODEL, TAPS))
+    shipped, tapped = (inference(session)({"input_ids": ids} | zero_states(session)) for session in sessions)
+    if other := _first_difference(shipped, tapped):
+        raise DfssmError(f"{TAPS} gives other {other} than {MODEL}: run the command again to confirm")
 
 
 def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -> dict[str, Any]:
@@ -181,10 +190,15 @@ def _follow(
     compare(head, "logits", logits.numpy(), follower.tokens("logits"))
     other = ""  # call by call: the states of all calls are 0.5 GB of the 1.3B
     for call, shipped in enumerate(calls_of(*open_graph(MODEL), ids, calls)):
-        differing = (name for name in shipped if not np.array_equal(shipped[name], tapped[name][call], equal_nan=True))
-        other = other or next(differing, "")
+        other = other or _first_difference(shipped, {name: tapped[name][call] for name in shipped})
         advance()
     return other
+
+
+def _first_difference(shipped: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> str:
+    """The first output of `shipped` that differs by as much as a bit, "" where none does."""
+    differing = (name for name in shipped if not np.array_equal(shipped[name], other[name], equal_nan=True))
+    return next(differing, "")
 
 
 def _counter(progress: Progress, total: int) -> Callable[..., None]:

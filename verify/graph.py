@@ -12,8 +12,9 @@ import onnx
 
 from dfssm.opset import DOMAIN
 from dfssm.opset.ops import ALL_OPS
+from dfssm.runtime.hidden import HIDDEN, PATCH, PATCHED
 from dfssm.runtime.ort import DTYPES
-from dfssm.targets.bundle import MODEL, Bundle
+from dfssm.targets.bundle import MODEL, TAPS, Bundle
 from dfssm.targets.session import run_error
 
 TAPPED = f"tapped.{MODEL}"
@@ -27,6 +28,9 @@ HELD = f"held.{MODEL}"
 
 NOISE = 1e-6
 """Of two correct backends on equal inputs, as a share of a value: seen are 1e-7 to 1e-6."""
+
+_EMBEDDING, _RESIDUAL = "/embed/mul", "/residual"
+"""Names of the nodes that make the residual stream: the first one, and the ends of those after each layer."""
 
 Feeds = dict[str, np.ndarray]
 Infer = Callable[[Feeds], Mapping[str, np.ndarray]]
@@ -62,10 +66,10 @@ def write_tapped(source: Path, folder: Path) -> list[Tap]:
     graph = model.graph
     taps = []
     for node in graph.node:
-        if node.name == "/embed/mul":
+        if node.name == _EMBEDDING:
             taps.append(Tap("/embed", "Embedding", "embedding", tuple(node.output)))
-        elif node.name.endswith("/residual"):
-            layer = node.name.removesuffix("/residual")
+        elif node.name.endswith(_RESIDUAL):
+            layer = node.name.removesuffix(_RESIDUAL)
             taps.append(Tap(node.name, "Residual", _dotted(layer), tuple(node.output)))
         elif node.domain == DOMAIN and node.op_type != "Int8MatMul":
             taps.append(Tap(node.name, node.op_type, _dotted(node.name), tuple(node.output)))
@@ -104,23 +108,64 @@ def write_disturbed(source: Path, folder: Path) -> None:
     residual after each layer are multiplied by 1 +- NOISE, a sign for each channel.
     """
     model = onnx.load(source, load_external_data=False)
-    graph = model.graph
-    shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
     rng = np.random.default_rng(0)
-    disturbed: dict[str, str] = {}
+
+    def disturb(layer: int, value: onnx.ValueInfoProto) -> tuple[onnx.NodeProto, str]:
+        disturbed, noise = f"{value.name}.disturbed", f"{value.name}.noise"
+        factors = (1 + NOISE * rng.choice([-1, 1], _channels(value))).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(factors, noise))
+        return onnx.helper.make_node("Mul", [value.name, noise], [disturbed]), disturbed
+
+    _after_residuals(model.graph, disturb)
+    onnx.save(model, folder / DISTURBED)
+
+
+def write_taps(source: Path, folder: Path) -> None:
+    """Write the graph `source` to `folder`/TAPS, with the residual stream as outputs that can be patched: see
+    `dfssm.runtime.hidden`.
+    """
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+
+    def show(layer: int, value: onnx.ValueInfoProto) -> tuple[onnx.NodeProto, str]:
+        hidden, patch, patched = (f"{name}.{layer}" for name in (HIDDEN, PATCH, PATCHED))
+        for name, default, shape in (
+            (patch, np.zeros((1, 1, 1), np.float32), ("patches", "one", "channels")),
+            (patched, np.zeros((1, 1, 1), bool), ("one", "tokens", "one")),
+        ):
+            graph.initializer.append(onnx.numpy_helper.from_array(default, name))
+            graph.input.append(onnx.helper.make_tensor_value_info(name, graph.initializer[-1].data_type, shape))
+        graph.output.append(value)
+        graph.output[-1].name = hidden
+        return onnx.helper.make_node("Where", [patched, patch, value.name], [hidden], name=f"/{hidden}"), hidden
+
+    _after_residuals(graph, show)
+    onnx.save(model, folder / TAPS)
+
+
+def _after_residuals(
+    graph: onnx.GraphProto, make: Callable[[int, onnx.ValueInfoProto], tuple[onnx.NodeProto, str]]
+) -> None:
+    """Put a node after the embedding, layer 0, and after each layer's residual: `make` gives it and the value that it
+    makes, which the nodes after it read in the place of the residual.
+    """
+    values = {value.name: value for value in graph.value_info}
+    renamed: dict[str, str] = {}
     nodes = []
     for node in graph.node:
-        node.input[:] = [disturbed.get(name, name) for name in node.input]
+        node.input[:] = [renamed.get(name, name) for name in node.input]
         nodes.append(node)
-        if node.name == "/embed/mul" or node.name.endswith("/residual"):
-            (value,) = node.output
-            disturbed[value], noise = f"{value}.disturbed", f"{value}.noise"
-            factors = (1 + NOISE * rng.choice([-1, 1], shapes[value].dim[-1].dim_value)).astype(np.float32)
-            graph.initializer.append(onnx.numpy_helper.from_array(factors, noise))
-            nodes.append(onnx.helper.make_node("Mul", [value, noise], [disturbed[value]]))
+        if node.name == _EMBEDDING or node.name.endswith(_RESIDUAL):
+            (name,) = node.output
+            new, renamed[name] = make(len(renamed), values[name])
+            nodes.append(new)
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.save(model, folder / DISTURBED)
+
+
+def _channels(value: onnx.ValueInfoProto) -> int:
+    size: int = value.type.tensor_type.shape.dim[-1].dim_value
+    return size
 
 
 def link_files(bundle: Bundle, folder: Path) -> None:

@@ -27,7 +27,7 @@ from dfssm.targets import TARGETS, get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
 from dfssm.verify.bundle import SEED, TOKENS
 
-PASSES = ["load", "lower", "export", "write", "build", "verify", "golden", "emit", "finish"]
+PASSES = ["load", "lower", "export", "write", "build", "verify", "golden", "taps", "emit", "finish"]
 
 RUN_HERE = [name for name in TARGETS if name in get_target(name).VERIFIED_BY]
 """Targets whose bundles run on any machine; those of the others are in test_trt.py."""
