@@ -10,6 +10,7 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -152,7 +153,7 @@ def build(folder: Path, progress: Progress | None = None, **options: Any) -> tup
         "builder": plan.builder,
         "why": plan.why,
         "sm": list(sm),
-        "plugins": {"version": plugins.version, "sm": list(plugins.sm)} if plugins else None,
+        "plugins": asdict(plugins) | {"sm": list(plugins.sm)} if plugins else None,
         "lowering": choice.lowering,
         "activations": choice.activations,
         "passes": {name: len(names) for name, names in changed.items()},
@@ -261,6 +262,14 @@ def _check_plugins(path: Path, engine: dict[str, Any], own: Path | None, sm: int
             )
     if not Build(made["version"], tuple(made["sm"])).runs_on(sm):
         raise DfssmError(_no_code(f"{path} has plugins that have", made["sm"], str(sm)) + ", and compile again")
+    needed, driver = made.get("cuda", ""), cuda.driver()
+    if needed and _major(driver) < _major(needed):
+        raise DfssmError(f"{path} has plugins of CUDA {needed}, the driver here is for {driver}: install a newer one")
+
+
+def _major(version: str) -> int:
+    """CUDA's runtime runs with every driver of its major version and later."""
+    return int(version.split(".")[0])
 
 
 def open_engine(folder: str | Path | Files, manifest: Manifest, own: Path | None = None, trust: bool = False) -> Any:

@@ -18,17 +18,18 @@ PLUGINS: dict[str, Op] = OPS | FUSED
 TEGRA = (87, 110)
 """Orin and Thor run no code of the cards of their generation, nor those theirs."""
 
-_BUILD = re.compile(rb"dfssm_trt version=([0-9a-f]{16}) sm=([0-9,]+)\0")
+_BUILD = re.compile(rb"dfssm_trt version=([0-9a-f]{16}) sm=([0-9,]+)(?: cuda=([0-9.]+))?\0")
 
 
 @dataclass(frozen=True)
 class Build:
     """A plugin library: `version` of its plugins, which is the build's; `sm`, the compute capabilities that it has code
-    for, ascending. It has PTX for the last.
+    for, ascending. It has PTX for the last. `cuda`: the runtime in it; "" of earlier builds, which do not say.
     """
 
     version: str
     sm: tuple[int, ...]
+    cuda: str = ""
 
     def runs_on(self, sm: int) -> bool:
         """Whether a GPU finds code in it: its own, that of an older one of its generation, or PTX."""
@@ -49,4 +50,4 @@ def build_of(library: Path) -> Build:
         raise DfssmError(
             f"{library} is no libdfssm_trt.so, or that of an older dfssm: install the dfssm-trt of this one"
         )
-    return Build(found[1].decode(), tuple(int(number) for number in found[2].split(b",")))
+    return Build(found[1].decode(), tuple(map(int, found[2].split(b","))), (found[3] or b"").decode())

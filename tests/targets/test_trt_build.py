@@ -312,7 +312,7 @@ def test_bundle_of_the_tiny_student(tmp_path):
     """tests/tiny.py makes bundles of any target by the same interface; without --sm, for all GPUs that there may be."""
     engine = read_manifest(tiny.write_bundle(tmp_path / "b", target="trt")).engine
     build = build_of(trt.find_library())
-    assert engine["plugins"] == {"version": build.version, "sm": list(build.sm)}
+    assert engine["plugins"] == {"version": build.version, "sm": list(build.sm), "cuda": build.cuda}
     assert engine["sm"] == [sm for sm in trt_build.known_sms(import_module("tensorrt_rtx")) if build.runs_on(sm)]
 
 

@@ -27,6 +27,7 @@ def machine(monkeypatch):
 
     def has(builders: dict, gpus: list[cuda.Device]) -> None:
         monkeypatch.setattr(cuda, "devices", lambda: (gpus, "") if gpus else NO_GPU)
+        monkeypatch.setattr(cuda, "driver", lambda: "13.0" if gpus else "none")
         for module in (trt_options, trt):
             monkeypatch.setattr(module, "installed", lambda: builders)
         monkeypatch.setattr(trt_options, "_known", lambda builder: KNOWN)
@@ -247,6 +248,8 @@ def test_which_gpus_a_library_runs_on(has, runs, fails):
 
 def test_a_library_says_what_it_is(tmp_path):
     assert build_of(write_library(tmp_path / "lib.so", "f" * 16, "86,120")) == Build("f" * 16, (86, 120))
+    write_library(tmp_path / "lib.so", "f" * 16, "86 cuda=13.0")
+    assert build_of(tmp_path / "lib.so") == Build("f" * 16, (86,), "13.0")
     (tmp_path / "lib.so").write_bytes(b"dfssm_trt version=1")
     with pytest.raises(DfssmError, match="lib.so is no libdfssm_trt.so, or that of an older dfssm: install the"):
         build_of(tmp_path / "lib.so")
@@ -290,6 +293,20 @@ def test_a_gpu_that_the_plugins_have_no_code_for(machine, monkeypatch, tmp_path)
     monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(write_library(tmp_path / trt.LIBRARY, sm="86,89")))
     with pytest.raises(DfssmError, match=r"model.engine has plugins that have no code for SM 80, only for 86, 89: ins"):
         trt.check(tmp_path, bundle(lowering="plugin", sm=[80]))
+
+
+@pytest.mark.parametrize("driver, runs", [("12.9", False), ("13.0", True), ("14.1", True)])
+def test_a_driver_that_is_older_than_the_plugins(driver, runs, machine, monkeypatch, tmp_path):
+    """The runtime in them would refuse each launch; a driver takes any of its major version."""
+    machine({"tensorrt-rtx": "1.7.1"}, [ADA])
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setenv(trt.LIBRARY_VARIABLE, str(write_library(tmp_path / trt.LIBRARY)))
+    engine = bundle(lowering="plugin", plugins=ENGINE["plugins"] | {"cuda": "13.1"})
+    if runs:
+        trt.check(tmp_path, engine)
+    else:
+        with pytest.raises(DfssmError, match="plugins of CUDA 13.1, the driver here is for 12.9: install a newer one"):
+            trt.check(tmp_path, engine)
 
 
 def test_the_wheel_has_code_for_all_that_engines_are_built_for():
