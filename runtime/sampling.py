@@ -98,13 +98,13 @@ class Sampling:
         """
         return self.choose_by(logits, self.random_bits(position))
 
-    def choose_by(self, logits: np.ndarray, bits: int) -> int:
-        """`choose` with these `random_bits`."""
-        count, total = self.count, None
+    def choose_by(self, logits: np.ndarray, bits: int, total: int | None = None) -> int:
+        """`choose` with these `random_bits`; `total`: the `total_weight`, where it is known."""
+        count = self.count
         if not count:
             # Those of a language model that matter are few against its vocabulary: to sort the few hundred largest is
             # some twenty times cheaper than to sort all.
-            count, total = _FEW, total_weight(logits, self.temperature)
+            count, total = _FEW, total_weight(logits, self.temperature) if total is None else total
         while True:
             tokens, of_them = largest(logits, count)
             at = self.choose_among(of_them, bits, total)
@@ -158,7 +158,7 @@ _EXP2 = [np.float32(c) for c in (1.0, 0.69314697, 0.24022120, 0.05550713, 0.0096
 
 _PART = 1 << 14
 
-_FEW, _NEAR = 256, 5.0
+_FEW, _NEAR = 256, 6.0
 """The tokens that are first looked at: at most so many, and at least exp(-_NEAR) times as probable as the first."""
 
 _TO_WHOLE = np.float32(1.5 * 2**23)
@@ -241,8 +241,9 @@ def choose_each(samplings: Sequence[Sampling], logits: np.ndarray, positions: Se
     ends = np.cumsum(counts)
     for (row, tokens), of_them in zip(looks.items(), np.split(found, ends[:-1]), strict=True):
         bits = samplings[row].random_bits(positions[row])
-        at = samplings[row].draw(of_them, bits, totals.get(row))
-        chosen[row] = samplings[row].choose_by(logits[row], bits) if at is None else int(tokens[at])
+        total = totals.get(row)
+        at = samplings[row].draw(of_them, bits, total)
+        chosen[row] = samplings[row].choose_by(logits[row], bits, total) if at is None else int(tokens[at])
     return chosen
 
 

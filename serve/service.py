@@ -107,12 +107,14 @@ class Texts:
         self.firsts: list[Request] = []  # of each prompt
         self.prompt_tokens = 0
         self.id, self.created = secrets.token_hex(12), int(time())
-        self._news, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._news, self._loop, self._told = asyncio.Event(), asyncio.get_running_loop(), False
 
     def notify(self) -> None:
         """Called in the scheduler's thread."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._news.set)
+        if not self._told:  # waking the loop is a write to a pipe, for each token otherwise
+            self._told = True
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._news.set)
 
     def figures(self) -> dict[str, Any]:
         """What the log says of them."""
@@ -135,6 +137,7 @@ class Texts:
         while not ended:
             await self._news.wait()
             self._news.clear()
+            self._told = False  # before the texts are looked at
             ended = all(request.finish_reason for request in self.requests)
             yield
 
