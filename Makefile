@@ -1,5 +1,6 @@
 # make demo    compile the shipped small model, verify it, print text
 # make test    lint, then every test
+# make test-ray   dfssm serve --ray, with Ray installed into .venv/
 # make test-cuda-archs   the CUDA kernels compiled for every architecture, their registers and spills
 # make test-gpu   the plugins, and where TensorRT is its engines, on the GPU here; without one, says how to do it elsewhere
 # make test-sanitizers   kernels and op library built with AddressSanitizer and UndefinedBehaviorSanitizer: their tests
@@ -14,7 +15,7 @@
 # make site    the documentation as web pages, into build/site/
 # make lock    resolve the dependencies anew, into requirements/
 # Each does all set-up: a virtual environment in .venv/, the native build in build/. Both are kept and reused.
-.PHONY: demo test test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson release site lock clean
+.PHONY: demo test test-ray test-cuda-archs test-gpu test-sanitizers test-file-events fuzz lint format bench bench-peers build wheels arm jetson release site lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -43,7 +44,13 @@ demo: $(READY)
 
 # One thread each: two test processes on two cores are enough.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15 -m "not ray"
+
+# Ray is no part of the environment: 130 MB that one option takes.
+test-ray: build
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/ray.txt || \
+	  echo "test-ray: Ray cannot be installed here, its tests are skipped"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray -rs tests/serve
 
 test-cuda-archs: build
 	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import resource
-import sys
+from dataclasses import replace
 
 import click
 
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
+from dfssm.opset.threads import default_threads
 
 from .options import bundle_argument, real, threads_option, trust_option, whole
 
 VARIABLE = "DFSSM_API_KEY"
 PACKAGES = {"serve": ["fastapi", "uvicorn", "prometheus-client"]}
+RAY = {"ray": ["ray"]}
 
 
 @click.command()
@@ -50,33 +50,60 @@ PACKAGES = {"serve": ["fastapi", "uvicorn", "prometheus-client"]}
     metavar="SECONDS",
     help="Time that running requests get after SIGTERM or Ctrl-C.",
 )
+@click.option("--ray", "use_ray", is_flag=True, help="Serve with Ray: several processes, on this machine or on many.")
+@click.option("--replicas", type=whole(1, 4096), metavar="N", help="With --ray: processes.  [default: 1]")
+@click.option(
+    "--max-replicas",
+    type=whole(1, 4096),
+    metavar="N",
+    help="With --ray: as many as N processes under load.  [default: --replicas]",
+)
 @threads_option
 @trust_option
 @click.option("--json", "as_json", is_flag=True, help="Log to stdout, a JSON object a line (docs/serve.md).")
-def serve(bundle, host, port, name, api_key_file, prefix_cache, grace, threads, as_json, **given) -> None:
+def serve(
+    bundle, host, port, name, api_key_file, prefix_cache, grace, use_ray, replicas, max_replicas, threads, as_json,
+    **given,
+) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP with the API of OpenAI, for many clients at a time.
 
     Ends with 0 after SIGTERM or Ctrl-C.
     """
-    require(PACKAGES)
+    if not use_ray and (replicas or max_replicas):
+        raise click.UsageError("--replicas and --max-replicas are for --ray.")
+    replicas = replicas or 1
+    max_replicas = max_replicas or replicas
+    if max_replicas < replicas:
+        raise click.UsageError(f"--max-replicas {max_replicas} is less than --replicas {replicas}.")
+    require(PACKAGES, RAY if use_ray else {})
     bundle = paths.bundle(bundle)
     key = _key(api_key_file)
-    from dfssm.runtime import Engine, Scheduler
-    from dfssm.serve.app import create_app
+    from dfssm.serve import log
+    from dfssm.serve.app import Served
     from dfssm.serve.http import Server, listen
     from dfssm.serve.service import Limits
 
-    socket = listen(host, port)
-    engine = Engine.load(bundle, threads=threads)
-    cache = None if prefix_cache is None else prefix_cache * 1_000_000
-    scheduler = Scheduler(engine, given["max_sequences"], given["max_queue"], cache)
-    limits = Limits(prompt=given["max_prompt"], tokens=given["max_tokens"])
-    app = create_app(engine, scheduler, name or bundle.resolve().name, key, limits)
-    _log(as_json)
+    served = Served(
+        bundle=bundle.absolute(),
+        name=name or bundle.resolve().name,
+        key=key,
+        threads=threads or default_threads(),
+        slots=given["max_sequences"],
+        queue=given["max_queue"],
+        prefix_cache=None if prefix_cache is None else prefix_cache * 1_000_000,
+        limits=Limits(prompt=given["max_prompt"], tokens=given["max_tokens"]),
+    )
     _allow_connections()
-    host, port = socket.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    logging.getLogger("dfssm.serve").info("serving", extra={"fields": {"url": url, "bundle": str(bundle)}})
+    if use_ray:
+        from dfssm.serve.replicas import run
+
+        served = replace(served, threads=threads or max(1, served.threads // max_replicas))
+        run(served, host, port, replicas, max_replicas, grace, as_json)
+        return
+    socket = listen(host, port)
+    app, scheduler = served.open()
+    log.log_to(as_json)
+    log.serving(*socket.getsockname()[:2], bundle=str(bundle))
     Server(app, scheduler, grace).run(sockets=[socket])
 
 
@@ -93,31 +120,6 @@ def _key(file: str | None) -> str | None:
     if key is not None and not (key and key.isascii() and key.isprintable()):
         raise DfssmError(f"the API key of {file or VARIABLE} is empty or has other characters than ASCII: give another")
     return key
-
-
-class _Lines(logging.Formatter):
-    """Of each record a line: its time, and its message or, as JSON, its fields."""
-
-    def __init__(self, as_json: bool):
-        super().__init__("%(asctime)s %(message)s")
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {"message": record.getMessage()})
-        if not self._as_json:
-            line = " ".join(f"{name}={value}" for name, value in fields.items())
-            return super().format(logging.makeLogRecord(record.__dict__ | {"msg": line, "args": None}))
-        failed = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps({"time": record.created, "level": record.levelname.lower()} | fields | failed)
-
-
-def _log(as_json: bool) -> None:
-    handler = logging.StreamHandler(sys.stdout if as_json else sys.stderr)
-    handler.setFormatter(_Lines(as_json))
-    for name, level in (("dfssm.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
 
 
 def _allow_connections() -> None:

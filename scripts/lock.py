@@ -25,8 +25,9 @@ SETS = {
     "eval": (["--extra=eval"], "Runtime, and lm-evaluation-harness."),
     "trt": (["--extra=trt"], "Runtime, and TensorRT-RTX."),
     "serve": (["--extra=serve"], "Runtime, and an HTTP server."),
+    "ray": (["--extra=ray"], "That, and Ray Serve."),
     "build": (["--only-group=build"], "What builds the native part."),
-    "dev": (["--extra=dev", "--group=build"], "All of the above, and what tests and lint take: the whole resolution."),
+    "dev": (["--extra=dev", "--group=build"], "All of the above but Ray Serve, and what tests and lint take."),
 }
 
 EXPORT = ["--frozen", "--no-emit-project", "--no-emit-package=torch", "--no-header", "--no-annotate"]

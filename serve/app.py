@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,26 @@ _PAGE_HEADERS = {
 }
 
 
+@dataclass(frozen=True)
+class Served:
+    """What is served, and how: `threads` of a step, and the arguments of `Scheduler` and `create_app`."""
+
+    bundle: Path
+    name: str
+    key: str | None
+    threads: int
+    slots: int
+    queue: int
+    prefix_cache: int | None
+    limits: Limits
+
+    def open(self) -> tuple[FastAPI, Scheduler]:
+        """The application, and its scheduler. Raises what `Engine.load` and `Scheduler` do."""
+        engine = Engine.load(self.bundle, threads=self.threads)
+        scheduler = Scheduler(engine, self.slots, self.queue, self.prefix_cache)
+        return create_app(engine, scheduler, self.name, self.key, self.limits), scheduler
+
+
 def create_app(
     engine: Engine,
     scheduler: Scheduler,
@@ -57,6 +78,7 @@ def create_app(
             yield
 
     app = FastAPI(title="dfssm", lifespan=running, docs_url=None, redoc_url=None)
+    app.state.scheduler = scheduler
     app.add_middleware(Guard, key=key, limits=limits, metrics=metrics)
     for kind in (HTTPException, RequestValidationError, DfssmError):
         app.add_exception_handler(kind, _answer)

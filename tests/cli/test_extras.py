@@ -53,6 +53,7 @@ MISSING = {
     "dfssm eval perplexity b --data a.txt --reference teacher": STUDENT,
     "dfssm eval perplexity b --data more": lacks("pyarrow", install=f"'pyarrow>={LEAST['distill']['pyarrow']}'"),
     "dfssm serve b": lacks("fastapi", "uvicorn", "prometheus-client", install="'dfssm[serve]'"),
+    "dfssm serve b --ray": lacks("fastapi", "uvicorn", "prometheus-client", "ray", install="'dfssm[serve,ray]'"),
     "dfssm eval tasks b --tasks piqa": lacks("lm-eval", install="'dfssm[eval]'"),
     "dfssm eval tasks teacher --tasks piqa": lacks("lm-eval", "torch", install="'dfssm[eval,compile]'"),
 }

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import urllib.request
 
+from click.testing import CliRunner
 from commands import run_commands
 from documents import ROOT, commands
+
+from dfssm.cli.serve import serve
 
 SERVE = [sys.executable, "-m", "dfssm.cli.main", "serve"]
 
@@ -61,6 +64,15 @@ def test_wrong_uses_are_one_line(tiny_bundle, tmp_path):
     for message, done in zip(wrong.values(), found, strict=True):
         assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
         assert done.err.startswith(f"dfssm: error: {message}"), done.err
+
+
+def test_numbers_of_replicas_that_do_not_fit(tiny_bundle):
+    for options, message in (
+        (["--replicas", "2"], "--replicas and --max-replicas are for --ray"),
+        (["--ray", "--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 is less than --replicas 3"),
+    ):
+        result = CliRunner().invoke(serve, [str(tiny_bundle), *options])
+        assert result.exit_code == 2 and message in result.output
 
 
 CLIENT = "needs a server that runs"
