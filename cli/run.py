@@ -137,8 +137,9 @@ def run(
         raise click.UsageError("--system is for --chat.")
     if chat and (load_state or save_state):
         raise click.UsageError("--chat keeps its state itself: leave out --load-state and --save-state.")
+    asked = bool(prompt or file)
     prompt = _prompt(prompt, file)
-    if chat and as_json and not prompt:
+    if chat and as_json and not asked:
         raise click.UsageError("--chat with --json answers one prompt: give it with -p or -f.")
     if texts > 1 and (load_state or save_state or speculate):
         raise click.UsageError("--texts makes several: leave out --load-state, --save-state and --speculate.")
@@ -149,7 +150,7 @@ def run(
         load_state = paths.file(load_state, "a file that --save-state wrote")
     if save_state is not None:
         save_state = paths.output_file(save_state, bundle)
-    if not (prompt or load_state or chat):
+    if not (prompt or load_state or (chat and not asked)):
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     for text in (prompt, system or "", *settings["stop"]):
         require_utf8(text)
@@ -206,7 +207,8 @@ def _prompt(prompt: str, file: str | None) -> str:
         except OSError as error:
             raise DfssmError(f"{path} cannot be read ({reason(error)}): give a text") from None
     try:
-        return content.decode().removesuffix("\n").removesuffix("\r")
+        # Editors of Windows put a byte order mark in front.
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeError:
         raise _not_utf8(name) from None
 

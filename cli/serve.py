@@ -11,6 +11,7 @@ import click
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
+from dfssm.opset.reading import read_text
 from dfssm.opset.threads import default_threads
 
 from .options import bundle_argument, real, threads_option, trust_option, whole
@@ -85,7 +86,7 @@ def serve(
 
     served = Served(
         bundle=bundle.absolute(),
-        name=name or bundle.resolve().name,
+        name=os.fsencode(name or bundle.resolve().name).decode(errors="replace"),  # JSON takes no other bytes
         key=key,
         threads=threads or default_threads(),
         slots=given["max_sequences"],
@@ -113,8 +114,7 @@ def _key(file: str | None) -> str | None:
         key = os.environ.get(VARIABLE)
     else:
         try:
-            with open(paths.file(file, "a file with the API key")) as opened:
-                key = opened.readline().strip()
+            key = read_text(paths.file(file, "a file with the API key")).partition("\n")[0].strip()
         except (OSError, ValueError) as error:
             raise DfssmError(f"{file}: cannot be read ({reason(error)}); give a file with the API key") from None
     if key is not None and not (key and key.isascii() and key.isprintable()):

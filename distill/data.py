@@ -19,6 +19,7 @@ from dfssm.opset import paths
 from dfssm.opset.endings import END_OF_TEXT
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.files import new_folder, writing
+from dfssm.opset.jsonfile import json_object
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import document, encode_documents, end_tokens, load_tokenizer
 
@@ -238,9 +239,9 @@ def _write(path: Path, files: Iterable[Iterable[np.ndarray]], held_out: float) -
 
 def _read_record(folder: Path) -> dict | None:
     """What `tokenize` wrote down of the token file in `folder`; None where that is missing or not whole."""
+    record = json_object(folder / _RECORD)
     try:
-        record = json.loads((folder / _RECORD).read_text())
         size = (folder / _TOKENS).stat().st_size
-    except OSError:
+        return record if size == (record["train"] + record["held_out"]) * TOKEN.itemsize else None
+    except (OSError, KeyError, TypeError):
         return None
-    return record if size == (record["train"] + record["held_out"]) * TOKEN.itemsize else None

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
-from dfssm.opset.files import write_file
+from dfssm.opset.files import append, write_file
+from dfssm.opset.reading import open_text
 
 Sink = Callable[[int, dict[str, float]], None]
 """Takes a step and the line written after it."""
@@ -30,10 +31,9 @@ class Log:
         if not self.writes:
             return
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, json.dumps(line) + "\n")
         except OSError as error:
-            raise DfssmError(f"{self.path}: cannot be written ({reason(error)}); make room, then --resume") from None
+            raise DfssmError(f"{self.path}: cannot be written ({reason(error)}); mend that, then --resume") from None
         for sink in self.sinks:
             sink(int(line["step"]), line)
 
@@ -42,10 +42,10 @@ class Log:
         if not (self.writes and self.path.is_file()):
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in open_text(self.path, errors="replace"):
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # of a disk that failed, too
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line.rstrip("\n") + "\n")
         write_file(self.path, "".join(kept))
 
 

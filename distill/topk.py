@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset.errors import DfssmError
+from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.files import collect, write_file
+from dfssm.opset.reading import read_text
 
 from .data import Windows
 from .distributed import Ranks
@@ -186,7 +187,7 @@ def _keys(file: Path) -> list[int]:
     """The windows of a shard; none where it is missing or damaged."""
     try:
         return np.load(file, mmap_mode="r")["key"].tolist()
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return []
 
 
@@ -200,6 +201,8 @@ def _digest(teacher: Mamba2LM) -> str:
 
 def _read_record(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / _RECORD).read_text())
-    except OSError:
+        return json.loads(read_text(folder / _RECORD))
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DfssmError(f"{folder / _RECORD}: cannot be read ({reason(error)}); remove {folder}") from None

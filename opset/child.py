@@ -16,7 +16,10 @@ from typing import Any, Self
 from .errors import reason
 
 SECONDS = 10.0
-"""Of one request, by the clock."""
+"""Of one request, of the processor's time: on a busy machine it may take longer by the clock."""
+
+WAIT = 120.0
+"""Seconds of one request by the clock: of one that waits for something."""
 
 MEMORY = 4 << 30
 """Bytes of address space."""
@@ -43,7 +46,7 @@ class Child:
 
     def __init__(self, module: str, function: str):
         self._process: subprocess.Popen[bytes] | None = None
-        call = f"serve({module!r}, {function!r}, {SECONDS})"
+        call = f"serve({module!r}, {function!r}, {SECONDS}, {WAIT})"
         # The same modules as here, and none of the working directory.
         self._code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; {call}"
 
@@ -86,8 +89,8 @@ class Child:
             raise
         if not answer:
             status = self._wait()
-            if status == -signal.SIGALRM:
-                raise ChildError(f"it takes more than {SECONDS:.0f} s")
+            if -status in (signal.SIGPROF, signal.SIGALRM):
+                raise ChildError(f"it takes more than {SECONDS if status == -signal.SIGPROF else WAIT:.0f} s")
             ended = signal.Signals(-status).name if status < 0 else f"status {status}"
             raise ChildError(f"it ends the process that tries it: {ended}")
         result: dict[str, Any] = json.loads(answer)
@@ -103,19 +106,22 @@ class Child:
         return process.wait()
 
 
-def serve(module: str, function: str, seconds: float) -> None:
+def serve(module: str, function: str, seconds: float, wait: float) -> None:
     """The process: a line of JSON a request, a line an answer."""
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends the process, whatever code that is in
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, wait)}
+    for number in timers:
+        signal.signal(number, signal.SIG_DFL)  # it ends the process, whatever code that is in
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, timers)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     answer = getattr(importlib.import_module(module), function)
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        for timer, limit in timers.values():
+            signal.setitimer(timer, limit)
         try:
             text = json.dumps({"answer": answer(json.loads(line))})
             if len(text) > ANSWER:
@@ -123,5 +129,6 @@ def serve(module: str, function: str, seconds: float) -> None:
         except Exception as error:
             text = json.dumps({"error": reason(error)})
         answers.write(text.encode() + b"\n")
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer, _ in timers.values():
+            signal.setitimer(timer, 0)
         answers.flush()

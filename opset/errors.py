@@ -15,8 +15,13 @@ class DfssmError(Exception):
     """
 
     def __init__(self, message: str):
-        text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(message.splitlines()))
-        super().__init__(text if len(text) < 3 * _MOST else f"{text[: 2 * _MOST]} ... {text[-_MOST:]}")
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text from elsewhere as one line of bounded length, with nothing that moves the cursor of a terminal."""
+    text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(text.splitlines()))
+    return text if len(text) < 3 * _MOST else f"{text[: 2 * _MOST]} ... {text[-_MOST:]}"
 
 
 def reason(error: BaseException) -> str:

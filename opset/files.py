@@ -63,6 +63,15 @@ def write_file(path: str | Path, content: bytes | str | Callable[[Path], object]
             sync(target.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add to the end of a regular file, or make it. OSError for anything else: nobody may read a pipe."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    with open(handle, "a", encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        file.write(text)
+
+
 @contextmanager
 def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -> Iterator[Path]:
     """A new folder in a `with` block, which becomes `path` when the block ends well.

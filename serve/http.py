@@ -122,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
         opened.bind(address)
         opened.listen(BACKLOG)
         return opened
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name with a part of 64 characters is none
         raise DfssmError(
             f"{host} port {port}: cannot listen there ({reason(error)}); give another --host or --port"
         ) from None

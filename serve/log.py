@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 
+from dfssm.opset.errors import one_line
+
 
 class Lines(logging.Formatter):
     """Of each record a line: its time, and its message or, as JSON, its fields."""
@@ -17,7 +19,7 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {"message": record.getMessage()})
         if not self._as_json:
-            line = " ".join(f"{name}={value}" for name, value in fields.items())
+            line = one_line(" ".join(f"{name}={value}" for name, value in fields.items()))  # a path may have anything
             return super().format(logging.makeLogRecord(record.__dict__ | {"msg": line, "args": None}))
         failed = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
         return json.dumps({"time": record.created, "level": record.levelname.lower()} | fields | failed)

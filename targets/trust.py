@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from dfssm.opset import DfssmError
+from dfssm.opset.files import append
 from dfssm.opset.reading import read_file
 
 from .bundle import Bundle, Manifest
@@ -63,9 +64,7 @@ def record(sha256: str, kind: str) -> None:
     with _NO_PLACE:
         path = _records(kind)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_file() or not path.exists():  # a pipe would wait
-            with path.open("a") as file:
-                file.write(f"{sha256}\n")
+        append(path, f"{sha256}\n")
 
 
 def forget(sha256: str, kind: str) -> None:

@@ -28,6 +28,14 @@ def test_links_lead_somewhere(name):
     assert broken == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tests_that_are_named_are_there(name):
+    """As file.py::test_name, the file from tests/ on."""
+    for file, test in re.findall(r"([\w/]+\.py)::(\w+)", (ROOT / name).read_text()):
+        source = ROOT / "tests" / file
+        assert source.is_file() and re.search(rf"def {test}\(", source.read_text()), f"{file}::{test}"
+
+
 def own_commands(name: str) -> list[list[str]]:
     """The lines of a document that start one of our programs, in words. Two blanks end a command, [] holds options."""
     lines = [re.split(r"\s{2,}| > ", command)[0] for command in commands((ROOT / name).read_text())]

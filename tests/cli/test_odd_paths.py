@@ -192,6 +192,7 @@ def test_no_command_waits_for_a_file_of_the_kernel(tiny_bundle, teacher, tmp_pat
             ["dfssm", "inspect", "a.pt"],
             *(["dfssm", "convert", f"without-{name}", "-o", "new.pt"] for name in ("config.json", "model.safetensors")),
             ["dfssm", "init", "--config", "a.json", "-o", "new.pt"],
+            ["dfssm", "serve", "bundle", "--port", "0", "--api-key-file", "a"],
             *(["dfssm", "eval", "perplexity", "bundle", "--data", f"a.{kind}"] for kind in ("txt", "jsonl", "parquet")),
         ],
         tmp_path,

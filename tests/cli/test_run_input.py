@@ -32,7 +32,9 @@ def found(bundle, *arguments, stdin=None):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize(("content", "prompt"), [("hello\nworld", None), ("hé\n\n", "hé\n"), ("a\r\n", "a")])
+@pytest.mark.parametrize(
+    ("content", "prompt"), [("hello\nworld", None), ("hé\n\n", "hé\n"), ("a\r\n", "a"), ("\ufeffa", "a")]
+)
 def test_a_text_from_a_file_or_the_standard_input(bundle, tmp_path, content, prompt):
     (tmp_path / "a.txt").write_bytes(content.encode())
     expected = found(bundle, "-p", prompt or content)
@@ -93,6 +95,8 @@ def test_options_that_do_not_go_together_are_named(bundle, arguments, named):
     [
         (["-p", "-"], b"caf\xe9", "the standard input is not UTF-8: convert it"),
         (["-p", "-"], b"", "there is nothing to continue"),
+        (["-p", "-", "--chat"], b"", "there is nothing to continue"),
+        (["-p", "-", "--chat", "--json"], b"\n", "there is nothing to continue"),
         (["-f", "a.txt"], None, "a.txt does not exist: give a text"),
         (["--chat"], b"caf\xe9\n", "the standard input is not UTF-8: convert it"),
     ],

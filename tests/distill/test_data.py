@@ -159,6 +159,16 @@ class TestReuse:
         encodings.clear()
         assert run(paths).train.tolist() == first and encodings
 
+    @pytest.mark.parametrize(
+        "content", [b"", b"[]", b'{"train": 1}', b'{"train": "a", "held_out": "b"}', b"\xff", None]
+    )
+    def test_a_record_that_is_none_is_made_again(self, paths, run, tmp_path, content):
+        first = run(paths).train.tolist()
+        record = tmp_path / "tokens" / "tokens.json"
+        record.unlink()
+        os.mkfifo(record) if content is None else record.write_bytes(content)
+        assert run(paths).train.tolist() == first and record.is_file() and record.read_bytes()[:1] == b"{"
+
     def test_another_rank_maps_what_the_first_wrote(self, paths, run, tmp_path):
         with pytest.raises(DfssmError, match="all ranks need the same folder"):
             open_tokens(tmp_path / "tokens")

@@ -1,6 +1,7 @@
 """TensorBoard and W&B: what they are handed, by stand-ins and by TensorBoard itself where it is installed."""
 
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -145,6 +146,22 @@ class TestLog:
         found.write({"step": 4, "loss": 7.0})
         assert found.path.read_text() == lines + '{"step": 4, "loss": 7.0}\n'
         assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+    def test_a_damaged_one_is_cut_to_what_is_whole(self, tmp_path):
+        log = Log(tmp_path, writes=True)
+        log.path.write_bytes(b'{"step": 1}\n[2]\n{"loss": 1}\n{"step": "x"}\n\xff\0\n{"step": 2}\n{"step": 3}')
+        log.cut(2)
+        assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+    def test_a_pipe_in_its_place_is_not_waited_for(self, tmp_path):
+        log = Log(tmp_path, writes=True)
+        os.mkfifo(log.path)
+        with pytest.raises(DfssmError, match=r"log.jsonl: cannot be written \(No such device .*\); mend that, then"):
+            log.write({"step": 1})
+        reader = os.open(log.path, os.O_RDONLY | os.O_NONBLOCK)
+        with pytest.raises(DfssmError, match=r"log.jsonl: cannot be written \(no regular file\); mend that, then"):
+            log.write({"step": 1})
+        os.close(reader)
 
     def test_only_one_rank_writes_it(self, tmp_path):
         Log(tmp_path, writes=True).write({"step": 1})

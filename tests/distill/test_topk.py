@@ -206,6 +206,13 @@ class TestFiles:
         with pytest.raises(DfssmError, match="holds no topk.json; precompute"):
             TopK(tmp_path)
         write_topk(model, windows, 2, 5, tmp_path)
+        record = (tmp_path / "topk.json").read_text()
+        for content in ("", "[" * 100_000, record[:-1]):
+            (tmp_path / "topk.json").write_text(content)
+            for use in (TopK, lambda folder: write_topk(model, windows, 2, 5, folder)):
+                with pytest.raises(DfssmError, match=rf"topk.json: cannot be read \(.*\); remove {tmp_path}$"):
+                    use(tmp_path)
+        (tmp_path / "topk.json").write_text(record)
         file = tmp_path / "topk-000000.npy"
         file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(DfssmError, match=r"topk-000000.npy: cannot be read \(.*\); remove it"):

@@ -22,6 +22,10 @@ def work(request):
             time.sleep(1000)
         case ["nap", seconds]:
             time.sleep(seconds)
+        case ["spin", seconds]:
+            end = time.process_time() + seconds
+            while time.process_time() < end:
+                pass
         case ["spin in C"]:
             sum(range(10**12))
         case ["memory", size]:
@@ -36,7 +40,16 @@ def work(request):
 
 @pytest.fixture
 def ask(monkeypatch):
+    """A process with a second of the processor's time for each request."""
     monkeypatch.setattr(child, "SECONDS", 1.0)
+    with Child(__name__, "work") as one:
+        yield one.ask
+
+
+@pytest.fixture
+def ask_soon(monkeypatch):
+    """One with a second by the clock."""
+    monkeypatch.setattr(child, "WAIT", 1.0)
     with Child(__name__, "work") as one:
         yield one.ask
 
@@ -66,7 +79,6 @@ def test_one_process_answers_until_it_ends(ask):
     [
         (["abort"], "it ends the process that tries it: SIGABRT"),
         (["exit", 3], "it ends the process that tries it: status 3"),
-        (["hang"], "it takes more than 1 s"),
         (["spin in C"], "it takes more than 1 s"),
         (["memory", 1 << 40], "MemoryError"),
         (["raise", ""], "ValueError"),
@@ -103,12 +115,23 @@ def test_it_ends_with_its_block_and_at_the_end_of_its_user():
     one._process.stdout.close()
 
 
-def test_an_alarm_that_its_user_ignores_ends_it(ask):
+def test_what_waits_ends_by_the_clock(ask_soon):
+    with pytest.raises(ChildError, match="^it takes more than 1 s$"):
+        ask_soon(["hang"])
+
+
+def test_time_that_others_take_is_not_its_own(ask):
+    """As on a busy machine, where it waits for its turn; and each request has its second anew."""
+    for request in (["nap", 1.2], ["spin", 0.4], ["spin", 0.4], ["spin", 0.4]):
+        assert ask(request)[1] == request
+
+
+def test_an_alarm_that_its_user_ignores_ends_it(ask_soon):
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     try:
         with pytest.raises(ChildError, match="it takes more than 1 s"):
-            ask(["hang"])
+            ask_soon(["hang"])
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.signal(signal.SIGALRM, before)

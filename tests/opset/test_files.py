@@ -254,7 +254,16 @@ def test_threads_on_one_file_tear_nothing(tmp_path):
     assert errors == [] and names(tmp_path) == ["a"]
 
 
-def test_processes_on_one_folder_tear_nothing(tmp_path):
+def apart() -> list[str]:
+    """The beginning of a command that runs as process 1 of a PID namespace, as in a container."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+        return command
+    pytest.skip("this system makes no PID namespaces for its users")
+
+
+@pytest.mark.parametrize("begin", [list, apart], ids=["of one system", "of several containers"])
+def test_processes_on_one_folder_tear_nothing(tmp_path, begin):
     code = """
 import sys
 from pathlib import Path
@@ -264,7 +273,8 @@ for _ in range(40):
         for name in ("manifest.json", "model"):
             (draft / name).write_text(sys.argv[2])
 """
-    writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "b", text]) for text in ("one", "two", "three")]
+    command = [*begin(), sys.executable, "-c", code, tmp_path / "b"]
+    writers = [subprocess.Popen([*command, text]) for text in ("one", "two", "three")]
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
     found = contents(tmp_path / "b")
     assert found.keys() == {"manifest.json", "model"} and len(set(found.values())) == 1

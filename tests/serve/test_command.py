@@ -1,13 +1,17 @@
 """`dfssm serve` as a process: its log, its end, and what it refuses."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
+import pytest
 from click.testing import CliRunner
 from commands import run_commands
 from documents import ROOT, commands
@@ -45,6 +49,24 @@ def test_it_logs_and_ends_with_0(tiny_bundle):
     assert "hello" not in out, "no text is logged"
 
 
+def test_a_name_that_is_not_utf8_and_a_path_of_several_lines(tiny_bundle, tmp_path):
+    """The name of a model, by default its folder's, is in every answer; a path, decoded, in the log."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / os.fsdecode(b"caf\xe9"))
+    process = start(bundle, "--port", "0", "--grace", "0", errors="backslashreplace")
+    try:
+        url = re.search(r"url=(\S+) ", process.stderr.readline())[1]
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == ["caf\ufffd"]
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{url}/a%0A2026-11-30%20forged%1B%5B2J")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "")
+    first, second = err.splitlines()
+    assert "path=/v1/models status=200" in first and "path=/a 2026-11-30 forged\\x1b[2J status=404" in second
+
+
 def test_wrong_uses_are_one_line(tiny_bundle, tmp_path):
     (tmp_path / "empty").write_text("\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -58,6 +80,7 @@ def test_wrong_uses_are_one_line(tiny_bundle, tmp_path):
             ): "the API key of empty is empty or has other",
             (tiny_bundle, "--api-key-file", "none"): "none does not exist: give a file with the API key",
             (tiny_bundle, "--host", "no.such.host.invalid"): "no.such.host.invalid port 8000: cannot listen there",
+            (tiny_bundle, "--host", "a" * 64): f"{'a' * 64} port 8000: cannot listen there (encoding with 'idna'",
             (tmp_path,): f"{tmp_path} is not a bundle",
         }
         found = run_commands([["dfssm", "serve", *arguments] for arguments in wrong], tmp_path)
