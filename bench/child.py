@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dfssm.opset.child import python
 from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine, State
 from dfssm.runtime.machine import process_memory
@@ -36,10 +37,11 @@ def run_child(bundle: str | Path, threads: int, prompt: int, steps: int, logits:
     """Run this module in a new process and return what it prints. `isa` forces an instruction set."""
     options = {"bundle": str(bundle), "threads": threads, "prompt": prompt, "steps": steps, "logits": logits}
     environment = os.environ | ({"DFSSM_ISA": isa} if isa else {})
-    command = [sys.executable, "-m", __name__, json.dumps(options)]
+    command = python("-m", __name__, json.dumps(options))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise DfssmError(f"a process that runs {bundle} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise DfssmError(f"a process that runs {bundle} ended with {done.returncode}: {last}")
     return json.loads(done.stdout)
 
 

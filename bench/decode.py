@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +11,9 @@ from subprocess import Popen
 import numpy as np
 
 from dfssm.model.ledger import bundle_bytes, weight_bytes_of_step
+from dfssm.opset.child import python
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import temporary_folder
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import instruction_sets, machine, packages
 from dfssm.runtime.tensorrt import TensorRTBackend
@@ -74,12 +74,12 @@ def bench(
     with ExitStack() as stack:
         beside: dict[str, Peer] = {}
         for peer in peers:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-peer-"))
-            beside |= open_peer(peer, engine.config, Path(folder), engine.threads)
+            folder = stack.enter_context(temporary_folder(f"the peer {peer}"))
+            beside |= open_peer(peer, engine.config, folder, engine.threads)
         for each in beside.values():
             stack.callback(each.close)
         for _ in range(busy):
-            stack.callback(Popen([sys.executable, "-c", "while True: pass"]).kill)
+            stack.callback(Popen(python("-c", "while True: pass")).kill)
         series, reads, writes = _run_rounds(engine, beside, batches, prompt, tokens, rounds, progress)
     backend = engine.backend
     weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
@@ -144,8 +144,8 @@ def check_outputs(bundle: str | Path, engine: Engine) -> dict:
     """
     prompt, steps = CHECKED
     actual = follow_script(engine, engine.new_state(), prompt, steps)
-    with tempfile.TemporaryDirectory(prefix="dfssm-check-") as folder:
-        file = str(Path(folder) / "logits.npy")
+    with temporary_folder("a comparison of logits") as folder:
+        file = str(folder / "logits.npy")
         if _isa(engine):
             reference = "scalar kernels"
             run_child(bundle, engine.threads, prompt, steps, logits=file, isa="scalar")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dfssm.model.config import DFSSMConfig
+from dfssm.opset.child import python
 from dfssm.opset.errors import DfssmError
 
 from .peers import Peer
@@ -101,7 +102,7 @@ def open_peer(config: dict[str, Any], folder: Path, threads: int, kind: str) -> 
     """Build the peer of `kind` and open it in a process of its own; its state is fp32, the only type it has."""
     folder.mkdir(parents=True, exist_ok=True)
     path = build(config, folder / f"{kind}.gguf", kind)
-    command = [sys.executable, "-m", __name__, str(path), str(config["vocab_size"]), str(threads)]
+    command = python("-m", __name__, str(path), str(config["vocab_size"]), str(threads))
     # Left alone, the threads of OpenMP may share a core for seconds, at a tenth of the speed.
     bound = os.environ | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=bound)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError
+from dfssm.opset.files import temporary_folder
 from dfssm.opset.ops import ALL_NAMES
 from dfssm.runtime import Engine
 from dfssm.runtime.ort import OrtBackend
@@ -77,7 +77,7 @@ def bench_ops(engine: Engine, probed: int) -> dict[str, Any]:
 
 def _nodes(engine: Engine) -> dict[str, list[dict]]:
     """Op of ours -> what ONNX Runtime's profiler says of each of its nodes in a step."""
-    with tempfile.TemporaryDirectory(prefix="dfssm-ops-") as folder:
+    with temporary_folder("a profile of ops") as folder:
         with open_bundle(engine.folder, hashes=False) as bundle:
             session = ort_cpu.open_profiled(bundle, engine.threads, f"{folder}/profile")
         profiled = Engine(engine.folder, engine.manifest, OrtBackend(session, ort_cpu.IN_PLACE), engine.threads)

@@ -149,7 +149,7 @@ def run(
     if load_state is not None:
         load_state = paths.file(load_state, "a file that --save-state wrote")
     if save_state is not None:
-        save_state = paths.output_file(save_state, bundle)
+        save_state = paths.output_file(save_state, bundle, file and paths.file(file, "a text"))
     if not (prompt or load_state or (chat and not asked)):
         raise DfssmError("there is nothing to continue: give a prompt with -p or a state with --load-state")
     for text in (prompt, system or "", *settings["stop"]):

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
 from click.core import ParameterSource
@@ -16,6 +15,7 @@ from dfssm.model.text import packages, text_files
 from dfssm.opset import paths
 from dfssm.opset.errors import DfssmError
 from dfssm.opset.extras import require
+from dfssm.opset.files import temporary_folder
 from dfssm.opset.numbers import require_memory
 from dfssm.opset.reading import read_file, read_text
 from dfssm.targets import chat
@@ -116,11 +116,12 @@ def convert(teacher, data, tokens, window, refine, rank, planes, budget, tokeniz
         if not data and given(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} is for a calibration: give --data too.")
     teacher = paths.teacher(teacher)
-    output = paths.output_file(output, teacher)
     source = (
         paths.file(tokenizer, "the teacher's own with --tokenizer", TOKENIZER) if tokenizer else teacher / TOKENIZER
     )
-    require(PACKAGES, {"": packages(text_files(data))})
+    texts = text_files(data)
+    output = paths.output_file(output, teacher, source, *texts)
+    require(PACKAGES, {"": packages(texts)})
     import torch
 
     from dfssm.model.checkpoint import save_student
@@ -199,10 +200,10 @@ def _refined(teacher, data, tokenizer, tokens, window, rank, planes, budget, sec
         never, REFINE_BATCH, REFINE_BATCH, window, save_every=never, evaluate_every=never, seconds=seconds
     )
     begin = time.perf_counter()
-    with TemporaryDirectory(prefix="dfssm-") as folder:
-        job = Job(teacher, data, Path(folder), recipe, schedule, held_out=0.0, tokenizer=tokenizer)
+    with temporary_folder("--refine") as folder:
+        job = Job(teacher, data, folder, recipe, schedule, held_out=0.0, tokenizer=tokenizer)
         result = distill(job, Ranks(0, 1, torch.device("cpu")))
-        student = load_student_tensors(Path(folder) / result["model"])  # mapped: it outlives the folder
+        student = load_student_tensors(folder / result["model"])  # mapped: it outlives the folder
     return student, _calibration(begin, result["tokens"], window, {}, {})
 
 

@@ -29,6 +29,13 @@ ANSWER = 64 << 20
 """Bytes of an answer, as JSON."""
 
 
+def python(*arguments: str) -> list[str]:
+    """The command that runs Python with `arguments`. Modules of the working directory, which may be anybody's, are not
+    imported.
+    """
+    return [sys.executable, "-P", *arguments]
+
+
 class ChildError(Exception):
     """A request that was not answered; the message says why."""
 
@@ -69,7 +76,7 @@ class Child:
         if self._process is None:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", self._code],
+                    python("-c", self._code),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

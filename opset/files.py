@@ -157,12 +157,33 @@ def probe(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write_through(target: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """To a device or a pipe. A writer that wants a file gets one in the folder for temporary files."""
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """In the `with` block, a new folder among the temporary files. DfssmError where there can be none, or no room in it
+    for what the block writes; `what` takes it.
+    """
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / "draft"
+    remedy = "set TMPDIR to a folder with room that you can write to"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="dfssm-")
+    except OSError as error:
+        raise DfssmError(f"{what} takes a folder for temporary files ({reason(error)}): {remedy}") from None
+    with folder as name:
+        try:
+            yield Path(name)
+        except (OSError, DfssmError) as error:
+            try:
+                probe(Path(name) / "probe")
+            except OSError as full:
+                raise DfssmError(f"{what} takes room in {name} ({reason(full)}): {remedy}") from error
+            raise
+
+
+def _write_through(target: Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """To a device or a pipe. A writer that wants a file gets one in the folder for temporary files."""
+    with temporary_folder(f"writing {target}") as folder:
+        draft = folder / "draft"
         _fill(draft, content)
         with draft.open("rb") as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)

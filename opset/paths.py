@@ -117,14 +117,14 @@ def file_or_folder(path: str | Path, give: str) -> Path:
     return _look(path, give)[0]
 
 
-def output_file(path: str | Path, source: Path | None = None) -> Path:
+def output_file(path: str | Path, *sources: Path | None) -> Path:
     """The path, if a file can be written there or replaced, or if it is a pipe or a character device, which are written
-    through; DfssmError otherwise, and for `source`, which the command reads, or a file that is there in it or that a
-    link in it names: it would destroy what it was given.
+    through; DfssmError otherwise, and for one of `sources`, which the command reads, or a file that is there in it or
+    that a link in it names: it would destroy what it was given.
     """
     output = _output(path, "a file", stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR)
-    if source and output.is_file():
-        place = output.resolve()
+    place = output.resolve()
+    for source in filter(None, sources if output.is_file() else ()):
         if place == source.resolve():
             raise DfssmError(f"cannot write {path}: it is what is read; give another place")
         if source.is_dir() and (place.parent == source.resolve() or place in map(Path.resolve, source.iterdir())):

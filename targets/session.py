@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.opset.errors import DfssmError, reason
+from dfssm.opset.files import temporary_folder
 from dfssm.opset.hashing import on_threads
 from dfssm.opset.numbers import require_whole
 
@@ -107,14 +107,9 @@ def _place_of_weights(files: Files) -> Iterator[str]:
             return
     except UnicodeEncodeError:  # a path whose bytes are not UTF-8
         pass
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="dfssm-")
-    except OSError as error:
-        why = f"{files.folder / DATA} is a link or has an odd name, which takes a folder for temporary files"
-        raise DfssmError(f"{why} ({error.strerror}): set TMPDIR to one that you can write to") from None
-    with folder as place:
-        (Path(place) / DATA).touch()
-        yield place
+    with temporary_folder(f"{files.folder / DATA}, a link or of an odd name,") as folder:
+        (folder / DATA).touch()
+        yield str(folder)
 
 
 def _mapped(file: BufferedReader) -> np.ndarray:

@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dfssm.opset import DfssmError
+from dfssm.opset.child import python
+from dfssm.opset.files import temporary_folder
 
 from .target import Progress
 from .trt_build import MODULES, Request
@@ -25,10 +25,10 @@ _VERSIONED = re.compile(r"(.+\.so)\.\d+$")
 
 def build_engine(request: Request, progress: Progress | None = None) -> dict[str, Any]:
     """Have `request` built; returns its result. Raises DfssmError, in one line, for any other end of the process."""
-    with tempfile.TemporaryDirectory(prefix="dfssm-trt-") as links:
+    with temporary_folder("building an engine") as links:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.trt_build"],
-            env=_environment(request.builder, Path(links)),
+            python("-m", f"{__package__}.trt_build"),
+            env=_environment(request.builder, links),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,7 +6,6 @@ in a graph that is cut after each op, and what they make of that is compared op 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from dfssm.model.config import DFSSMConfig
 from dfssm.opset import DfssmError
+from dfssm.opset.files import temporary_folder
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MODEL, open_bundle
 from dfssm.targets.trust import own_library
@@ -45,8 +45,8 @@ REFERENCE = "onnx"
 def bisect(path: Path, threads: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """The first op of the bundle that its kernels compute otherwise than its definition: as docs/json.md has it."""
     reference = get_target(REFERENCE)
-    with open_bundle(path) as bundle, tempfile.TemporaryDirectory(prefix="dfssm-bisect-") as place:
-        manifest, folder = bundle.manifest, Path(place)
+    with open_bundle(path) as bundle, temporary_folder("bisecting") as folder:
+        manifest = bundle.manifest
         target, config = get_target(manifest.target), DFSSMConfig.from_dict(manifest.config)
         if target.IS_ENGINE:
             raise DfssmError(f"{path} holds an engine, which shows no ops: `dfssm verify` names the layer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import count
@@ -13,7 +12,7 @@ import numpy as np
 
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
-from dfssm.opset.files import writing
+from dfssm.opset.files import temporary_folder, writing
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target
@@ -143,7 +142,7 @@ def compare_bundle(bundle: Path, model: Path, tokens: int, progress: Progress) -
             found[name].add(*pair)
 
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
+        folder = stack.enter_context(temporary_folder("a comparison"))
         link_files(opened, folder)
 
         def open_graph(name: str) -> tuple[Infer, Feeds]:

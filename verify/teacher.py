@@ -7,7 +7,6 @@ A = exp(-exp(A_log) d) of each head, the output y of the scan, and the state h =
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2LM, Mamba2State
 from dfssm.model.text import batches, documents, text_files
 from dfssm.opset import DfssmError, paths
+from dfssm.opset.files import temporary_folder
 from dfssm.opset.schema import DEFERRED
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, open_bundle
@@ -180,7 +180,7 @@ class _Stepped:
         self.config = Mamba2Config.from_dict(
             {name: value for name, value in manifest.config.items() if name not in ("rank", "planes")}
         )
-        place = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dfssm-compare-")))
+        place = self._stack.enter_context(temporary_folder("a comparison"))
         link_files(bundle, place)
         self._taps = {tap.node: tap for tap in write_tapped(place / MODEL, place)}
         weights = ir.load(place / MODEL).graph.initializers

@@ -126,6 +126,23 @@ def test_an_input_is_no_output(teacher, tmp_path, invoke):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_texts_that_are_read_are_no_outputs(teacher, tiny_bundle, tmp_path, invoke):
+    text, tokenizer = tmp_path / "a.txt", tmp_path / "tokenizer.json"
+    text.write_text("hello")
+    tiny.write_tokenizer(tokenizer)
+    (tmp_path / "link").symlink_to("a.txt")
+    before = {path: path.read_bytes() for path in (text, tokenizer)}
+    for command in (
+        ["convert", teacher, "--data", text, "-o", text],
+        ["convert", teacher, "--data", tmp_path, "-o", tmp_path / "link"],
+        ["convert", teacher, "--data", text, "--tokenizer", tokenizer, "-o", tokenizer],
+        ["run", tiny_bundle, "-f", text, "-n", 1, "--save-state", text],
+    ):
+        with pytest.raises(DfssmError, match="cannot write .*: it is what is read; give another place"):
+            invoke(*command)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_state_cannot_be_saved_under_what_is_no_name(tiny_bundle):
     state = Engine.load(tiny_bundle).new_state()
     for name in ("a\0b", "\ud800"):

@@ -103,11 +103,11 @@ def test_a_state_goes_through_a_pipe_or_a_device_and_where_a_link_points(tiny_bu
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
     read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
     reader.start()
     assert run(tiny_bundle, pipe).returncode == 0
-    reader.join()
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    reader.join(timeout=60)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and len(read) == 1
     (tmp_path / "elsewhere").mkdir()
     link.symlink_to("elsewhere/a.state")
     assert run(tiny_bundle, link).returncode == 0

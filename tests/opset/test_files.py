@@ -67,7 +67,7 @@ def test_a_link_is_followed(tmp_path):
 def test_a_pipe_is_written_through(tmp_path, content):
     os.mkfifo(tmp_path / "pipe")
     read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()), daemon=True)
     reader.start()
     write_file(tmp_path / "pipe", content)
     reader.join(timeout=10)
@@ -309,6 +309,26 @@ def test_a_name_as_long_as_it_may_be(tmp_path, name):
         write_file(tmp_path / name, text)
         make(tmp_path / f"{name[:-1]}b", text)
     assert (tmp_path / name).read_text() == "two" and len(names(tmp_path)) == 2
+
+
+def test_temporary_files_that_have_no_place_or_no_room_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(DfssmError, match="^of the caller$"), files.temporary_folder("this") as folder:
+        assert folder.parent == tmp_path
+        raise DfssmError("of the caller")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch, pytest.raises(DfssmError) as caught, files.temporary_folder("this") as folder:
+        patch.setattr(os, "fsync", refuse(errno.ENOSPC))
+        raise full
+    assert str(caught.value).startswith(
+        f"this takes room in {folder} (No space left on device): set TMPDIR to a folder"
+    )
+    with pytest.raises(OSError, match="Input/output"), files.temporary_folder("this"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert names(tmp_path) == []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(DfssmError, match=r"^this takes a folder for temporary files \(No such file.*\): set TMPDIR to"):
+        files.temporary_folder("this").__enter__()
 
 
 def test_folders_made_for_a_file_that_is_refused_go_again(tmp_path):

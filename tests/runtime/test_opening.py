@@ -67,7 +67,7 @@ def test_links_take_a_folder_for_temporary_files(bundle, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("tempfile.mkdtemp", read_only)
-    with pytest.raises(DfssmError, match=r"data is a link .*\(Read-only file system\): set TMPDIR to one"):
+    with pytest.raises(DfssmError, match=r"data, a link .*\(Read-only file system\): set TMPDIR to a"):
         Engine.load(bundle)
 
 

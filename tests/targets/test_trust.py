@@ -81,6 +81,14 @@ def test_a_trusted_library_is_that_of_the_working_directory(bundle, tmp_path, co
     assert expected.status == 0 and expected.out
 
 
+def test_a_module_of_the_working_directory_is_not_imported(bundle, tmp_path):
+    """A command starts other processes, which look for modules where they run unless they are told not to."""
+    (bundle / "json.py").write_text(f"open({str(tmp_path / 'alarm')!r}, 'w')")
+    command = [sys.executable, "-P", "-m", "dfssm.cli.main", "bench", ".", *"--rounds 1 --prompt 2 --tokens 2".split()]
+    done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not (tmp_path / "alarm").exists(), done.stderr
+
+
 def test_a_library_may_be_named_from_the_working_directory(bundle, monkeypatch):
     monkeypatch.chdir(bundle)
     monkeypatch.setenv("DFSSM_ORT_LIBRARY", LIBRARY)
