@@ -25,6 +25,7 @@ from .entry import exit_at_once
 
 # What the loader of libraries and torch say, who have no MemoryError.
 _NO_MEMORY = re.compile("failed to map segment|cannot allocate memory|can't allocate memory", re.IGNORECASE)
+_NO_PLACE = "No usable temporary directory"  # of Python's tempfile, also where torch is imported
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,7 +48,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
             yield
         sys.stdout.flush()
     except DfssmError as error:
-        _exit(1, f"{name}: error: {_open_files(error) or error}")
+        _exit(1, f"{name}: error: {_of_the_system(error) or error}")
     except click.ClickException as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click < 8.2 prints it and ends
             _exit(error.exit_code, error.format_message())
@@ -59,7 +60,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             _exit(1)
-        if message := _open_files(error):
+        if message := _of_the_system(error):
             _exit(1, f"{name}: error: {message}")
         if error.errno not in _FULL or error.filename is not None:
             raise
@@ -101,12 +102,16 @@ def _command(error: click.ClickException) -> str:
     return next((context.command_path for context in contexts if context), "")
 
 
-def _open_files(error: BaseException | None) -> str:
-    """What to say where too many open files are behind an error, whatever that says itself; else ""."""
+def _of_the_system(error: BaseException | None) -> str:
+    """What to say where too many open files are behind an error, or no folder for temporary ones, whatever that says
+    itself; else "".
+    """
     while error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return f"too many files are open, {limit} may be: raise the limit, with ulimit -n 1024"
+        if isinstance(error, OSError) and str(error.strerror).startswith(_NO_PLACE):
+            return "there is no folder for temporary files that can be written to: set TMPDIR to one"
         error = error.__cause__ or error.__context__
     return ""
 

@@ -132,6 +132,14 @@ def document(found: Encoding, end: int) -> list[int]:
 
 
 def encode_documents(texts: Sequence[str], tokenizer: Tokenizer, offsets: bool = False) -> list[Encoding]:
-    """Encode whole documents together, with the special tokens of the template; `offsets` cost time."""
+    """Encode whole documents together, with the special tokens of the template; `offsets` cost time. DfssmError for one
+    that the tokenizer cannot read.
+    """
     encode_batch = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
-    return encode_batch(list(texts), add_special_tokens=True)
+    try:
+        with _value_errors():
+            return encode_batch(list(texts), add_special_tokens=True)
+    except ValueError:
+        for text in texts:  # it is not said which
+            encode(text, tokenizer)
+        raise

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_too_little_memory_is_one_line(error, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count("\n") == 1
     assert said == f"dfssm: error: there is too little memory ({error}): free some, or ask for less\n"
+
+
+def test_no_folder_for_temporary_files_is_one_line(tmp_path, monkeypatch, capsys):
+    """Some libraries need one to be imported."""
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as end, errors_in_one_line("dfssm"):
+        tempfile.gettempdir()
+    said = "there is no folder for temporary files that can be written to: set TMPDIR to one"
+    assert (end.value.code, capsys.readouterr().err) == (1, f"dfssm: error: {said}\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ImportError("no module named x")])

@@ -92,6 +92,9 @@ def test_a_regular_expression_that_does_not_end_is_one_line(tokenizer, untried, 
     loaded = load_tokenizer(hostile(tokenizer, tmp_path / "t.json", pre_tokenizer=unlucky), "another")
     with pytest.raises(DfssmError, match=r"the tokenizer cannot read the text 'q+' \(.*retry-limit.*\): use another$"):
         encode("q" * 300, loaded)
+    for offsets in (False, True):  # as texts to train on and to score are read
+        with pytest.raises(DfssmError, match=r"cannot read the text 'q+' \(.*retry-limit.*\): use another$"):
+            encode_documents(["hello", "q" * 300, "a"], loaded, offsets)
 
 
 def test_a_tokenizer_is_tried_once(tokenizer, untried, tmp_path, monkeypatch):
