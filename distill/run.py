@@ -6,6 +6,7 @@ Each takes what the one before gave, and can be left at that: `open` writes noth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import text_files
 from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
+from dfssm.opset.files import alone, write_file
 from dfssm.opset.paths import STUDENT
 from dfssm.opset.reading import read_file
 from dfssm.targets import chat
@@ -109,7 +110,9 @@ def distill(job: Job, ranks: Ranks, resume: bool = False, say: Callable[[str], N
 
     Raises DfssmError before any training if something does not fit: teacher, tokenizer, data, output.
     """
-    return train(prepare(open(job, ranks, resume)), say)
+    opened = open(job, ranks, resume)
+    with alone(job.output) if ranks.first else contextlib.nullcontext():
+        return train(prepare(opened), say)
 
 
 def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:

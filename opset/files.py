@@ -112,6 +112,25 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """In the `with` block no other process is `alone` in `folder`, which is made if it is missing. DfssmError where one
+    is, or the operating system refuses. On a file system without locks nobody is kept out.
+    """
+    with ExitStack() as stack:
+        with writing(folder):
+            stack.enter_context(_made(folder))
+            handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DfssmError(f"{folder}: another process writes into it now; wait for it, or choose another") from None
+        except OSError:
+            pass
+        yield
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal to write (permissions, a full disk) into a DfssmError about `path`, or about
     the target where that is in a draft.

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.opset import DfssmError
+from dfssm.opset.files import alone
 
 TOKENS = 32
 
@@ -42,6 +43,11 @@ class TestWhatCannotWork:
 
     def test_no_teacher(self, refuse, tmp_path):
         refuse("none does not exist: give a checkpoint folder", teacher=tmp_path / "none")
+
+    def test_a_folder_that_another_run_writes_into(self, refuse, tmp_path):
+        """Both wrote the same checkpoints and the same log."""
+        with alone(tmp_path / "out"):
+            refuse("out: another process writes into it now; wait for it, or choose another$")
 
     @pytest.mark.parametrize("content", ["", " \n"])
     def test_no_text(self, refuse, write, content):

@@ -311,6 +311,26 @@ def test_a_name_as_long_as_it_may_be(tmp_path, name):
     assert (tmp_path / name).read_text() == "two" and len(names(tmp_path)) == 2
 
 
+def test_one_process_is_alone_in_a_folder(tmp_path, monkeypatch):
+    with files.alone(tmp_path / "a" / "b"):
+        with (
+            pytest.raises(DfssmError, match="b: another process writes into it now"),
+            files.alone(tmp_path / "a" / "b"),
+        ):
+            pass
+        with files.alone(tmp_path / "a"):
+            make(tmp_path / "a" / "c", "others")
+    with pytest.raises(ZeroDivisionError), files.alone(tmp_path / "d" / "e"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["b", "c"]
+    (tmp_path / "file").touch()
+    with pytest.raises(DfssmError, match="cannot write .*file: File exists"), files.alone(tmp_path / "file"):
+        pass
+    monkeypatch.setattr(files.fcntl, "flock", refuse(errno.ENOLCK))
+    with files.alone(tmp_path / "a"), files.alone(tmp_path / "a"):
+        pass
+
+
 def test_temporary_files_that_have_no_place_or_no_room_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(DfssmError, match="^of the caller$"), files.temporary_folder("this") as folder:
