@@ -6,6 +6,8 @@ from numbers import Integral, Real
 
 from .errors import DfssmError
 
+_BITS = 14_000  # Python prints no number of more than 4,300 digits
+
 
 def require_whole(name: str, value: object, least: int = 0, most: float = math.inf, meaning: str = "") -> None:
     """DfssmError unless `value` is a whole number from `least` to `most`; `meaning` explains one."""
@@ -35,6 +37,8 @@ def duration(seconds: float) -> str:
 
 
 def _require(name: str, value: object, is_kind: bool, kind: str, least: float, most: float, meaning: str) -> None:
-    if not is_kind or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
+    endless = isinstance(value, int) and value.bit_length() > _BITS
+    if endless or not is_kind or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
         bounds = f">= {least}" if most == math.inf else f"from {least} to {most:,}"
-        raise DfssmError(f"{name} is {value!r}: give {kind} {bounds}{meaning and f' ({meaning})'}")
+        found = "has over 4,000 digits" if endless else f"is {value!r}"
+        raise DfssmError(f"{name} {found}: give {kind} {bounds}{meaning and f' ({meaning})'}")

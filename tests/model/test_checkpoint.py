@@ -185,6 +185,12 @@ class Payload:
         return (setattr, (Payload, "ran", True))
 
 
+@pytest.mark.parametrize("config", ["", "{", "[" * 100_000, "9" * 10_000])
+def test_metadata_that_is_no_json_is_refused(tmp_path, tensors, config):
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "dfssm", "version": "1", "config": config})
+    assert "its metadata cannot be read; export the student again" in refused(tmp_path / "a.safetensors")
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     path = tmp_path / "model.pt"
     torch.save({"format": "dfssm", "version": 1, "tensors": Payload()}, path)

@@ -319,6 +319,8 @@ def test_no_stop_text_is_none(engine, free):
         ({"prompt": None}, "token ids are object: give integers"),
         ({"prompt": b"hello"}, "token ids are .*: give integers"),
         ({"prompt": "caf\udce9"}, r"the text 'caf\\udce9' is not UTF-8"),
+        ({"prompt": "a", "max_tokens": 10**5000}, "max_tokens has over 4,000 digits: give a whole number >= 0"),
+        ({"prompt": "a", "seed": -(10**5000)}, "seed has over 4,000 digits: give a whole number >= 0"),
         ({"prompt": "a", "stop": [None]}, r"stop is \[None\]: give a string"),
         ({"prompt": "a", "stop": 5}, r"stop is 5: give a string"),
         ({"prompt": "a", "eos": -1}, "token id -1 is out of range"),
