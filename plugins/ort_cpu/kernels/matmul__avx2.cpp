@@ -44,32 +44,42 @@ inline __m256i widen(__m256i words) { return _mm256_madd_epi16(words, _mm256_set
 
 // ---- scaffold ----
 
-// Lanes of the eight rows from `row` on that exist, as a mask for masked moves.
-inline __m256i rows_of(const ScaffoldArgs& a, int64_t row) { return first_lanes(min(a.M - row, 8)).lanes; }
-
-// (scale * s) * (2 * positive - sum) of one plane and token for the eight rows from `row` on; the first plane
-// brings the low-rank correction and the others add to it.
-inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i positive) {
-  const __m256i rows = rows_of(a, row);
-  const __m256 scale = _mm256_maskload_ps(a.scale + plane * a.M + row, rows);
-  const __m256i signed_sum =
-      _mm256_sub_epi32(_mm256_add_epi32(positive, positive), _mm256_set1_epi32(a.sum[t]));
-  __m256 y = _mm256_mul_ps(_mm256_mul_ps(scale, _mm256_set1_ps(a.s[t])), _mm256_cvtepi32_ps(signed_sum));
-  float* out = a.y + t * a.ldy + row;
-  if (plane > 0) {
-    y = _mm256_add_ps(y, _mm256_maskload_ps(out, rows));
-  } else if (a.R > 0) {
-    const int64_t rows_of_block = block_rows(a.layout);
-    const int8_t* up = a.up + row / rows_of_block * a.R * rows_of_block + row % rows_of_block;
+// (scale * s) * (2 * positive - sum) of one plane and token for NV times eight rows from `row` on; the first plane
+// brings the low-rank correction and the others add to it. The rows' sums over the ranks are independent of each other:
+// one after the other each addition would wait for the one before.
+template <int NV>
+inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, const __m256i* positive) {
+  const int64_t rows_of_block = block_rows(a.layout);
+  const bool corrected = plane == 0 && a.R > 0;
+  __m256 correction[NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < NV; ++i) correction[i] = _mm256_setzero_ps();
+  if (corrected) {
+    const int8_t* up = a.up + row / rows_of_block * a.R * rows_of_block;
     const float* h = a.h + t * a.R;
-    __m256 correction = _mm256_setzero_ps();
     for (int64_t r = 0; r < a.R; ++r, up += rows_of_block) {
-      const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(up)));
-      correction = _mm256_fmadd_ps(_mm256_cvtepi32_ps(lanes), _mm256_set1_ps(h[r]), correction);
+      const __m256 factor = _mm256_set1_ps(h[r]);
+#pragma GCC unroll 8
+      for (int i = 0; i < NV; ++i) {
+        correction[i] = _mm256_fmadd_ps(load(up + 8 * i, Full{}), factor, correction[i]);
+      }
     }
-    y = _mm256_fmadd_ps(_mm256_maskload_ps(a.up_scale + row, rows), correction, y);
   }
-  _mm256_maskstore_ps(out, rows, y);
+  const __m256 s = _mm256_set1_ps(a.s[t]);
+  const __m256i sum = _mm256_set1_epi32(a.sum[t]);
+  const auto eight_rows = [&](int i, auto lanes) __attribute__((always_inline)) {
+    const int64_t at = row + 8 * i;
+    const __m256i signed_sum = _mm256_sub_epi32(_mm256_add_epi32(positive[i], positive[i]), sum);
+    __m256 y = load(a.scale + plane * a.M + at, lanes) * s * _mm256_cvtepi32_ps(signed_sum);
+    float* out = a.y + t * a.ldy + at;
+    if (plane > 0) y = y + load(out, lanes);
+    if (corrected) y = fma(load(a.up_scale + at, lanes), correction[i], y);
+    store(out, y, lanes);
+  };
+  for (int i = 0; i < NV && row + 8 * i < a.M; ++i) {
+    const int64_t left = a.M - row - 8 * i;
+    left >= 8 ? eight_rows(i, Full{}) : eight_rows(i, first_lanes(left));
+  }
 }
 
 // One token. Each half of a tile is split into nibbles; a nibble byte ANDed with 1 << j holds 2^j times its
@@ -119,7 +129,7 @@ void one_token(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t blo
         positive[half] = _mm256_add_epi32(positive[half], widen(words));
       }
     }
-    for (int half = 0; half < 2; ++half) finish(a, plane, block * kTileRows + 8 * half, 0, positive[half]);
+    finish<2>(a, plane, block * kTileRows, 0, positive);
   }
 }
 
@@ -163,9 +173,7 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0)
       positive[i / 2][i % 2] = _mm256_add_epi32(positive[i / 2][i % 2], widen(acc[i / 2][i % 2]));
     }
   }
-  for (int i = 0; i < NT * 2; ++i) {
-    finish(a, plane, block * kTileRows + 8 * (i % 2), t0 + i / 2, positive[i / 2][i % 2]);
-  }
+  for (int i = 0; i < NT; ++i) finish<2>(a, plane, block * kTileRows, t0 + i, positive[i]);
 }
 
 // Tokens in as few tiles as possible, all nearly equal: of two or more tokens none is left alone.
@@ -221,7 +229,8 @@ struct PairSums {
 };
 
 // sums[t][i] += v of the rows 8 i to 8 i + 7 over `groups` groups, a multiple of 8. tables[t] are those of the block of
-// columns; nibbles(pair of groups, half) gives two vectors of indices, of 32 rows each.
+// columns; nibbles(group, half) gives the indices of 32 rows. A group's tables, an index and the sums of bytes of two
+// tokens are in 14 of the 16 registers: so a group takes both halves before the next.
 template <int NT, class Nibbles>
 inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Nibbles& nibbles,
                     __m256i (*sums)[8]) {
@@ -232,22 +241,25 @@ inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Ni
     for (int i = 0; i < 2 * NT; ++i) high[i / 2][i % 2] = _mm256_setzero_si256();
     for (const int64_t end = min(g + 16, groups); g < end;) {
       __m256i low[NT][2];
-#pragma GCC unroll 4
-      for (int i = 0; i < 2 * NT; ++i) low[i / 2][i % 2] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-      for (int pair = 0; pair < 4; ++pair, g += 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i, ++g) {
+        __m256i table[NT][2];
+#pragma GCC unroll 2
+        for (int t = 0; t < NT; ++t) {
+          table[t][0] = table_at(tables[t] + g * kGroupBytes);
+          table[t][1] = table_at(tables[t] + g * kGroupBytes + 16);
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          __m256i index[2];
-          nibbles(g / 2, half, index);
+          const __m256i index = nibbles(g, half);
 #pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) {
-#pragma GCC unroll 2
-            for (int t = 0; t < NT; ++t) {
-              const uint8_t* table = tables[t] + (g + i) * kGroupBytes;
-              add_looked_up(low[t][half], table_at(table), index[i]);
-              add_looked_up(high[t][half], table_at(table + 16), index[i]);
+          for (int t = 0; t < NT; ++t) {
+            if (i == 0) {
+              low[t][half] = _mm256_shuffle_epi8(table[t][0], index);
+            } else {
+              add_looked_up(low[t][half], table[t][0], index);
             }
+            add_looked_up(high[t][half], table[t][1], index);
           }
         }
       }
@@ -283,14 +295,12 @@ inline const uint8_t* tables_of(const ScaffoldArgs& a, int64_t k, int64_t t) {
 }
 
 // The rows of one block, all their columns added up.
-inline void finish_block(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t,
-                         const __m256i (&sums)[8]) {
+inline void finish_block(const ScaffoldArgs& a, int64_t plane, int64_t row, int64_t t, __m256i (&sums)[8]) {
   int32_t base;
   std::memcpy(&base, static_cast<const char*>(a.packed) + table_bytes(a.n, a.K) + t * sizeof base,
               sizeof base);
-  for (int64_t i = 0; i < 8 && row + 8 * i < a.M; ++i) {
-    finish(a, plane, row + 8 * i, t, _mm256_add_epi32(sums[i], _mm256_set1_epi32(base)));
-  }
+  for (__m256i& sum : sums) sum = _mm256_add_epi32(sum, _mm256_set1_epi32(base));
+  finish<8>(a, plane, row, t, sums);
 }
 
 template <class Prefetch>
@@ -303,11 +313,10 @@ void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64
       const uint8_t* const tables[1] = {tables_of(a, k, 0)};
       look_up<1>(
           tables, groups,
-          [tile, &ahead](int64_t pair, int half, __m256i(&index)[2]) __attribute__((always_inline)) {
-            if (half == 0) ahead.next();
-            const __m256i bytes = load(tile + pair * kBlockRows + 32 * half);
-            index[0] = low_nibbles(bytes);
-            index[1] = low_nibbles(_mm256_srli_epi16(bytes, 4));
+          [tile, &ahead](int64_t group, int half) __attribute__((always_inline)) {
+            if (group % 2 == 0 && half == 0) ahead.next();
+            const __m256i bytes = load(tile + group / 2 * kBlockRows + 32 * half);
+            return low_nibbles(group % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4));
           },
           sums);
       tile += groups / 2 * kBlockRows;
@@ -326,11 +335,8 @@ void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* 
   for (int i = 0; i < NT; ++i) tables[i] = tables_of(a, k, t + i);
   look_up<NT>(
       tables, groups_from(a, k),
-      [index](int64_t pair, int half, __m256i(&of)[2]) __attribute__((always_inline)) {
-        const uint8_t* p = index + pair * 2 * kBlockRows + 32 * half;
-        of[0] = load(p);
-        of[1] = load(p + kBlockRows);
-      },
+      [index](int64_t group, int half)
+          __attribute__((always_inline)) { return load(index + group * kBlockRows + 32 * half); },
       sums);
 }
 
