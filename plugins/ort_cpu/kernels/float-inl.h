@@ -213,10 +213,48 @@ void conv_panel(const ConvArgs& a, int64_t b, int64_t c, int64_t count) {
   });
 }
 
+// One token, which takes its weights and states as they come: through panels they would go twice. They lie in memory, in
+// two streams too short for the CPU's own prefetchers.
+template <int W>
+void conv_step(const ConvArgs& a, int64_t b, int64_t c0, int64_t c1) {
+  constexpr int kHistory = W - 1, kAhead = 512;  // floats
+  const float* state = a.state + b * a.C * kHistory;
+  float* new_state = a.new_state + b * a.C * kHistory;
+  const float* x = a.x + b * a.x_stride;
+  float* y = a.y + b * a.C;
+  for (int64_t c = c0; c < c1; c += kLanes) {
+    const int64_t count = c1 - c;
+#pragma GCC unroll 4
+    for (int i = 0; i < W * kLanes; i += 16) __builtin_prefetch(a.weight + c * W + kAhead + i);
+#pragma GCC unroll 4
+    for (int i = 0; i < kHistory * kLanes; i += 16) __builtin_prefetch(state + c * kHistory + kAhead + i);
+    F32 weights[W], states[kHistory];
+    load_some_columns<W>(a.weight + c * W, count, weights);
+    load_some_columns<kHistory>(state + c * kHistory, count, states);
+    const auto rest = [&](auto lanes) __attribute__((always_inline)) {
+      const F32 newest = load(x + c, lanes);
+      F32 sum = load(a.bias + c, lanes);
+#pragma GCC unroll 4
+      for (int w = 0; w < kHistory; ++w) sum = fma(weights[w], states[w], sum);
+      sum = fma(weights[kHistory], newest, sum);
+      store(y + c, a.silu ? silu(sum) : sum, lanes);
+#pragma GCC unroll 4
+      for (int w = 0; w + 1 < kHistory; ++w) states[w] = states[w + 1];
+      states[kHistory - 1] = newest;
+    };
+    count < kLanes ? rest(first_lanes(count)) : rest(Full{});
+    store_some_columns<kHistory>(new_state + c * kHistory, count, states);
+  }
+}
+
 template <int W>
 void conv_width(const ConvArgs& a, int64_t c0, int64_t c1) {
   for (int64_t b = 0; b < a.B; ++b) {
-    for (int64_t c = c0; c < c1; c += kPanel) conv_panel<W>(a, b, c, c1 - c < kPanel ? c1 - c : kPanel);
+    if (a.T == 1) {
+      conv_step<W>(a, b, c0, c1);
+    } else {
+      for (int64_t c = c0; c < c1; c += kPanel) conv_panel<W>(a, b, c, c1 - c < kPanel ? c1 - c : kPanel);
+    }
   }
 }
 
@@ -243,6 +281,7 @@ void rms_norm(const NormArgs& a, int64_t t0, int64_t t1) {
     float* out = a.out + i * size;
     F32 squares = zero();
     for_vectors(size, [&](int64_t c, auto lanes) {
+      __builtin_prefetch(weight + c);  // from memory, for the second pass
       F32 v = load(y + c, lanes);
       if (z != nullptr) {
         v = v * silu(load(z + c, lanes));

@@ -89,6 +89,17 @@ struct ConvArgs {
   int64_t x_stride;
   int64_t B, T, C, W;
   bool silu;
+
+  // Those of batch row b alone.
+  ConvArgs row(int64_t b) const {
+    ConvArgs of = *this;
+    of.x += b * T * x_stride;
+    of.state += b * C * (W - 1);
+    of.y += b * T * C;
+    of.new_state += b * C * (W - 1);
+    of.B = 1;
+    return of;
+  }
 };
 
 enum class StateType { f32, f16, i8 };
@@ -124,6 +135,17 @@ struct DeferredConvArgs {
   int64_t x_stride;
   int64_t B, T, C, W;
   bool silu;
+
+  // Those of batch row b alone.
+  DeferredConvArgs row(int64_t b) const {
+    DeferredConvArgs of = *this;
+    of.x += b * T * x_stride;
+    of.window += b * (W - 1 + kSlots) * C;
+    of.pending_count += b;
+    of.y += b * T * C;
+    of.B = 1;
+    return of;
+  }
 };
 
 // DeferredScanStep, always in place, so `state` is `new_state` and `state_scale` is `new_state_scale`. pending_B and

@@ -5,6 +5,7 @@
 #include <new>
 #include <string>
 
+#include "conv.h"
 #include "scan.h"
 
 namespace dfssm {
@@ -50,11 +51,10 @@ void run<opset::DeferredConv1dStep>(Call& call, const opset::DeferredConv1dStep:
   args.window = updated<float>(call, 1, S::k_window, {s.B, s.W - 1 + kSlots, s.C});
   args.B = s.B, args.T = s.T, args.C = s.C, args.W = s.W;
   args.silu = a.activation == "silu";
-  constexpr int64_t kChannels = 16;
-  const double unit_ns = static_cast<double>(s.B) * (40 + 15 * static_cast<double>(s.T));
-  call.parallel((s.C + kChannels - 1) / kChannels, unit_ns, [&](int64_t begin, int64_t end) {
-    call.kernels.deferred_conv1d(args, begin * kChannels, std::min(end * kChannels, s.C));
-  });
+  share_channels(call, args, 3 + static_cast<double>(s.T),
+                 [&](const DeferredConvArgs& of_row, int64_t c0, int64_t c1) {
+                   call.kernels.deferred_conv1d(of_row, c0, c1);
+                 });
 }
 
 template <>
