@@ -31,7 +31,7 @@ BUNDLES |= {of: ("1.3b", ["--state-dtype", state]) for state, of in BUNDLE_OF.it
 BUNDLES |= {"avx2": ("1.3b", ["--isa", "avx2"])}
 """Name -> size of the model, options of dfcompile."""
 
-QUICK = ["--rounds", "5", "--tokens", "24", "--prompt", "64"]
+QUICK = ["--rounds", "3", "--tokens", "24", "--prompt", "64"]
 PEERS = ["--rounds", "3", "--tokens", "24", "--prompt", "512", "--peer", "llama.cpp", "--peer", "stock-ort"]
 FULL = ["--rounds", "5", "--prompt", "512", "--batch", "8", "--ops"]
 
@@ -46,14 +46,11 @@ def points(isas: list[str]) -> Points:
     return {
         "peers": ("1.3b", PEERS),
         **{f"{name}, {n} threads": (name, FULL + given) for name in kernels for n, given in threads.items()},
-        **{
-            f"state {state}, {n} threads": (of, [*QUICK, "--batch", "8", *given])
-            for n, given in threads.items()
-            for state, of in BUNDLE_OF.items()
-        },
+        **{f"state {state}, 2 threads": (of, [*QUICK, "--batch", "8", *threads[2]]) for state, of in BUNDLE_OF.items()},
+        **{f"state {state}, 1 threads": (of, [*QUICK, *threads[1]]) for state, of in BUNDLE_OF.items()},
         **{f"busy {n}": ("1.3b", [*QUICK, "--busy", "2", *given]) for n, given in threads.items()},
         "batches": ("1.3b", [*QUICK, *(word for batch in (1, 2, 4, 8) for word in ("--batch", str(batch)))]),
-        **{f"prompt {n}": ("1.3b", ["--rounds", "5", "--tokens", "4", "--prompt", str(n)]) for n in (8, 32, 128, 512)},
+        **{f"prompt {n}": ("1.3b", ["--rounds", "3", "--tokens", "4", "--prompt", str(n)]) for n in (8, 32, 128, 512)},
         **{f"size {size}": (size, QUICK) for size in SIZES},
     }
 
