@@ -117,6 +117,7 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.require_model(body.model)
+        service.require_chat()
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         config = service.config(partial(body.config, logprobs=logprobs), body.tokens, limits.tokens)
         ids = await asyncio.to_thread(

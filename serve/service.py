@@ -53,6 +53,11 @@ class Service:
                 404, f"the model {name!r} is not served here, {self.name!r} is", param="model", code="model_not_found"
             )
 
+    def require_chat(self) -> None:
+        """ApiError where the model cannot chat; the engine's error names the folder, which is not for clients."""
+        if not self.model["chat"]:
+            raise ApiError(400, f"the model {self.name!r} has no chat template: use /v1/completions", param="model")
+
     def config(self, make: Callable[[int], GenerationConfig], tokens: int | None, default: int) -> GenerationConfig:
         """What `make` makes of the number of tokens. ApiError for more than may be asked for."""
         most = self.limits.tokens

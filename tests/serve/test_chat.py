@@ -86,7 +86,8 @@ def test_what_is_wrong_is_answered(server, talking, engine):
     assert server.ask("/v1/models")[1]["data"][0]["chat"] is True
     with serving(engine) as other:
         status, answer, _ = other.ask("/v1/chat/completions", {"messages": MESSAGES})
-        assert status == 400 and "has no chat template" in answer["error"]["message"]
+        assert status == 400
+        assert answer["error"]["message"] == "the model 'tiny' has no chat template: use /v1/completions"
         assert other.ask("/v1/models")[1]["data"][0]["chat"] is False
 
 
