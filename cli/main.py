@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": (".compare", "compare"),
     "verify": (".verify", "verify"),
     "inspect": (".inspect", "inspect"),
+    "analyze": (".analyze", "analyze"),
     "doctor": (".doctor", "doctor"),
     "init": (".student", "init"),
     "convert": (".student", "convert"),

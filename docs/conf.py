@@ -35,7 +35,7 @@ html_show_sphinx = False
 # Of the table of contents: the documents stay free of Sphinx's own syntax.
 CONTENTS = {
     "Start": ["README", "docs/concepts", "docs/faq"],
-    "Make a model": ["docs/convert", "docs/distill", "docs/distill_scale", "docs/results", "docs/eval"],
+    "Make a model": ["docs/convert", "docs/distill", "docs/distill_scale", "docs/results", "docs/eval", "docs/study"],
     "Run it": ["docs/runtime", "docs/serve", "docs/trt", "docs/triton", "docs/arm", "docs/jetson"],
     "Specification": ["docs/ops", "docs/export", "docs/format", "docs/json", "docs/api"],
     "Speed": ["docs/performance", "docs/bench", "docs/gpu"],

@@ -275,7 +275,10 @@ class Mamba2LM(nn.Module):
                 shown[layer] = (hidden[:, -1] if last else hidden).float().cpu().numpy()
             return hidden
 
-        hidden, _ = self.hidden_states(torch.from_numpy(ids).to(device), tap=tap)
+        if not layers and self.config.n_layer in patch:  # no block is asked, only the head
+            hidden = torch.from_numpy(patch[self.config.n_layer]).to(self.norm_f.weight)[:, None]
+        else:
+            hidden, _ = self.hidden_states(torch.from_numpy(ids).to(device), tap=tap)
         logits = self.head.project(self.norm_f(hidden[:, -1])).float().cpu().numpy()
         return np.stack([shown[i] for i in layers]) if layers else np.empty((0, len(ids)), np.float32), logits
 

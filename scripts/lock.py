@@ -24,6 +24,7 @@ SETS = {
     "chat": (["--extra=chat"], "Runtime, and what renders chat templates."),
     "eval": (["--extra=eval"], "Runtime, and lm-evaluation-harness."),
     "trt": (["--extra=trt"], "Runtime, and TensorRT-RTX."),
+    "analysis": (["--extra=analysis"], "Runtime, and what `dfssm analyze` draws with."),
     "serve": (["--extra=serve"], "Runtime, and an HTTP server."),
     "ray": (["--extra=ray"], "That, and Ray Serve."),
     "build": (["--only-group=build"], "What builds the native part."),
@@ -63,7 +64,8 @@ def project() -> str:
         raise SystemExit("lock: pyproject.toml has no line requires-python")
     return f"""{text}
 [tool.uv]
-constraint-dependencies = ["torch=={torch_version()}", "tritonclient<2.70"]  # newer ones hold ml-dtypes back
+# Newer ones hold others back: ml-dtypes, and what lm-eval draws its tables with.
+constraint-dependencies = ["torch=={torch_version()}", "tritonclient<2.70", "python-dateutil<3"]
 environments = ["sys_platform == 'linux'"]
 
 [[tool.uv.dependency-metadata]]

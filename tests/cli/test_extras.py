@@ -52,6 +52,7 @@ MISSING = {
     "dfssm eval perplexity model.pt --data a.txt": STUDENT,
     "dfssm eval perplexity b --data a.txt --reference teacher": STUDENT,
     "dfssm eval perplexity b --data more": lacks("pyarrow", install=f"'pyarrow>={LEAST['distill']['pyarrow']}'"),
+    "dfssm analyze b -o new": lacks("matplotlib", "torch", install="'dfssm[analysis,compile]'"),
     "dfssm serve b": lacks("fastapi", "uvicorn", "prometheus-client", install="'dfssm[serve]'"),
     "dfssm serve b --ray": lacks("fastapi", "uvicorn", "prometheus-client", "ray", install="'dfssm[serve,ray]'"),
     "dfssm eval tasks b --tasks piqa": lacks("lm-eval", install="'dfssm[eval]'"),

@@ -78,6 +78,8 @@ def test_a_patch_takes_the_place_of_the_last_residual(model):
         assert np.array_equal(swapped.states[layer], plain.states[layer, ::-1])
         assert not np.array_equal(swapped.logits, plain.logits)
     np.testing.assert_allclose(swapped.logits, plain.logits[::-1], rtol=0, atol=1e-5)  # after the last layer: all of it
+    head = model.hidden([[0], [0]], layers=(), patch={layer: plain.states[layer, ::-1]})
+    np.testing.assert_allclose(head.logits, swapped.logits, rtol=0, atol=1e-5)
     at_embedding = model.hidden([a, b], patch={0: plain.states[0, ::-1]})
     exchanged = model.hidden([[*a[:-1], b[-1]], [*b[:-1], a[-1]]])
     np.testing.assert_allclose(at_embedding.logits, exchanged.logits, rtol=0, atol=1e-5)
