@@ -151,7 +151,7 @@ def localisation(material: Material) -> Study:
         flips[who] = flip_layers(margins)
         arrays[who] = {"flip": flips[who], "pairs": len(swaps.base)}
         arrays[who] |= {"share": _mean(margins > 0), "probability": _mean(0.5 * (1 + np.tanh(margins / 2)))}
-        plot.curve(share, layers, arrays[who]["share"], who, label=f"{who}: {len(pairs)} of {len(swaps.base)}")
+        plot.curve(share, layers, arrays[who]["share"], who, label=f"{who}: {len(pairs)} of {len(swaps.base)} pairs")
         plot.curve(probability, layers, arrays[who]["probability"], who)
         if who == MODEL:
             rng = material.rng()

@@ -47,18 +47,20 @@ def steps(curve: Sequence[float] | np.ndarray, cuts: Sequence[int]) -> np.ndarra
 @dataclass(frozen=True)
 class Boundary:
     """A phase begins at `layer`; `low` to `high`: where 90 % of the bootstrapped curves have it. `step`: by how much
-    the mean changes. `chance`: the largest step of curves that mean nothing. `claimed`: it is larger than those.
+    the mean changes; `least`: by how much at least in 95 % of the bootstrapped curves. `chance`: the largest step of
+    curves that mean nothing. `claimed`: even the least is larger than those.
     """
 
     layer: int
     low: int
     high: int
     step: float
+    least: float
     chance: float
 
     @property
     def claimed(self) -> bool:
-        return abs(self.step) > self.chance
+        return self.least > self.chance
 
     def __str__(self) -> str:
         interval = f" (90 %: {self.low} to {self.high})" if self.low < self.high else ""
@@ -81,9 +83,11 @@ def find_phases(
 
     chance = max(float(np.quantile([largest(one) for one in shuffled], 0.95)), largest(random))
     found = []
+    stepped = np.array([steps(one, cuts) for one in bootstrapped])
     for i, (cut, step) in enumerate(zip(cuts, steps(curve, cuts), strict=True)):
         low, high = np.quantile(drawn[:, i], [0.05, 0.95], method="nearest")
-        found.append(Boundary(cut, int(low), int(high), float(step), chance))
+        least = float(np.quantile(np.sign(step) * stepped[:, i], 0.05))
+        found.append(Boundary(cut, int(low), int(high), float(step), least, chance))
     return found
 
 

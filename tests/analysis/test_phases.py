@@ -44,6 +44,16 @@ def test_what_chance_shows_is_not_claimed():
     assert not any(one.claimed for one in find_phases(PLANTED, PLANTED + noise, 100 * noise, 0 * random))
 
 
+def test_a_step_that_some_prompts_alone_make_is_not_claimed():
+    """In a tenth of the draws there is hardly a step: the least of 95 % is not larger than chance."""
+    flat = np.full(len(PLANTED), 0.1)
+    sure, unsure = (np.array([PLANTED] * (100 - n) + [flat] * n) for n in (2, 10))
+    none = np.zeros((10, len(PLANTED)))
+    first, second = find_phases(PLANTED, sure, none + 0.01 * (np.arange(len(PLANTED)) > 3), none[0])
+    assert first.claimed and second.claimed and first.least == pytest.approx(0.5) and first.chance > 0
+    assert not any(one.claimed for one in find_phases(PLANTED, unsure, none, none[0]))
+
+
 def test_an_interval_is_as_wide_as_the_bootstrap_says():
     early, late = np.roll(PLANTED, -1), np.roll(PLANTED, 1)
     drawn = np.array([early] * 10 + [PLANTED] * 80 + [late] * 10)
