@@ -157,7 +157,7 @@ def _by_wording(means: list[tuple[float | None, float | None]], stages: list[int
     parts = []
     for name, values in zip(("of one wording", "of several wordings"), zip(*means, strict=True), strict=True):
         if values[0] is not None:
-            parts.append(f"of categories {name}: {', '.join(f'{value:.2f}' for value in values)}")
+            parts.append(f"of categories {name}: {', '.join(f'{round(value, 2) + 0.0:.2f}' for value in values)}")
     return f"after layers {', '.join(map(str, stages))} " + "; ".join(parts)
 
 

@@ -35,7 +35,8 @@ _SIZE = 3  # of a marker
 
 _STYLE: Any = {
     "font.size": 8, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.facecolor": "none", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK,
     "legend.frameon": False, "svg.fonttype": "none", "pdf.fonttype": 42, "figure.constrained_layout.use": True,
     "axes.titlesize": 8, "legend.fontsize": 7, "svg.hashsalt": "dfssm",
 }  # fmt: skip
