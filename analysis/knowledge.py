@@ -9,10 +9,10 @@ import numpy as np
 from . import plot
 from .geometry import dimension, shuffled_columns
 from .gram import one_hot
-from .lens import directions, hits, rank_trajectories, ranks
+from .lens import directions, hits, rank_trajectories
 from .material import MODEL, RANDOM, Material, Study
 from .phases import described, find_phases
-from .swaps import choose, flip_layers, known_pairs, swap
+from .swaps import choose, flip_layers, swap
 
 FIRST = 10
 """Tokens that the contrastive lens looks at."""
@@ -134,19 +134,11 @@ def localisation(material: Material) -> Study:
     Arrays: of each model `flip` i64[P] (the first layer at which the donor's answer is preferred, -1 for none), of the
     `pairs` those of which each prompt by itself prefers its own answer; the share of these that prefer the donor's
     [L+1] and its probability against the base's [L+1]. `shuffled`: that share where the answers are exchanged among the
-    prompts [draws,L+1]. `known` [draws]: how many pairs prefer "their own" where answers are exchanged among the prompts
-    of a wording before the best are chosen; `prompts`: those that are paired; `knowledge_layer`: the median of MODEL's
-    flips; `claimed`: more pairs are known than by chance.
+    prompts [draws,L+1], and `known`: how many pairs then prefer "their own" [draws]; `prompts`: those that are paired;
+    `knowledge_layer`: the median of MODEL's flips; `claimed`: more pairs are known than by chance.
     """
     prompts, layers = material.prompts, material.layers
-    logits = material.subjects[MODEL].logits(material.states[MODEL][-1])
-    templates, answers, rng = prompts.labels("template"), prompts.answer_ids, material.rng()
-    chosen = choose(templates, answers, ranks(logits, answers))
-    known = []
-    for _ in range(material.draws):
-        wrong = _exchanged(answers, templates, rng)
-        picked = choose(templates, wrong, ranks(logits, wrong))
-        known.append(known_pairs(logits[picked], wrong[picked]))
+    chosen = choose(prompts.labels("template"), prompts.answer_ids)
     right = np.arange(len(chosen))
     arrays: dict = {"prompts": [prompts.rows[i].prompt for i in chosen]}
     flips: dict[str, np.ndarray] = {}
@@ -161,9 +153,11 @@ def localisation(material: Material) -> Study:
         plot.curve(share, layers, arrays[who]["share"], who, label=f"{who}: {len(pairs)} of {len(swaps.base)} pairs")
         plot.curve(probability, layers, arrays[who]["probability"], who)
         if who == MODEL:
+            rng = material.rng()
             exchanged = [swaps.margins(_deranged(len(chosen), rng))[0] for _ in range(material.draws)]
             arrays["shuffled"] = np.array([_mean(one > 0) for one in exchanged])
-            if any(one.size for one in exchanged):
+            arrays["known"] = np.array([one.shape[1] for one in exchanged])
+            if arrays["known"].any():
                 plot.band(share, layers, arrays["shuffled"], "answers exchanged, 90 %")
     width = 0.8 / len(flips)
     for i, (who, found) in enumerate(flips.items()):
@@ -175,15 +169,15 @@ def localisation(material: Material) -> Study:
     plot.over_layers(where, layers, "pairs that flip first here")
     handles, names = share.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4)
-    high = float(np.quantile(known, 0.95))
+    high = float(np.quantile(arrays["known"], 0.95))
     chance = max(high, len(flips[RANDOM]))
-    arrays |= {"known": known, "knowledge_layer": knowledge_layer(flips[MODEL]), "claimed": len(flips[MODEL]) > chance}
+    arrays |= {"knowledge_layer": knowledge_layer(flips[MODEL]), "claimed": len(flips[MODEL]) > chance}
     says = _flipped(flips[MODEL], arrays[MODEL]["pairs"])
     if not arrays["claimed"]:
         says += " No knowledge layer is claimed: chance gives as many pairs."
     null = (
-        f"Random weights: {_flipped(flips[RANDOM], arrays[RANDOM]['pairs'])} Of answers exchanged among the prompts of "
-        f"a wording, chosen likewise, 95 % are preferred in at most {high:.0f} pairs."
+        f"Random weights: {_flipped(flips[RANDOM], arrays[RANDOM]['pairs'])} With the answers exchanged among the prompts "
+        f"at most {high:.0f} pairs (95 %) prefer their own."
     )
     return Study("swaps", "Causal localisation by swapped states", arrays, figure, says, null)
 
@@ -207,15 +201,6 @@ def _flipped(flips: np.ndarray, pairs: int) -> str:
     if not len(found):
         return f"{known}."
     return f"{known}, between layers {found.min()} and {found.max()}, half of them by layer {knowledge_layer(flips)}."
-
-
-def _exchanged(answers: np.ndarray, templates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The answers dealt anew to the prompts of each wording."""
-    found = answers.copy()
-    for template in np.unique(templates):
-        which = np.flatnonzero(templates == template)
-        found[which] = answers[rng.permutation(which)]
-    return found
 
 
 def _deranged(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ from planted import Table, prompts_of, subject
 from dfssm.analysis.gram import one_hot
 from dfssm.analysis.lens import directions, hits, rank_trajectories, ranks
 from dfssm.analysis.subject import Subject
-from dfssm.analysis.swaps import choose, flip_layers, known_pairs, swap
+from dfssm.analysis.swaps import choose, flip_layers, swap
 from dfssm.model.config import Mamba2Config
 from dfssm.model.teacher import Mamba2LM
 
@@ -50,18 +50,9 @@ def test_pairs_that_do_not_know_their_answers_are_not_counted():
     assert exchanged.shape == (2, 0)  # none says the answer of another
 
 
-def test_prompts_of_one_wording_with_different_answers_are_paired_best_first():
-    templates, answers = np.array([0, 1] * 4), np.array([7, 0, 7, 1, 7, 2, 5, 1])
-    order = np.array([1, 1, 2, 9, 3, 5, 4, 2])
-    assert choose(templates, answers, order).tolist() == [1, 7, 5]  # of three answers; the other wording has two
-    assert choose(templates, answers, order, 2).tolist() == [1, 7]  # both have two: these are known better
-
-
-def test_pairs_that_know_their_answers_are_counted_both_ways():
-    logits = np.zeros((3, 9))
-    logits[[0, 1, 2], [4, 5, 5]] = 1  # the third says the second's answer
-    assert known_pairs(logits, np.array([4, 5, 6])) == 2
-    assert known_pairs(logits, np.array([4, 5, 5])) == 4 and known_pairs(logits, np.array([6, 7, 8])) == 0
+def test_the_first_prompts_of_the_most_frequent_wording_with_different_answers_are_paired():
+    templates, answers = np.array([0, 1, 1, 0, 1, 1, 1]), np.array([1, 7, 0, 2, 7, 3, 4])
+    assert choose(templates, answers).tolist() == [1, 2, 5, 6] and choose(templates, answers, 2).tolist() == [1, 2]
 
 
 def test_a_planted_rank_trajectory():
