@@ -176,8 +176,8 @@ def localisation(material: Material) -> Study:
     if not arrays["claimed"]:
         says += " No knowledge layer is claimed: chance gives as many pairs."
     null = (
-        f"Random weights: {_flipped(flips[RANDOM], arrays[RANDOM]['pairs'])} With the answers exchanged among the prompts "
-        f"at most {high:.0f} pairs (95 %) prefer their own."
+        f"Random weights: {_flipped(flips[RANDOM], arrays[RANDOM]['pairs'])} With the answers exchanged among the "
+        f"prompts at most {high:.0f} pairs (95 %) prefer their own."
     )
     return Study("swaps", "Causal localisation by swapped states", arrays, figure, says, null)
 

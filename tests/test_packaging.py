@@ -66,7 +66,8 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[1] for name in names if name.startswith("dfssm/") and name.count("/") > 1}
     assert folders == PARTS
-    assert {"dfssm/libdfssm_ort_cpu.so", "dfssm/eval/tasks/piqa.yaml", "dfssm/serve/page.html"} <= set(names)
+    data = {"dfssm/eval/tasks/piqa.yaml", "dfssm/serve/page.html", "dfssm/analysis/atlas.csv"}
+    assert data | {"dfssm/libdfssm_ort_cpu.so"} <= set(names)
     assert not [name for name in names if "__pycache__" in name or "test" in name or "_native" in name]
     shipped = {name for name in names if name.endswith(".py")}
     tree = {f"dfssm/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
