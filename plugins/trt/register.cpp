@@ -42,7 +42,8 @@ class Registration {
 Registration registration;
 
 // What the Python side looks for in the file (targets/trt_plugins.py), which it need not load for that.
-[[gnu::used]] constexpr char kBuild[] = "dfssm_trt version=" DFSSM_TRT_VERSION " sm=" DFSSM_TRT_ARCHS " cuda=" DFSSM_TRT_CUDA;
+[[gnu::used]] constexpr char kBuild[] =
+    "dfssm_trt version=" DFSSM_TRT_VERSION " sm=" DFSSM_TRT_ARCHS " cuda=" DFSSM_TRT_CUDA;
 
 }  // namespace
 }  // namespace dfssm::trt
