@@ -92,7 +92,7 @@ def test_weights_whose_sums_overflow(teacher, tmp_path, invoke, rank):
 def test_a_version_that_is_no_number(tiny_model, tmp_path, invoke, version):
     torch.save(torch.load(tiny_model, weights_only=True) | {"version": version}, tmp_path / "model.pt")
     with pytest.raises(
-        DfssmError, match="model.pt: format version is .*, this dfssm reads 1; export the student again"
+        DfssmError, match="model.pt: format version is .*, this dfssm reads 1 to 2; export the student again"
     ):
         invoke("inspect", tmp_path / "model.pt")
 
