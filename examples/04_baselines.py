@@ -9,9 +9,10 @@
   columns, those that matter most, get one more plane, until it is as large as `calibrated P`.
 - `free P`, `calibrated P`: dfssm convert, P planes and rank R; `calibrated P/R`: of another rank.
 - `budget MB`: dfssm convert --budget MB.
+- `table N`, `table N/32`: the teacher with its token table alone, which is the head too, rounded as `rtn`.
 
-Activations are int8 in all of them, and the token table int8 a row. Bits are those of a projection's weight, scales and
-low rank included. `--plot FILE` draws the divergence over them.
+Activations are int8 in all but the last, and the token table int8 a row. Bits are those of a weight of the projections,
+in the last of the table, with scales and low rank. `--plot FILE` draws the divergence over them.
 """
 
 from __future__ import annotations
@@ -159,12 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
     parser.add_argument("--tokens", type=int, default=32768, help="of --data")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--rank", type=int, action="append", help="repeatable; the first is that of all P; default: 2")
-    parser.add_argument("--planes", type=int, action="append", help="repeatable; default: 1, 2 and 4")
-    parser.add_argument("--budget", type=float, action="append", default=[], metavar="MB", help="repeatable")
+    parser.add_argument("--rank", type=int, nargs="+", default=[2], help="the first is that of all P; default: 2")
+    parser.add_argument("--planes", type=int, nargs="*", default=[1, 2, 4], metavar="P", help="default: 1 2 4")
+    parser.add_argument("--budget", type=float, nargs="*", default=[], metavar="MB")
+    parser.add_argument("--table", type=int, nargs="*", default=[], metavar="BITS")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG to write")
     given = parser.parse_args(arguments)
-    rank, *other_ranks = given.rank or [2]
+    rank, *other_ranks = given.rank
 
     teacher = load_teacher(given.teacher).eval().requires_grad_(False)
     tokenizer, ends = open_tokenizer(given.teacher / "tokenizer.json", teacher.config)
@@ -198,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = by_layer(teacher, windows, noted)
         report(name, sum(spent.values()), model)
 
-    for planes in given.planes or [1, 2, 4]:
+    for planes in given.planes:
         report_student(f"free {planes}", *convert(teacher, rank, planes))
         config, tensors, _ = calibrate(teacher, windows, rank, planes)
         report_student(f"calibrated {planes}", config, tensors)
@@ -225,6 +227,11 @@ def main(arguments: list[str] | None = None) -> None:
     for budget in given.budget:
         config = spend(teacher.config, budget * 1e6, found)
         report_student(f"budget {budget:g}", *calibrate(teacher, windows, config.rank, config.planes))
+    for bits in given.table:
+        for group in (0, 64, 32):
+            model = copy.deepcopy(teacher)
+            model.head.weight.data, spent = round_to_nearest(teacher.head.weight, bits, group)
+            report(f"table {bits}" + (f"/{group}" if group else ""), spent, model)
     if given.plot:
         plot(rows, weights, given.plot)
 
@@ -240,6 +247,8 @@ def plot(rows: list[dict], weights: int, file: Path) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         kind, of = row["name"].split()
+        if kind == "table":
+            continue
         _, slash, more = of.partition("/")
         name = f"{kind}, {'groups of' if kind == 'rtn' else 'rank'} {more}" if slash else kind
         lines.setdefault(name, []).append((row["bits"], row["kl"]))

@@ -81,14 +81,17 @@ def test_every_rounding_is_measured(example, tmp_path, capsys):
         words = np.random.default_rng(seed).choice("hello world or he will not say the word".split(), 500)
         (tmp_path / f"{name}.txt").write_text(" ".join(words))
     texts = ("--data", tmp_path / "text.txt", "--held-out", tmp_path / "held.txt")
-    sizes = ("--tokens", 512, "--window", 32, "--rank", 1, "--rank", 3, "--planes", 1, "--planes", 4)
-    more = ("--budget", 0.04, "--plot", tmp_path / "plot.svg")
+    sizes = ("--tokens", 512, "--window", 32, "--rank", 1, 3, "--planes", 1, 4)
+    more = ("--budget", 0.04, "--table", 4, "--plot", tmp_path / "plot.svg")
     example.main([str(argument) for argument in (tmp_path / "t", *texts, *sizes, *more)])
     rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     first = ["free 1", "calibrated 1", "calibrated 1/3", "arb 1"]
-    assert list(rows) == [*first, *(name.replace("1", "4", 1) for name in first), "rtn 4", "rtn 4/64", "budget 0.04"]
+    last = ["budget 0.04", "table 4", "table 4/64", "table 4/32"]
+    assert list(rows) == [*first, *(name.replace("1", "4", 1) for name in first), "rtn 4", "rtn 4/64", *last]
     assert all(row["kl"] > 0 and np.isfinite(row["ratio"]) for row in rows.values())
     assert rows["rtn 4"]["kl"] < rows["arb 1"]["kl"] and rows["calibrated 4"]["kl"] < rows["calibrated 1"]["kl"]
+    assert [rows[name]["bits"] for name in last[1:]] == [4.5, 4.5, 5.0]  # rows of 64
+    assert rows["table 4/32"]["kl"] != rows["table 4"]["kl"] == rows["table 4/64"]["kl"]
     for planes in (1, 4):
         assert planes < rows[f"arb {planes}"]["bits"] <= rows[f"calibrated {planes}"]["bits"]
     drawn = (tmp_path / "plot.svg").read_text()
