@@ -249,7 +249,7 @@ def test_bad_models(model, command, tmp_path):
     fails(compile(whole[: len(whole) // 2]), "bad.pt")
     fails(compile(b"\xff" * 1000, ".safetensors"), "bad.safetensors")
     fails(compile(**good | {"format": "other"}), "bad.pt")
-    fails(compile(**good | {"version": 2}), "version")
+    fails(compile(**good | {"version": 3}), "version")
     fails(compile(**good | {"config": good["config"] | {"rank": 5}}), "layers.0.in_proj.down")
     tensors = dict(good["tensors"])
     del tensors["layers.1.out_proj.up"]

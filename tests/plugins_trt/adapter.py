@@ -71,7 +71,7 @@ def _library(name: str, sources: list[Path], *link: str, version: str = "0" * 16
         fcntl.flock(lock, fcntl.LOCK_EX)
         _run(sys.executable, emulated.ROOT / "opset/header.py", GENERATED / "dfssm_opset.h")
         flags = [*"-std=c++17 -O1 -fPIC -Wall -Wextra -fvisibility=hidden -DDFSSM_EMULATION".split()]
-        flags += [f'-DDFSSM_TRT_VERSION="{version}"', '-DDFSSM_TRT_ARCHS="86,89"']
+        flags += [f'-DDFSSM_TRT_VERSION="{version}"', '-DDFSSM_TRT_ARCHS="86,89"', '-DDFSSM_TRT_CUDA="13.0"']
         flags += [f"-I{folder}" for folder in (emulated.PLUGINS, GENERATED, HOST.parent)]
         flags += [f"-isystem{emulated.EMULATION}"]
         flags += [f"-isystem{folder}" for folder in headers().values()]
