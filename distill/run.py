@@ -177,14 +177,15 @@ def prepare(opened: Opened) -> Prepared:
 
     sinks = open_sinks(job.output, job.tensorboard, job.wandb) if ranks.first else []
     teacher = opened.teacher.to(ranks.device)
-    if opened.resume and not job.recipe.budget:  # which chooses the shape
-        student = blank(teacher, job.recipe, ranks, job.init_from)
+    saved = _saved(job, ranks) if opened.resume else {}
+    if saved:
+        student = blank(teacher, job.recipe, ranks, **saved["shape"])
     else:
         student = begin(teacher, job.recipe, source, schedule.seed, ranks, job.init_from)
     # Of the teacher's weights only the vectors are looked at.
     vectors = b"".join(p.numpy(force=True).tobytes() for p in teacher.parameters() if p.ndim == 1)
     windows = cut_windows(held_out, schedule.tokens, job.held_out_tokens)
-    measured = _measured(windows, teacher, hashlib.sha256(vectors + windows.tobytes()).hexdigest(), job, ranks)
+    measured = _measured(windows, teacher, hashlib.sha256(vectors + windows.tobytes()).hexdigest(), job, ranks, saved)
 
     # What must be the same for a run to be resumed.
     identity = dataclasses.asdict(job.recipe) | {
@@ -208,16 +209,21 @@ def prepare(opened: Opened) -> Prepared:
     return Prepared(*start, source, student, by, bf16, measured, signs, identity, sinks)
 
 
-def _measured(windows: np.ndarray, teacher: Mamba2LM, of: str, job: Job, ranks: Ranks) -> Measured:
-    """What teacher and data-free conversion are worth on `windows`, or what the newest checkpoint has of that. `of`: a
-    hash of both.
+def _saved(job: Job, ranks: Ranks) -> dict:
+    """What the newest checkpoint has besides parameters and moments."""
+    checkpoints = Checkpoints(job.output / "checkpoints", ranks)
+    found: dict = json.loads(checkpoints.own(checkpoints.steps()[-1]))
+    return found
+
+
+def _measured(windows: np.ndarray, teacher: Mamba2LM, of: str, job: Job, ranks: Ranks, saved: dict) -> Measured:
+    """What teacher and data-free conversion are worth on `windows`, or what `saved`, a checkpoint's, has of that. `of`:
+    a hash of both.
     """
     measured = Measured(windows, ranks, None if job.top_k else teacher)  # which would stay in memory
     measured.of = f"{of}, rank {job.recipe.rank}, planes {job.recipe.planes}, top_k {job.top_k}"
-    checkpoints = Checkpoints(job.output / "checkpoints", ranks)
-    for step in checkpoints.steps()[-1:]:
-        if measured.take(json.loads(checkpoints.own(step)).get("measured", {})):
-            return measured
+    if measured.take(saved.get("measured", {})):
+        return measured
     measured.add("teacher", teacher)
     measured.add("data_free", data_free(teacher, job.recipe))
     return measured
@@ -254,7 +260,10 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         bf16=prepared.bf16,
         sinks=prepared.sinks,
         identity=prepared.identity,
-        kept={"measured": measured.state()},
+        kept={
+            "measured": measured.state(),
+            "shape": {name: getattr(prepared.student.config, name) for name in ("rank", "planes")},
+        },
     )
     if prepared.resume:
         trainer.resume()

@@ -63,10 +63,11 @@ def begin(
     return student
 
 
-def blank(teacher: Mamba2LM, recipe: Recipe, ranks: Ranks, start: Path | None = None) -> DFSSMLM:
-    """A student whose parameters a checkpoint will give; `start` as of `begin`."""
-    shape = load_student_tensors(start)[0] if start else recipe
-    student = DFSSMLM(DFSSMConfig.from_teacher(teacher.config, shape.rank, shape.planes)).to(ranks.device)
+def blank(
+    teacher: Mamba2LM, recipe: Recipe, ranks: Ranks, rank: int | tuple[int, ...], planes: int | tuple[int, ...]
+) -> DFSSMLM:
+    """A student whose parameters a checkpoint will give."""
+    student = DFSSMLM(DFSSMConfig.from_teacher(teacher.config, rank, planes)).to(ranks.device)
     train_as(student, recipe)
     return student
 

@@ -25,6 +25,7 @@ from dfssm.model.checkpoint import load_student_tensors, save_student
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher
+from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import dequantized
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.opset import DfssmError
@@ -282,8 +283,18 @@ class TestRecipes:
         with pytest.raises(DfssmError, match=r"model.pt: d_state is 16, the teacher's is 8; give a student of"):
             distill(tmp_path / "out", init_from=tmp_path / "model.pt")
 
-    def test_resumed_nothing_is_measured_or_begun_again(self, distill, tmp_path, monkeypatch):
-        options = {"init": "calibrated", "init_tokens": 1000, "held_out": 0.1}
+    def test_resumed_a_budget_buys_the_same(self, distill, tmp_path):
+        options = {"init": "calibrated", "init_tokens": 1000, "budget": 0.026, "steps": 4, "save_every": 2}
+        whole = distill(tmp_path, **options)
+        (tmp_path / "model.pt").unlink()
+        shutil.rmtree(tmp_path / "checkpoints" / "step-000004")
+        assert distill(tmp_path, resume=True, **options)["sha256"] == whole["sha256"]
+        config = load_student(tmp_path / "model.pt").config
+        assert not config.alike and sum(model_bytes(config.to_dict()).values()) <= 26_000
+
+    @pytest.mark.parametrize("more", [{}, {"budget": 0.026}], ids=lambda more: next(iter(more), "rank"))
+    def test_resumed_nothing_is_measured_or_begun_again(self, distill, tmp_path, monkeypatch, more):
+        options = {"init": "calibrated", "init_tokens": 1000, "held_out": 0.1} | more
         whole = distill(tmp_path, **options)
         shutil.rmtree(tmp_path / "checkpoints" / "step-000004")
 

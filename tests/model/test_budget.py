@@ -6,28 +6,14 @@ import torch
 
 from dfssm.model import budget as module
 from dfssm.model.budget import Choices, allocate, choose, errors, measure
-from dfssm.model.config import DFSSMConfig, Mamba2Config, Scaffold
+from dfssm.model.config import DFSSMConfig, Scaffold
 from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset import DfssmError
 
-CONFIG = Mamba2Config(vocab_size=64, d_model=64, n_layer=2, d_state=8, headdim=16)
 PATHS = [f"layers.{i}.{name}" for i in (0, 1) for name in ("in_proj", "out_proj")]
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    torch.manual_seed(0)
-    model = Mamba2LM(CONFIG).eval().requires_grad_(False)
-    model.embedding.weight.mul_(20)  # logits far from uniform
-    return model
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return torch.randint(64, (24, 40), generator=torch.Generator().manual_seed(1))
 
 
 def size(config):
@@ -84,8 +70,8 @@ def test_the_divergence_is_that_of_the_teacher_with_one_projection_rounded(teach
         assert choices.cost[Scaffold(0, 1)] == pytest.approx(choices.kl)
 
 
-def test_more_bytes_buy_a_nearer_student_and_no_more_are_spent(teacher, windows, monkeypatch):
-    least, most = (size(DFSSMConfig.from_teacher(CONFIG, *kind)) for kind in ((0, 1), (32, 4)))
+def test_more_bytes_buy_a_nearer_student_and_no_more_are_spent(teacher, windows, monkeypatch, config):
+    least, most = (size(DFSSMConfig.from_teacher(config, *kind)) for kind in ((0, 1), (32, 4)))
     before, progress = {name: value.clone() for name, value in teacher.state_dict().items()}, []
     found = measure(teacher, windows, lambda done, of: progress.append((done, of)))
     assert progress == [(0, 2), (1, 2), (2, 2)] and list(found) == PATHS
@@ -98,23 +84,23 @@ def test_more_bytes_buy_a_nearer_student_and_no_more_are_spent(teacher, windows,
         assert size(config) <= budget
         costs.append(sum(found[path].cost[config.scaffold(path)] for path in PATHS))
     assert costs == sorted(costs, reverse=True) and costs[-1] < 0.05 * costs[0]
-    assert choose(teacher, windows, least)[0] == DFSSMConfig.from_teacher(CONFIG, 0, 1)
-    assert choose(teacher, windows, 2 * most)[0] == DFSSMConfig.from_teacher(CONFIG, 32, 4)
+    assert choose(teacher, windows, least)[0] == DFSSMConfig.from_teacher(config, 0, 1)
+    assert choose(teacher, windows, 2 * most)[0] == DFSSMConfig.from_teacher(config, 32, 4)
     with pytest.raises(DfssmError, match=r"the budget is 0.01 MB, but the smallest .* has 0.\d+ MB of weights: give"):
         choose(teacher, windows, 10_000)
 
 
-def test_an_fp16_teacher(teacher, windows):
+def test_an_fp16_teacher(teacher, windows, config):
     halves = {name: value.half() for name, value in teacher.state_dict().items()}
-    narrow, wide = Mamba2LM(CONFIG).eval().requires_grad_(False), Mamba2LM(CONFIG).eval().requires_grad_(False)
+    narrow, wide = Mamba2LM(config).eval().requires_grad_(False), Mamba2LM(config).eval().requires_grad_(False)
     narrow.load_state_dict(halves, assign=True)
     wide.load_state_dict({name: value.float() for name, value in halves.items()})
     assert choose(narrow, windows, 60_000)[1] == choose(wide, windows, 60_000)[1]
 
 
-def test_numbers_that_are_not_finite_are_named(windows):
+def test_numbers_that_are_not_finite_are_named(windows, config):
     torch.manual_seed(0)
-    model = Mamba2LM(CONFIG).requires_grad_(False)
+    model = Mamba2LM(config).requires_grad_(False)
     model.layers[1].in_proj.weight.fill_(3e38)
     with pytest.raises(DfssmError, match="its numbers in layers.1.in_proj are not finite on this text: copy or train"):
         choose(model, windows, 60_000)

@@ -6,28 +6,12 @@ import torch
 from dfssm.model import calibrate as module
 from dfssm.model.calibrate import Moments, calibrate
 from dfssm.model.checkpoint import check_tensors
-from dfssm.model.config import Mamba2Config
 from dfssm.model.convert import convert
 from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.student import PackedBinaryLinear, from_tensors
 from dfssm.model.teacher import Mamba2LM
 from dfssm.opset import DfssmError
-
-CONFIG = Mamba2Config(vocab_size=64, d_model=64, n_layer=2, d_state=8, headdim=16)
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    torch.manual_seed(0)
-    model = Mamba2LM(CONFIG).eval().requires_grad_(False)
-    model.embedding.weight.mul_(20)  # logits far from uniform
-    return model
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return torch.randint(64, (24, 40), generator=torch.Generator().manual_seed(1))
 
 
 def divergence(teacher, student, ids):
@@ -73,13 +57,13 @@ def test_the_same_every_time(teacher, windows):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_teacher_stays_as_it_was_and_may_be_fp16(teacher, windows):
+def test_the_teacher_stays_as_it_was_and_may_be_fp16(teacher, windows, config):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     calibrate(teacher, windows, 2)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    narrow = Mamba2LM(CONFIG).eval().requires_grad_(False)
+    narrow = Mamba2LM(config).eval().requires_grad_(False)
     narrow.load_state_dict({name: value.half() for name, value in before.items()}, assign=True)
-    wide = Mamba2LM(CONFIG).eval().requires_grad_(False)
+    wide = Mamba2LM(config).eval().requires_grad_(False)
     wide.load_state_dict({name: value.half().float() for name, value in before.items()})
     a, b = (calibrate(model, windows, 2)[1] for model in (narrow, wide))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -98,16 +82,16 @@ def test_progress_counts_the_layers(teacher, windows):
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_a_text_that_makes_a_student_worse_is_refused(teacher, windows):
-    least = 4 * CONFIG.d_inner
+def test_a_text_that_makes_a_student_worse_is_refused(teacher, windows, config):
+    least = 4 * config.d_inner
     with pytest.raises(DfssmError, match=f"has {least - 1} tokens, too few .* at least {least}, or convert without"):
         calibrate(teacher, windows.flatten()[None, : least - 1], 2)
     calibrate(teacher, windows.flatten()[None, :least], 2)
 
 
-def test_numbers_that_are_not_finite_are_named(windows):
+def test_numbers_that_are_not_finite_are_named(windows, config):
     torch.manual_seed(0)
-    model = Mamba2LM(CONFIG)
+    model = Mamba2LM(config)
     with torch.no_grad():
         model.layers[1].out_proj.weight.fill_(3e38)
     with pytest.raises(DfssmError, match="its numbers in layers.1.out_proj are not finite on this text: copy or train"):
