@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from bigrams import IDS, TOKENS, Bigrams, rates
 
 from dfssm.distill import run
+from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.recipe import RECIPES, Recipe
 from dfssm.distill.run import Job
-from dfssm.distill.trainer import Schedule
+from dfssm.distill.trainer import Schedule, Trainer
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
@@ -178,3 +180,21 @@ def start():
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """trainer(...) -> a Trainer of Bigrams; options are those of Schedule and Trainer."""
+
+    def trainer(folder="run", **options):
+        schedule = {"steps": 12, "batch": 8, "micro_batch": 8, "tokens": TOKENS, "log_every": 3, "save_every": 4}
+        schedule |= {name: options.pop(name) for name in Schedule.__dataclass_fields__ if name in options}
+        model = options.pop("model", None) or Bigrams()
+        groups = {"matrix": [model.head.weight], "bias": [model.head.bias]}
+        options = {"source": Windows(IDS, TOKENS, seed=0), "rates": rates} | options
+        return Trainer(
+            model=model, groups=groups, schedule=Schedule(**schedule), ranks=ALONE, folder=tmp_path / folder, **options
+        )
+
+    (tmp_path / "run").mkdir()
+    return trainer
