@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dfssm.opset.files import write_file
+from dfssm.opset.page import document, table
 
 from . import plot
 from .material import Study
@@ -19,22 +20,9 @@ from .material import Study
 FORMS = ("svg", "pdf", "png")
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1d2127; --soft: #626a75; --line: #e3e4e0; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171b; --card: #1c2025; --ink: #e7e9ec; --soft: #9aa3ae; --line: #30363d; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 60rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { margin: 2rem 0 .5rem; font-size: 1.1rem; }
-p { margin: .3rem 0; }
-.soft { color: var(--soft); }
-figure { margin: .6rem 0; padding: .7rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; }
-svg { display: block; width: 100%; height: auto; color: var(--soft); }
-table { border-collapse: collapse; font-size: .85rem; }
-th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
-.wide { overflow-x: auto; }
+figure { margin: .6rem 0; padding: .7rem; }
+svg { color: var(--soft); }
+table { font-size: .85rem; }
 """
 
 
@@ -82,17 +70,12 @@ def page(result: Mapping[str, Any], studies: Sequence[Study], pictures: Sequence
         f"Beside each curve stand its nulls: labels shuffled {result['draws']} times, and a model of the same shape "
         "with random weights. A phase is claimed where its step is larger than those of both."
     )
-    sections = map(_section, studies, pictures)
-    title = escape(f"{result['model']}: knowledge study")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(str(result['model']))}</h1>\n"
-        f'<p class="soft">{escape(result["kind"] + beside)}</p>\n<p>{escape(head)}</p>\n'
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    body = [
+        f"<h1>{escape(str(result['model']))}</h1>",
+        f'<p class="soft">{escape(result["kind"] + beside)}</p>\n<p>{escape(head)}</p>',
+        *map(_section, studies, pictures),
+    ]
+    return document(f"{result['model']}: knowledge study", body, _STYLE)
 
 
 def _section(study: Study, picture: str) -> str:
@@ -107,13 +90,6 @@ def _section(study: Study, picture: str) -> str:
 def _tokens(tokens: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
     """The contrastive lens in words."""
     stages = list(next(iter(tokens.values())))
-    head = "".join(f"<th>layer {stage}</th>" for stage in stages)
-    rows = []
-    for name, found in tokens.items():
-        cells = "".join(f"<td>{escape(' · '.join(map(repr, words)))}</td>" for words in found.values())
-        rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
-    body = "\n".join(rows)
-    return (
-        "<details><summary>First tokens of each category</summary>\n"
-        f'<div class="wide"><table>\n<tr><th></th>{head}</tr>\n{body}\n</table></div></details>\n'
-    )
+    rows = [[name, *(" · ".join(map(repr, words)) for words in found.values())] for name, found in tokens.items()]
+    made = table(["", *(f"layer {stage}" for stage in stages)], rows, numbers=False)
+    return f"<details><summary>First tokens of each category</summary>\n{made}</details>\n"

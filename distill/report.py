@@ -9,10 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dfssm.opset import chart
+from dfssm.opset.chart import Axis, Chart, Point, Series, figure, label
 from dfssm.opset.files import write_file
 from dfssm.opset.numbers import duration
-
-from .chart import Chart, Point, Series, label, svg
+from dfssm.opset.page import document, table, tiles
 
 FORMS = {
     "teacher": "teacher",
@@ -24,47 +25,8 @@ FORMS = {
 }
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1d2127; --soft: #626a75; --line: #e3e4e0;
-  --s1: #1f6fb5; --s2: #b8521b; --s3: #4d7c2a; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171b; --card: #1c2025; --ink: #e7e9ec; --soft: #9aa3ae; --line: #30363d;
-    --s1: #6fb1f0; --s2: #f0a06a; --s3: #9ccc70; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 66rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { margin: 2rem 0 .7rem; font-size: 1.1rem; }
-p { margin: .3rem 0; }
-.soft, figcaption span, th { color: var(--soft); font-weight: normal; }
-.tiles, .charts { display: grid; gap: .8rem; margin-top: 1.2rem; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
 section.charts { margin-top: 2rem; }
-.charts { margin-top: 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.tile, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-.tile { padding: .6rem .9rem; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-figure { margin: 0; padding: .7rem .7rem .3rem; }
-figcaption { font-weight: 600; }
-figcaption i { display: inline-block; width: 1.1em; height: 3px; margin: 0 .3em .25em .8em; border-radius: 2px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .middle { text-anchor: middle; }
-svg .end { text-anchor: end; }
-svg path { fill: none; }
-.grid { stroke: var(--line); }
-.line { stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
-.faint { stroke-width: 1; opacity: .35; }
-.reference { stroke: var(--soft); stroke-dasharray: 5 4; }
-.s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
-.line { stroke: currentColor; } .dot { fill: currentColor; } i { background: currentColor; }
-.line.s2 { stroke-dasharray: 7 5; } .line.s3 { stroke-dasharray: 1 5; } .line.faint { stroke-dasharray: none; }
-@media (max-width: 30rem) { svg text { font-size: 14px; } .tile b { font-size: 1.15rem; } }
-.table { overflow-x: auto; max-width: 44rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tr:last-child > * { border-bottom: 0; }
-.number { text-align: right; white-space: nowrap; }
-summary { cursor: pointer; margin: 1rem 0 .6rem; }
+.table { max-width: 44rem; }
 """
 
 
@@ -94,13 +56,7 @@ def page(name: str, log: Sequence[dict[str, Any]], result: dict[str, Any]) -> st
         "</div>",
         _evaluations(log, teacher),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)}: distillation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, body))
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"{name}: distillation", body, chart.STYLE + _STYLE)
 
 
 def series(log: Sequence[dict[str, Any]], key: str) -> list[Point]:
@@ -135,37 +91,26 @@ def _charts(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
         Chart("Gradient norm", "before clipping",
               norms or [Series("norm", series(log, "grad_norm"), noisy=True)], log=True),
     ]  # fmt: skip
-    tokens = log[-1]["tokens"]
-    full = [chart for chart in charts if any(one.points for one in chart.series)]
-    figures = [_figure(chart, f"chart{i}", tokens) for i, chart in enumerate(full)]
+    tokens = Axis.until(max(log[-1]["tokens"], 1.0))
+    full = [one for one in charts if any(each.points for each in one.series)]
+    figures = [figure(one, f"chart{i}", tokens) for i, one in enumerate(full)]
     return f'<section class="charts" aria-label="Curves">{"".join(figures)}</section>'
 
 
-def _figure(chart: Chart, key: str, tokens: float) -> str:
-    legend = ""
-    if len(chart.series) > 1:
-        legend = "".join(f'<i class="s{i}"></i>{escape(one.name)}' for i, one in enumerate(chart.series, 1))
-    caption = f"{escape(chart.title)} <span>{escape(chart.unit)}{legend}</span>"
-    return f"<figure><figcaption>{caption}</figcaption>{svg(chart, key, tokens)}</figure>"
-
-
 def _tiles(result: dict[str, Any], teacher: float | None) -> str:
-    tiles = {}
+    found = {}
     if "student" in result["kl"]:
-        tiles["KL from teacher, nats per token"] = f"{result['kl']['student']:.4f}"
-        tiles["same top token as the teacher"] = f"{100 * result['same_top']['student']:.1f} %"
-    tiles |= {
+        found["KL from teacher, nats per token"] = f"{result['kl']['student']:.4f}"
+        found["same top token as the teacher"] = f"{100 * result['same_top']['student']:.1f} %"
+    found |= {
         "training tokens": label(result["tokens"]),
         "training time": duration(result["seconds"]),
         "tokens/s": label(result["tokens"] / result["seconds"]),
     }
     if teacher:
         student = result["perplexity"]["student"]
-        tiles |= {"held-out perplexity": f"{student:.2f}", "relative to the teacher": f"{student / teacher:.3f} ×"}
-    cells = "".join(
-        f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for name, value in tiles.items()
-    )
-    return f'<div class="tiles">{cells}</div>'
+        found |= {"held-out perplexity": f"{student:.2f}", "relative to the teacher": f"{student / teacher:.3f} ×"}
+    return tiles(found)
 
 
 def _perplexity_table(result: dict[str, Any], teacher: float | None) -> str:
@@ -182,12 +127,12 @@ def _perplexity_table(result: dict[str, Any], teacher: float | None) -> str:
         for form, value in result["perplexity"].items()
     ]
     head = ("model", "perplexity", "/ teacher's", *(["KL from teacher, nats per token"] if kl else []))
-    return f"<h2>Perplexity on {label(result['held_out_tokens'])} held-out tokens</h2>" + _table(head, rows)
+    return f"<h2>Perplexity on {label(result['held_out_tokens'])} held-out tokens</h2>" + table(head, rows)
 
 
 def _options(title: str, options: dict[str, Any]) -> str:
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
-    return f"<section><h2>{title}</h2>{_table(('option', 'value'), rows, numbers=False)}</section>"
+    return f"<section><h2>{title}</h2>{table(('option', 'value'), rows, numbers=False)}</section>"
 
 
 def _evaluations(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
@@ -197,15 +142,5 @@ def _evaluations(log: Sequence[dict[str, Any]], teacher: float | None) -> str:
     ]
     if not rows:
         return ""
-    table = _table(("tokens", "perplexity", "/ teacher's"), rows)
-    return f"<details><summary>All evaluations</summary>{table}</details>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """Text cells, escaped here; all columns but the first are flush right if they hold `numbers`."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        kinds = [' class="number"' if numbers and i else "" for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
-
-    return f'<div class="table"><table>{row("th", head)}{"".join(row("td", cells) for cells in rows)}</table></div>'
+    found = table(("tokens", "perplexity", "/ teacher's"), rows)
+    return f"<details><summary>All evaluations</summary>{found}</details>"

@@ -1,43 +1,14 @@
-"""The report page: its charts against cases worked by hand, and what it shows of a run."""
+"""The report page: what it shows of a run."""
 
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 
-from dfssm.distill import chart, report
-from dfssm.distill.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Series
+from dfssm.distill import report
 from dfssm.opset import DfssmError
-
-
-class Page(HTMLParser):
-    """A page that is well formed: every element closed in order. Keeps tags with attributes, and the text."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def of(self, tag: str, kind: str = "") -> list[dict]:
-        return [attrs for name, attrs in self.tags if name == tag and kind in ["", *attrs.get("class", "").split()]]
 
 
 def line(step: int, **values) -> dict:
@@ -75,116 +46,6 @@ def written(tmp_path):
         return Page(path.read_text(encoding="utf-8"))
 
     return write
-
-
-class TestNumbers:
-    @pytest.mark.parametrize(
-        "value, text",
-        [
-            *[
-                (0, "0"),
-                (0.25, "0.25"),
-                (3e-4, "3e-4"),
-                (1.5e-3, "1.5e-3"),
-                (0.01, "0.01"),
-                (-2.5, "-2.5"),
-                (27191, "27.2k"),
-            ],
-            *[(999.4, "999"), (999.7, "1k"), (12500, "12.5k"), (32e6, "32M"), (3e11, "300G"), (2e15, "2000T")],
-        ],
-    )
-    def test_label(self, value, text):
-        assert chart.label(value) == text
-
-    @pytest.mark.parametrize(
-        "seconds, text",
-        [
-            (0, "0 s"),
-            (42.4, "42 s"),
-            (59.6, "1 min 0 s"),
-            (303, "5 min 3 s"),
-            (3600, "1 h 0 min"),
-            (22350, "6 h 12 min"),
-        ],
-    )
-    def test_duration(self, seconds, text):
-        assert report.duration(seconds) == text
-
-
-class TestTicks:
-    @pytest.mark.parametrize(
-        "low, high, expected",
-        [
-            (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-            (0, 10, [0, 2, 4, 6, 8, 10]),
-            (52.2, 132.2, [40, 60, 80, 100, 120, 140]),
-            (0.31, 0.34, [0.31, 0.32, 0.33, 0.34]),
-            (-3, 4, [-4, -2, 0, 2, 4]),
-            (0, 3.2e7, [0, 1e7, 2e7, 3e7, 4e7]),
-            (1e-4, 9e-4, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]),
-        ],
-    )
-    def test_round_and_around_the_values(self, low, high, expected):
-        assert chart.ticks(low, high) == expected
-
-    @pytest.mark.parametrize("value", [0.0, 1.0, -7.5, 3e38, 1e-30])
-    def test_one_value_lies_within(self, value):
-        found = chart.ticks(value, value * (1 + 1e-15))
-        assert found[0] < value < found[-1] and found == sorted(set(found))
-
-    @pytest.mark.parametrize(
-        "low, high, expected",
-        [
-            *[(1, 1000, [1, 10, 100, 1000]), (0.02, 3, [0.01, 0.1, 1, 10]), (5, 5, [1, 10])],
-            (1e-9, 1e9, [1e-9, 1e-6, 1e-3, 1, 1e3, 1e6, 1e9]),
-        ],
-    )
-    def test_powers_of_ten(self, low, high, expected):
-        assert chart.log_ticks(low, high) == pytest.approx(expected)
-
-    def test_positions(self):
-        assert [Axis.over([0, 10]).position(v) for v in (0, 2.5, 10)] == [0, 0.25, 1]
-        axis = Axis.over([1, 60, 100], log=True)
-        assert axis.log and [axis.position(v) for v in (1, 10, 100)] == pytest.approx([0, 0.5, 1])
-        assert not Axis.over([1, 20], log=True).log and not Axis.over([0, 100], log=True).log
-        assert Axis.until(7.0).position(3.5) == 0.5 and Axis.until(7.0).ticks == [0, 2, 4, 6]
-        assert Axis.over([]).ticks[0] == 0 and Axis.over([]).ticks[-1] == 1
-
-
-class TestLines:
-    AXES = Axis.over([0, 10]), Axis.over([0, 1])
-
-    def test_a_path(self):
-        middle = f"{(LEFT + RIGHT) / 2:.1f} {(TOP + BOTTOM) / 2:.1f}"
-        assert chart.path([(0, 0.0), (5, 0.5), (10, 1.0)], *self.AXES) == (
-            f"M{LEFT:.1f} {BOTTOM:.1f}h0L{middle}L{RIGHT:.1f} {TOP:.1f}"
-        )
-        assert chart.path([], *self.AXES) == ""
-
-    def test_smooth_is_the_weighted_mean_of_all(self):
-        points = [(0.0, 1.0), (3.0, 5.0), (4.0, 2.0)]
-        for (x, _), (at, found) in zip(points, chart.smooth(points, 2.0), strict=True):
-            weights = [math.exp(-abs(x - other) / 2.0) for other, _ in points]
-            expected = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / sum(weights)
-            assert at == x and found == pytest.approx(expected)
-        assert chart.smooth([], 1.0) == []
-
-    def test_thin_keeps_extremes_and_order(self):
-        points = [(float(i), math.sin(i)) for i in range(10_000)]
-        points[4321] = (4321.0, 99.0)
-        found = chart.thin(points, 100)
-        assert len(found) <= 101 and found == sorted(found, key=lambda p: p[0]) and set(found) <= set(points)
-        assert (4321.0, 99.0) in found and min(y for _, y in found) == min(y for _, y in points)
-        assert chart.thin(points[:100], 100) == points[:100]
-
-    def test_words_for_those_who_do_not_see_it(self):
-        drawn = Chart("Loss", "nats", [Series("loss", [(0, 2.5), (2e6, 0.5)])], ("teacher", 0.25))
-        assert chart.describe(drawn) == "loss: 2.5 at 0 tokens, 0.5 at 2M tokens. teacher: 0.25."
-        page = Page(chart.svg(drawn, "a", 2e6))
-        (svg,) = page.of("svg")
-        assert svg["role"] == "img" and svg["aria-labelledby"] == "a-title a-desc"
-        assert page.of("title") == [{"id": "a-title"}] and page.of("desc") == [{"id": "a-desc"}]
-        assert len(page.of("path", "line")) == 1 and len(page.of("path", "reference")) == 1
 
 
 class TestPage:

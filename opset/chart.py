@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no font, nothing to load. Colours and strokes are the page's CSS."""
+"""Line charts as figures of a page (`page`): inline SVG. Colours and strokes are CSS. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
+
+STYLE = """
+.charts { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+figcaption i { display: inline-block; width: 1.1em; height: 3px; margin: 0 .3em .25em .8em; border-radius: 2px; }
+.chart text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.chart .middle { text-anchor: middle; }
+.chart .end { text-anchor: end; }
+.chart path { fill: none; }
+.grid { stroke: var(--line); }
+.line { stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
+.faint { stroke-width: 1; opacity: .35; }
+.reference { stroke: var(--soft); stroke-dasharray: 5 4; }
+.s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
+.line { stroke: currentColor; } .dot { fill: currentColor; } i { background: currentColor; }
+.line.s2 { stroke-dasharray: 7 5; } .line.s3 { stroke-dasharray: 1 5; } .line.faint { stroke-dasharray: none; }
+@media (max-width: 30rem) { .chart text { font-size: 14px; } }
+"""
 
 WIDTH, HEIGHT = 400, 230  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 48, 388, 14, 196  # of the frame in it
@@ -64,6 +81,18 @@ class Axis:
         return cls(marks[0], marks[-1], marks, log)
 
     @classmethod
+    def powers(cls, values: Sequence[float]) -> Axis:
+        """Logarithmic, from power of ten to power of ten around all `values` > 0."""
+        marks = log_ticks(min(values), max(values))
+        return cls(marks[0], marks[-1], marks, log=True)
+
+    @classmethod
+    def numbers(cls, count: int) -> Axis:
+        """Of `count` things numbered from 0, with half a number of room at both ends."""
+        marks = [tick for tick in ticks(0.0, max(count - 1.0, 1.0)) if tick < count and tick.is_integer()]
+        return cls(-0.5, count - 0.5, marks)
+
+    @classmethod
     def until(cls, high: float) -> Axis:
         """From 0 to `high` > 0 itself, with the ticks between."""
         return cls(0.0, high, [tick for tick in ticks(0.0, high) if tick <= high])
@@ -77,17 +106,22 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `dots` marks each point; `noisy` draws the points faintly below their smooth course."""
+    """A line. `dots` marks each point; `noisy` draws the points faintly below their smooth course; `names` stand beside
+    the points, which then have no line.
+    """
 
     name: str
     points: Sequence[Point]
     dots: bool = False
     noisy: bool = False
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart over tokens. `reference` is a horizontal line: name, value. The y axis reaches to all of `shows`."""
+    """A chart. `reference` is a horizontal line: name, value. The y axis reaches to all of `shows`. `across` names the
+    x axis; `at` is a place on it in words.
+    """
 
     title: str
     unit: str
@@ -95,6 +129,8 @@ class Chart:
     reference: tuple[str, float] | None = None
     shows: Sequence[float] = ()
     log: bool = False
+    across: str = "tokens"
+    at: str = "{} tokens"
 
 
 def smooth(points: Sequence[Point], span: float) -> list[Point]:
@@ -134,17 +170,26 @@ def path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return f"M{places[0]}h0" + "".join(f"L{place}" for place in places[1:]) if places else ""
 
 
-def svg(chart: Chart, key: str, tokens: float) -> str:
-    """`chart` as an <svg>; `key` makes its ids unique in the page, `tokens` is where the x axis must reach to."""
+def figure(chart: Chart, key: str, x: Axis, y: Axis | None = None) -> str:
+    """`svg` with a caption, as an element of a page."""
+    legend = ""
+    if len(chart.series) > 1:
+        legend = "".join(f'<i class="s{i}"></i>{escape(one.name)}' for i, one in enumerate(chart.series, 1))
+    caption = f"{escape(chart.title)} <span>{escape(chart.unit)}{legend}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg(chart, key, x, y)}</figure>"
+
+
+def svg(chart: Chart, key: str, x: Axis, y: Axis | None = None) -> str:
+    """`chart` as an <svg> over `x`; `key` makes its ids unique in the page. `y`: by default around all values."""
     values = [*chart.shows, *(b for series in chart.series for _, b in series.points)]
     if chart.reference:
         values.append(chart.reference[1])
-    x, y = Axis.until(max(tokens, 1.0)), Axis.over(values, chart.log)
+    y = y or Axis.over(values, chart.log)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">',
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-title {key}-desc">',
         f'<title id="{key}-title">{escape(chart.title)}</title>',
         f'<desc id="{key}-desc">{escape(describe(chart))}</desc>',
-        *_frame(x, y),
+        *_frame(x, y, chart.across),
     ]
     if chart.reference:
         name, value = chart.reference
@@ -152,7 +197,7 @@ def svg(chart: Chart, key: str, tokens: float) -> str:
         parts.append(f'<path class="reference" d="M{LEFT} {height:.1f}H{RIGHT}"/>')
         parts.append(f'<text class="note" x="{LEFT + 4}" y="{height - 4:.1f}">{escape(name)} {label(value)}</text>')
     for number, series in enumerate(chart.series, 1):
-        parts += _line(series, number, x, y)
+        parts += _line(series, number, x, y, chart.at)
     if not any(series.points for series in chart.series):
         parts.append(f'<text class="note middle" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values</text>')
     return "".join([*parts, "</svg>"])
@@ -164,7 +209,8 @@ def describe(chart: Chart) -> str:
     for series in chart.series:
         if series.points:
             (x0, y0), (x1, y1) = series.points[0], series.points[-1]
-            sentences.append(f"{series.name}: {label(y0)} at {label(x0)} tokens, {label(y1)} at {label(x1)} tokens.")
+            first, last = chart.at.format(label(x0)), chart.at.format(label(x1))
+            sentences.append(f"{series.name}: {label(y0)} at {first}, {label(y1)} at {last}.")
     if chart.reference:
         sentences.append(f"{chart.reference[0]}: {label(chart.reference[1])}.")
     return " ".join(sentences) or "No values."
@@ -178,7 +224,7 @@ def _up(y: Axis, value: float) -> float:
     return BOTTOM - y.position(value) * (BOTTOM - TOP)
 
 
-def _frame(x: Axis, y: Axis) -> list[str]:
+def _frame(x: Axis, y: Axis, across: str) -> list[str]:
     parts = []
     for value in y.ticks:
         height = _up(y, value)
@@ -186,20 +232,27 @@ def _frame(x: Axis, y: Axis) -> list[str]:
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{height + 4:.1f}">{label(value)}</text>')
     for value in x.ticks:
         parts.append(f'<text class="middle" x="{_across(x, value):.1f}" y="{BOTTOM + 16}">{label(value)}</text>')
-    parts.append(f'<text class="middle" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 3}">tokens</text>')
+    parts.append(f'<text class="middle" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 3}">{escape(across)}</text>')
     return parts
 
 
-def _line(series: Series, number: int, x: Axis, y: Axis) -> list[str]:
+def _line(series: Series, number: int, x: Axis, y: Axis, at: str) -> list[str]:
     points, parts = thin(series.points), []
     if series.noisy:
         parts.append(f'<path class="line s{number} faint" d="{path(points, x, y)}"/>')
         points = thin(smooth(series.points, (x.high - x.low) / 100))
-    parts.append(f'<path class="line s{number}" d="{path(points, x, y)}"/>')
+    if not series.names:
+        parts.append(f'<path class="line s{number}" d="{path(points, x, y)}"/>')
     if series.dots:
         parts += [
             f'<circle class="dot s{number}" cx="{_across(x, a):.1f}" cy="{_up(y, b):.1f}" r="3">'
-            f"<title>{label(b)} at {label(a)} tokens</title></circle>"
+            f"<title>{label(b)} at {escape(at.format(label(a)))}</title></circle>"
             for a, b in points
         ]
+    for (a, b), name in zip(points, series.names, strict=False):
+        left = x.position(a) < 0.5  # the name stays in the frame
+        parts.append(
+            f'<text class="{"" if left else "end"}" x="{_across(x, a) + (8 if left else -8):.1f}" '
+            f'y="{_up(y, b) + 4:.1f}">{escape(name)}</text>'
+        )
     return parts
