@@ -26,7 +26,7 @@ from .ops import bench_ops
 from .peers import Peer, open_peer
 from .series import tokens_a_second
 from .speculation import bench_speculation
-from .traffic import floor_seconds, state_bytes
+from .traffic import floor_seconds, step_bytes
 
 # Prompt and steps of the check: enough for the kernels of a prompt and those of a step, and for a state to
 # matter; the scalar kernels take seconds a token at 1.3B.
@@ -82,8 +82,8 @@ def bench(
             stack.callback(Popen(python("-c", "while True: pass")).kill)
         series, reads, writes = _run_rounds(engine, beside, batches, prompt, tokens, rounds, progress)
     backend = engine.backend
-    weights = weight_bytes_of_step(engine.config, engine.manifest.layout)
-    read, written = state_bytes(engine.new_state().tensors, engine.manifest.state_dtype)
+    moved = step_bytes(engine.config, engine.manifest.layout, engine.manifest.state_dtype)
+    weights, read, written = moved.values()
 
     def floor(batch: int = 1) -> np.ndarray:
         """Tokens a second, f64[rounds]."""
@@ -100,13 +100,13 @@ def bench(
     rates = tokens_a_second(series["tok_s"])
     return {
         **rates,
-        "gb_s": rates["tok_s"] * (weights + read + written) / 1e9,
+        "gb_s": rates["tok_s"] * sum(moved.values()) / 1e9,
         **_beside_floor(series["tok_s"], floor()),
         "read_gb_s": float(np.median(reads.rates)),
         "read_pattern": reads.pattern,
         "read_write_gb_s": float(np.median(writes.rates)),
         "read_write_pattern": writes.pattern,
-        "step_bytes": {"weights": weights, "state_read": read, "state_written": written},
+        "step_bytes": moved,
         **tokens_a_second(series["prefill"], "prefill_"),
         "peers": {
             name: {
@@ -121,12 +121,13 @@ def bench(
         "gpu": gpu,
         "speculation": bench_speculation(engine, prompt, tokens, rounds, progress) if speculate else None,
         "batches": batched,
-        "ops": bench_ops(engine, weights) if ops else None,
+        "ops": bench_ops(engine, int(weights)) if ops else None,
         "threads": engine.threads,
         "state_dtype": engine.manifest.state_dtype,
         "target": engine.manifest.target,
         "isa": _isa(engine),
         "prompt": prompt,
+        "prompt_calls": -(-prompt // backend.max_tokens),
         "tokens": tokens,
         "rounds": rounds,
         "busy": busy,

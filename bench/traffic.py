@@ -7,9 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from dfssm.model.config import DFSSMConfig
+from dfssm.model.ledger import weight_bytes_of_step
 from dfssm.opset.schema import BLOCK, DEFERRED, SLOTS
 
 from .bandwidth import Probes
+
+
+def step_bytes(config: dict[str, Any], layout: int, state_dtype: str) -> dict[str, float]:
+    """What a step moves at least, from a config by its JSON keys: `step_bytes` of docs/json.md."""
+    of = DFSSMConfig.from_dict(config)
+    states = of.states(state_dtype).items()
+    # Arrays that take no memory: a config may say any size.
+    arrays = {kind: np.broadcast_to(np.zeros((), dtype), (1, *shape)) for kind, (dtype, shape) in states}
+    read, written = (of.n_layer * count for count in state_bytes(arrays, state_dtype))
+    return {"weights": weight_bytes_of_step(config, layout), "state_read": read, "state_written": written}
 
 
 def state_bytes(tensors: Mapping[str, np.ndarray], state_dtype: str) -> tuple[float, float]:

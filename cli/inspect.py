@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,28 +10,77 @@ import click
 from dfssm.model import PACKAGES
 from dfssm.opset import paths
 from dfssm.opset.extras import require
+from dfssm.opset.files import write_file
 from dfssm.opset.hashing import sha256
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.opset.reading import open_file
+from dfssm.targets.bundle import MODEL, Bundle
 
-from .options import json_option, megabytes, print_result, spread, table
+from .options import json_option, megabytes, print_result, progress_bars, spread, table, trust_option
 
 _BAR = 40
+_TOKENS = 64  # of the comparison, as `dfssm compare`
+_BATCHES = (8,)  # that are measured besides 1
 
 
 @click.command()
 @click.argument("path", metavar="MODEL|BUNDLE", type=click.Path())
+@click.option("--html", type=click.Path(), metavar="FILE", help="Also write a page: sizes, errors, speed, the graph "
+              "of a layer, numerics.")  # fmt: skip
+@click.option("--against", type=click.Path(), metavar="MODEL", help="Also compare the bundle with this student, layer "
+              "by layer, as `dfssm compare`.")  # fmt: skip
+@click.option("--measure", is_flag=True, help="Also measure the speed of the bundle here, as `dfssm bench`.")
+@trust_option
 @json_option
-def inspect(path: str, as_json: bool) -> None:
-    """Show the sizes and files of a student or a bundle."""
+def inspect(path: str, html: str | None, against: str | None, measure: bool, as_json: bool) -> None:
+    """Show the sizes and files of a student or a bundle.
+
+    With --html also as one page, which a browser shows without a network. Nothing of a bundle is run unless --against
+    or --measure is given.
+    """
     kind, found = paths.find(path, "student", "bundle")
-    print_result(_bundle(found) if kind == "bundle" else _model(found), as_json, _text)
+    if (against or measure) and not html:
+        raise click.UsageError("--against and --measure are for the page: give --html FILE too.")
+    if (against or measure) and kind == "student":
+        raise click.UsageError(f"--against and --measure take a bundle, {path} is a student.")
+    student = paths.student(against) if against else None
+    page = paths.output_file(html, found, student) if html else None
+    if page and kind == "bundle":
+        require({"compile": ["onnx"]})
+    if student:
+        require(PACKAGES, {"compile": ["onnx", "polygraphy"]})
+    result = _bundle(found) if kind == "bundle" else _model(found)
+    result |= {"comparison": None, "speed": None}
+    with progress_bars() as progress:
+        if student:
+            from dfssm.verify.bundle import compare_bundle
+
+            result["comparison"] = compare_bundle(found, student, _TOKENS, partial(progress, "compare"))
+        if measure:
+            from dfssm.bench.decode import bench
+
+            result["speed"] = bench(found, batches=_BATCHES, progress=partial(progress, "bench"))
+    if page:
+        _write_page(page, found, result)
+    print_result(result, as_json, lambda result: _text(result) + (f"\n\n{page}" if page else ""))
+
+
+def _write_page(page: Path, folder: Path, result: dict) -> None:
+    from .inspect_page import page as made
+
+    layer = []
+    if MODEL in result["files"]:
+        from dfssm.verify.layer import layer_nodes
+
+        with Bundle(folder) as bundle:
+            layer = layer_nodes(bundle, 0)
+    write_file(page, made(result, _words(result), layer).encode(errors="replace"))  # a name need not be UTF-8
 
 
 def _bundle(folder: Path) -> dict:
+    from dfssm.bench.traffic import step_bytes
     from dfssm.model.config import DFSSMConfig
-    from dfssm.model.ledger import bundle_bytes
-    from dfssm.targets.bundle import Bundle
+    from dfssm.model.ledger import bundle_bytes, operations_of_step
 
     with Bundle(folder) as bundle:
         bundle.check()
@@ -48,6 +98,8 @@ def _bundle(folder: Path) -> dict:
         "model_sha256": manifest.model_sha256 or None,
         "tools": manifest.tools,
         "verification": manifest.verification,
+        "step_bytes": step_bytes(manifest.config, manifest.layout, manifest.state_dtype),
+        "step_operations": operations_of_step(manifest.config),
     }
 
 
@@ -74,11 +126,14 @@ def _model(path: Path) -> dict:
         "model_sha256": digest,
         "tools": None,
         "verification": None,
+        "step_bytes": None,
+        "step_operations": None,
     }
 
 
-def _text(result: dict) -> str:
-    config, sizes = result["config"], result["sizes"]
+def _words(result: dict) -> list[str]:
+    """What it is, and its shape."""
+    config = result["config"]
     kind, digest = "student", result["model_sha256"]
     if result["target"]:
         kind = f"bundle for {result['target']} on {result['machine'] or 'any machine'}, {result['state_dtype']} states"
@@ -87,6 +142,11 @@ def _text(result: dict) -> str:
         f"{config['n_layer']} layers, d_model {config['d_model']}, d_state {config['d_state']}, "
         f"vocabulary {config['vocab_size']}, rank {spread(config['rank'])}, planes {spread(config['planes'])}"
     )
+    return [kind, shape, *([f"student's sha256 {digest}"] if digest else [])]
+
+
+def _text(result: dict) -> str:
+    sizes, (kind, *others) = result["sizes"], _words(result)
     whole = sum(sizes.values())
     rows = [
         [name, "█" * round(_BAR * count / whole), megabytes(count), f"{100 * count / whole:.1f} %"]
@@ -96,8 +156,7 @@ def _text(result: dict) -> str:
     files = [[name, megabytes(count)] for name, count in result["files"].items()]
     lines = [
         f"{result['path']}: {kind}",
-        shape,
-        *([f"student's sha256 {digest}"] if digest else []),
+        *others,
         "",
         table(rows, right={2, 3}),
         f"all weights: {megabytes(whole)}",

@@ -55,6 +55,20 @@ def weight_bytes_of_step(config: dict[str, Any], layout: int = 0) -> int:
     return sum(sizes_by_role.values()) - (0 if config["tie_embeddings"] else sizes_by_role["embedding"])
 
 
+def operations_of_step(config: dict[str, Any]) -> int:
+    """Additions and multiplications of one token of one sequence: two for each weight of a product or a convolution,
+    five for each number of the SSM state (its decay, what is added, the sum with C).
+    """
+    of = DFSSMConfig.from_dict(config)
+    once = dataclasses.replace(of, n_layer=1) if of.alike else of  # a config may say a million layers
+    layers, outside = 0, of.vocab_size * of.d_model
+    for name, tensor in student_tensors(once).items():
+        if name.startswith("layers.") and name.endswith((".bits", ".down", ".up", ".conv.weight")):
+            layers += math.prod(tensor.shape) * (8 if name.endswith(".bits") else 1)
+    states = of.n_layer * of.nheads * of.d_state * of.headdim
+    return 2 * (layers * of.n_layer // once.n_layer + outside) + 5 * states
+
+
 def sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
     """d_inner, nheads, conv_dim and d_in_proj of a config by its JSON keys."""
     c = DFSSMConfig.from_dict(config)

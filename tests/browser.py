@@ -15,13 +15,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page. `dark`: the user prefers dark colours."""
+    """One page of so many pixels. `dark`: the user prefers dark colours. `requests`: the addresses that the page asked
+    for; `complaints`: what the browser wrote to its console.
+    """
 
-    def __init__(self, folder: Path, dark: bool = False):
+    def __init__(self, folder: Path, dark: bool = False, size: tuple[int, int] = (700, 600)):
         assert CHROMIUM
         reads, commands = os.pipe()
         answers, writes = os.pipe()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=700,600"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            f"--window-size={size[0]},{size[1]}",
+        ]
         # The browser reads commands from descriptor 3, and writes answers to 4.
         shell = 'exec "$@" 3<&"$READS" 4>&"$WRITES"'
         self._process = subprocess.Popen(
@@ -33,10 +41,14 @@ class Browser:
         os.close(writes)
         self._commands, self._answers = os.fdopen(commands, "wb", 0), os.fdopen(answers, "rb")
         self._count, self._session, self._read = 0, None, b""
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._ask("Emulation.setEmulatedMedia", features=features)
+        for domain in ("Network", "Log", "Runtime"):
+            self._ask(f"{domain}.enable")
 
     def __enter__(self) -> Browser:
         return self
@@ -64,7 +76,8 @@ class Browser:
             time.sleep(0.05)
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot")["data"]))
+        """Of the whole page, as a PNG."""
+        path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1
@@ -79,6 +92,15 @@ class Browser:
                 self._read += part
             line, _, self._read = self._read.partition(b"\0")
             answer = json.loads(line)
+            self._note(answer.get("method", ""), answer.get("params", {}))
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 return answer["result"]
+
+    def _note(self, event: str, params: dict[str, Any]) -> None:
+        if event == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        elif event == "Log.entryAdded":
+            self.complaints.append(params["entry"]["text"])
+        elif event == "Runtime.exceptionThrown":
+            self.complaints.append(params["exceptionDetails"]["text"])

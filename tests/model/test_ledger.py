@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.model.ledger import model_bytes, weight_bytes_of_step
+from dfssm.model.ledger import model_bytes, operations_of_step, weight_bytes_of_step
 from dfssm.model.tensors import ROLES, role
 from dfssm.opset.layouts import LAYOUT_CANONICAL, LAYOUTS
 from dfssm.targets import get_target
@@ -34,6 +34,16 @@ def test_a_step_reads_every_weight_but_the_table_of_an_untied_embedding():
     tied, untied = (config.to_dict() for config in CONFIGS[:2])
     assert weight_bytes_of_step(tied) == sum(model_bytes(tied).values())
     assert weight_bytes_of_step(untied) == weight_bytes_of_step(tied)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied", "rank 0", "planes 3", "mixed"])
+def test_operations_are_two_a_weight_and_five_a_number_of_the_state(config):
+    c, products = config, 0
+    for name, tensor in tiny.tensors(c).items():
+        if name.endswith((".bits", ".down", ".up", "conv.weight")):
+            products += tensor.size * (8 if name.endswith(".bits") else 1)
+    products += c.vocab_size * c.d_model
+    assert operations_of_step(c.to_dict()) == 2 * products + 5 * c.n_layer * c.nheads * c.d_state * c.headdim
 
 
 def test_another_name_is_no_role():
