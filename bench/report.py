@@ -20,7 +20,8 @@ from dfssm.opset.files import write_file
 from dfssm.opset.markdown import filled
 from dfssm.runtime.machine import instruction_sets
 
-from .report_text import STATES, isa_of, plots, tables
+from .plot import plots
+from .report_text import STATES, isa_of, tables
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
 BUNDLE_OF = {state: "1.3b" if state == "fp16" else state for state in STATES}

@@ -1,10 +1,9 @@
-"""The figures of `dfssm.bench.report` as tables in Markdown, and as plots."""
+"""The figures of `dfssm.bench.report` as tables in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dfssm.opset.markdown import table
@@ -185,45 +184,3 @@ def _machine(figures: Figures) -> str:
     size = f"{machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB"
     runs = f"ONNX Runtime {packages['onnxruntime']}, NumPy {packages['numpy']}"
     return f"{machine['cpu']}, {size}, {machine['system']}, kernels {' '.join(machine['isas'])}, {runs}."
-
-
-def plots(figures: Figures, file: Path) -> None:
-    """Write the plots to the SVG `file`: tok/s over what is varied, and beside each the limit there."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dfssm", "font.size": 9}
-    from matplotlib import pyplot
-
-    named = {word: {n: f for n, f in figures.items() if n.startswith(word)} for word in ("size ", "prompt ")}
-    states = {state: figures[p] for state in STATES if (p := f"state {state}, 2 threads") in figures}
-    threads = {n: figures[p] for n in ("1", "2") if (p := f"1.3b, {n} threads") in figures}
-    batches = {str(b["batch"]): b for b in figures.get("batches", {}).get("batches", [])}
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
-
-    def bars(axis: Any, title: str, points: dict[str, dict]) -> None:
-        rates, limits = ([p[key] for p in points.values()] for key in ("tok_s", "floor_tok_s"))
-        axis.bar(list(points), limits, color="0.85", label="limit of the memory")
-        drawn = axis.bar(list(points), rates, width=0.5, label="dfssm")
-        axis.bar_label(drawn, [f"{p['tok_s']:.0f}\n{100 * p['floor_share']:.0f} %" for p in points.values()])
-        axis.set(title=title, ylabel="tok/s, share of the limit")
-
-    bars(axes[0, 0], "threads", threads)
-    bars(axes[0, 1], "sequences at once", batches)
-    bars(axes[0, 2], "form of the state", states)
-    bars(axes[1, 0], "size of the model", {n.removeprefix("size "): f for n, f in named["size "].items()})
-    axes[0, 0].legend()
-
-    moved = [sum(f["step_bytes"].values()) / 1e6 for f in named["size "].values()]
-    axes[1, 1].plot(moved, [1e3 / f["tok_s"] for f in named["size "].values()], "o-", label="dfssm")
-    axes[1, 1].plot(moved, [1e3 / f["floor_tok_s"] for f in named["size "].values()], "--", color="0.5", label="limit")
-    axes[1, 1].set(title="time is linear in bytes", xlabel="MB a token moves", ylabel="ms a token", xlim=0, ylim=0)
-    axes[1, 1].legend()
-
-    prompts = list(named["prompt "].values())
-    axes[1, 2].plot([f["prompt"] for f in prompts], [f["prefill_tok_s"] for f in prompts], "o-")
-    axes[1, 2].set(title="length of the prompt", xlabel="tokens", ylabel="prefill, tok/s", ylim=0)
-    for axis in axes.flat:
-        if not axis.has_data():
-            axis.remove()
-    figure.savefig(file, metadata={"Date": None})

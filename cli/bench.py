@@ -42,20 +42,28 @@ PEERS = {"stock-ort": {"compile": ["onnx", "onnx-ir"]}, "llama.cpp": {"": ["llam
 @click.option(
     "--busy", type=whole(0, 1024), default=0, metavar="N", help="Beside N other processes that keep a core busy."
 )
+@click.option("--plot", type=click.Path(), metavar="FILE", help="Also draw what was measured: FILE.svg or FILE.png.")
 @json_option
-def bench(bundle: str, as_json: bool, **settings) -> None:
+def bench(bundle: str, plot: str | None, as_json: bool, **settings) -> None:
     """Measure the speed of BUNDLE on this machine.
 
     Decode is compared with the limit that memory bandwidth sets; prefill, memory and load time are measured too. The
     outputs are checked first: a bundle that computes wrong values is not timed. docs/bench.md explains the figures.
     """
     folder = paths.bundle(bundle)
-    require(*(PEERS[peer] for peer in settings["peers"]))
+    file = paths.output_file(plot, folder) if plot else None
+    if file and file.suffix not in (".svg", ".png"):
+        raise click.UsageError(f"--plot {plot}: the name must end in .svg or .png.")
+    require(*(PEERS[peer] for peer in settings["peers"]), {"analysis": ["matplotlib"]} if file else {})
     from dfssm.bench.decode import bench as run
 
     with progress_bar("bench") as progress:
         result = run(folder, progress=progress, **settings)
-    print_result(result, as_json, _text)
+    if file:
+        from dfssm.bench.plot import plot_run
+
+        plot_run(result, file)
+    print_result(result, as_json, lambda result: _text(result) + (f"\n\n{file}" if file else ""))
 
 
 def _text(result: dict) -> str:

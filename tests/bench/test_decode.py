@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dfssm.bench import decode
 from dfssm.bench.bandwidth import Bandwidth, Probes
 from dfssm.bench.child import follow_script, run_child
-from dfssm.bench.traffic import state_bytes
+from dfssm.bench.traffic import state_bytes, step_bytes
 from dfssm.cli.main import dfssm
 from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
@@ -29,14 +29,21 @@ def test_the_figures_hang_together(tiny_bundle):
     assert result["rss_bytes"] == result["file_bytes"] + result["anonymous_bytes"] <= result["peak_rss_bytes"]
 
 
-def test_json_is_one_object_with_the_documented_keys(tiny_bundle):
+def test_json_is_one_object_with_the_documented_keys(tiny_bundle, tmp_path):
     arguments = ["bench", str(tiny_bundle), "--rounds", "1", "--tokens", "2", "--prompt", "2"]
     result = CliRunner().invoke(dfssm, [*arguments, "--json"], catch_exceptions=False)
     found = json.loads(result.stdout)
     contract = {"tok_s", "gb_s", "floor_tok_s", "floor_share", "threads", "rss_bytes", "state_dtype"}
     assert contract <= set(found) and result.stdout.count("\n") == 1
-    text = CliRunner().invoke(dfssm, arguments, catch_exceptions=False).stdout
+    plot = tmp_path / "speed.svg"
+    text = CliRunner().invoke(dfssm, [*arguments, "--plot", str(plot)], catch_exceptions=False).stdout
     assert "memory bandwidth" in text and "prefill" in text
+    assert text.endswith(f"\n{plot}\n") and "limit of the memory" in plot.read_text()
+
+
+def test_a_plot_of_another_form_is_refused_before_anything_is_timed(tiny_bundle, tmp_path):
+    done = CliRunner().invoke(dfssm, ["bench", str(tiny_bundle), "--plot", str(tmp_path / "speed.pdf")])
+    assert done.exit_code == 2 and "the name must end in .svg or .png" in done.stderr
 
 
 def test_wrong_outputs_are_not_timed(tiny_bundle, monkeypatch):
@@ -111,7 +118,10 @@ def test_ops_say_where_a_token_goes(state_dtype, conv, scan, tmp_path):
         scan: layers, "GatedRMSNorm": layers, "Int8MatMul": 1,
     }  # fmt: skip
     # GB/s times seconds is bytes: of the states, what the limit of a whole token counts, and the weights of the op.
-    read, written = state_bytes(Engine.load(bundle).new_state().tensors, state_dtype)
+    engine = Engine.load(bundle)
+    read, written = state_bytes(engine.new_state().tensors, state_dtype)
+    of_config = step_bytes(engine.config, engine.manifest.layout, state_dtype)
+    assert (of_config["state_read"], of_config["state_written"]) == pytest.approx((read, written))
     c, moved = tiny.CONFIG, {row["op"]: 1e9 * row["gb_s"] * row["seconds"] for row in ops["table"]}
     weights = 4 * layers * (c.conv_dim * (c.d_conv + 1) + 3 * c.nheads)
     assert moved[conv] + moved[scan] == pytest.approx(weights + read + written)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dfssm.bench import decode, report, report_text
+from dfssm.bench import decode, plot, report, report_text
 from dfssm.opset import DfssmError
 from dfssm.opset.markdown import filled
 
@@ -69,12 +69,26 @@ def test_a_machine_fills_the_places_of_its_instruction_set(figures):
 
 
 def test_plots_are_the_same_bytes_again(figures, tmp_path):
-    pytest.importorskip("matplotlib", reason="`make bench-peers` installs it")
-    report_text.plots(figures, tmp_path / "a.svg")
-    report_text.plots(figures, tmp_path / "b.svg")
+    plot.plots(figures, tmp_path / "a.svg")
+    plot.plots(figures, tmp_path / "b.svg")
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text() and len(drawn) < 200_000
     assert "limit of the memory" in drawn and "length of the prompt" in drawn
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_run_is_drawn_with_all_that_it_measured(figures, suffix, tmp_path):
+    run = figures["1.3b, 2 threads"] | {"peers": figures["peers"]["peers"]}
+    run["speculation"] = [{"right": 0.5, "tok_s": 3.0}, {"right": 1.0, "tok_s": 9.0}]
+    for name in "ab":
+        plot.plot_run(run, tmp_path / f"{name}.{suffix}")
+    drawn = (tmp_path / f"a.{suffix}").read_bytes()
+    assert drawn == (tmp_path / f"b.{suffix}").read_bytes()
+    if suffix == "png":
+        assert drawn.startswith(b"\x89PNG")
+        return
+    for text in ("limit of the memory", *run["peers"], "prompt of 2", "sequences at once", "100%", "SelectiveScanStep"):
+        assert f">{text}<" in drawn.decode(), text
 
 
 def test_every_point_has_its_bundle():
