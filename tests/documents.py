@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n)+)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -35,6 +36,19 @@ def commands(text: str) -> list[str]:
     """The commands of every block that is indented, or fenced and of no language."""
     blocks = [body for language, body in fenced(text) if not language] + _INDENTED.findall(_FENCED.sub("", text))
     return [command for block in blocks for command in in_block(block)]
+
+
+def programs(command: str) -> list[list[str]]:
+    """The programs that a command starts, each in words, without its variables and redirections. Two blanks end a
+    command, [] holds options.
+    """
+    found = []
+    for one in re.split(r" (?:\||&&|--no-python) ", re.split(r"\s{2,}", command)[0]):
+        words = shlex.split(re.sub(r"(?<= )\[+|\]+(?= |$)", "", re.sub(r" [<>] ?\S+", "", one)))
+        while words and re.match(r"\w+=", words[0]):
+            del words[0]
+        found += [words] if words else []
+    return found
 
 
 def links(text: str) -> list[str]:

@@ -1,5 +1,5 @@
 """docs/trt.md and docs/triton.md are run as they are printed, in a folder with a model.pt: what needs no GPU, no server
-and no checkout. The rest is listed with its reason.
+and no checkout. The rest is listed with its reason. So is the Python of docs/runtime.md, with a bundle.
 """
 
 import os
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from chats import add_template
 from commands import run_commands
-from documents import ROOT, commands
+from documents import ROOT, commands, fenced
 
 from dfssm.model.checkpoint import save_student
 from dfssm.targets import get_target
@@ -77,3 +78,16 @@ def test_their_commands_run_as_printed(tmp_path):
 @pytest.mark.parametrize("document", NOT_RUN)
 def test_what_is_not_run_is_in_it(document):
     assert {reason for _, reason in listed(document)} - {""} == set(NOT_RUN[document])
+
+
+def test_the_python_of_the_runtime_runs_as_printed(cpu_target, tmp_path, monkeypatch, capsys):
+    """One piece after the other, as a reader who goes on; `print` is what the first and the last ones do."""
+    add_template(tiny.write_bundle(tmp_path / "model-ort-cpu", target=cpu_target, taps=True))
+    monkeypatch.chdir(tmp_path)
+    pieces = [body for language, body in fenced((ROOT / "docs/runtime.md").read_text()) if language == "python"]
+    names = {"prefix_ids": [1, 2, 3], "question_ids": [4, 5]}
+    for piece in pieces:
+        exec(piece, names)
+        if "print(" in piece:
+            assert capsys.readouterr().out, piece
+    assert (tmp_path / "prefix.state").is_file() and names["hidden"].states.shape[1] == 2
