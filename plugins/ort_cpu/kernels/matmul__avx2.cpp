@@ -228,6 +228,19 @@ struct PairSums {
   inline __m256i even() const { return _mm256_sub_epi16(pairs, _mm256_slli_epi16(odd, 8)); }
 };
 
+// sums[i] += 2^shift of the rows 8 i to 8 i + 7, of 32 whose even and odd ones are given as uint16.
+template <int shift>
+inline void add_rows(__m256i even, __m256i odd, __m256i* sums) {
+  const __m256i words[2] = {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
+  // The rows of words[0] are 0 to 7 and 16 to 23, those of words[1] 8 to 15 and 24 to 31.
+#pragma GCC unroll 4
+  for (int eight = 0; eight < 4; ++eight) {
+    const __m256i of = words[eight % 2];
+    const __m128i rows = eight < 2 ? _mm256_castsi256_si128(of) : _mm256_extracti128_si256(of, 1);
+    sums[eight] = _mm256_add_epi32(sums[eight], _mm256_slli_epi32(_mm256_cvtepu16_epi32(rows), shift));
+  }
+}
+
 // sums[t][i] += v of the rows 8 i to 8 i + 7 over `groups` groups, a multiple of 8. tables[t] are those of the block of
 // columns; nibbles(group, half) gives the indices of 32 rows. A group's tables, an index and the sums of bytes of two
 // tokens are in 14 of the 16 registers: so a group takes both halves before the next.
@@ -273,17 +286,8 @@ inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Ni
   for (int i = 0; i < 2 * NT; ++i) {
     const int t = i / 2, half = i % 2;
     const PairSums &low = low_sums[t][half], &high = high_sums[t][half];
-    const __m256i even = _mm256_add_epi16(low.even(), _mm256_slli_epi16(high.even(), 5));
-    const __m256i odd = _mm256_add_epi16(low.odd, _mm256_slli_epi16(high.odd, 5));
-    const __m256i words[2] = {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
-    // The rows of words[0] are 0 to 7 and 16 to 23, those of words[1] 8 to 15 and 24 to 31.
-#pragma GCC unroll 4
-    for (int eight = 0; eight < 4; ++eight) {
-      const __m256i of = words[eight % 2];
-      const __m128i rows = eight < 2 ? _mm256_castsi256_si128(of) : _mm256_extracti128_si256(of, 1);
-      __m256i& sum = sums[t][4 * half + eight];
-      sum = _mm256_add_epi32(sum, _mm256_cvtepu16_epi32(rows));
-    }
+    add_rows<0>(_mm256_add_epi16(low.even(), _mm256_slli_epi16(high.even(), 5)),
+                _mm256_add_epi16(low.odd, _mm256_slli_epi16(high.odd, 5)), sums[t] + 4 * half);
   }
 }
 
@@ -303,25 +307,48 @@ inline void finish_block(const ScaffoldArgs& a, int64_t plane, int64_t row, int6
   finish<8>(a, plane, row, t, sums);
 }
 
+// Columns over which an uint16 can add the low parts of v, at most 31 a group, of one token, whose tables lie one after
+// the other: 2048 * 31 = 63488.
+constexpr int64_t kTokenColumns = 4 * 2048;
+
+// One token: both nibbles of a byte are looked up where it is loaded.
 template <class Prefetch>
 void look_up_one_token(const ScaffoldArgs& a, int64_t plane, int64_t row0, int64_t row1, Prefetch ahead) {
   const uint8_t* tile = tiles_of(a, plane, row0);
   for (int64_t row = row0; row < row1; row += kBlockRows) {
-    __m256i sums[1][8] = {};
-    for (int64_t k = 0; k < a.K; k += kBlockColumns) {
-      const int64_t groups = groups_from(a, k);
-      const uint8_t* const tables[1] = {tables_of(a, k, 0)};
-      look_up<1>(
-          tables, groups,
-          [tile, &ahead](int64_t group, int half) __attribute__((always_inline)) {
-            if (group % 2 == 0 && half == 0) ahead.next();
-            const __m256i bytes = load(tile + group / 2 * kBlockRows + 32 * half);
-            return low_nibbles(group % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4));
-          },
-          sums);
-      tile += groups / 2 * kBlockRows;
+    const uint8_t* table = static_cast<const uint8_t*>(a.packed);
+    __m256i sums[8] = {};
+    for (int64_t k = 0; k < a.K;) {
+      PairSums low_sums[2], high_sums[2];
+      for (const int64_t block = min(k + kTokenColumns, a.K); k < block;) {
+        __m256i high[2] = {};
+        for (const int64_t end = min(k + 64, block); k < end; k += 32) {
+          __m256i low[2] = {};
+#pragma GCC unroll 4
+          for (int byte = 0; byte < 4; ++byte, tile += kBlockRows, table += 2 * kGroupBytes) {
+            ahead.next();
+            const __m256i of_low[2] = {table_at(table), table_at(table + 16)},
+                          of_high[2] = {table_at(table + 32), table_at(table + 48)};
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              const __m256i bytes = load(tile + 32 * half), first = low_nibbles(bytes),
+                            second = low_nibbles(_mm256_srli_epi16(bytes, 4));
+              add_looked_up(low[half], of_low[0], first);
+              add_looked_up(high[half], of_low[1], first);
+              add_looked_up(low[half], of_high[0], second);
+              add_looked_up(high[half], of_high[1], second);
+            }
+          }
+          for (int half = 0; half < 2; ++half) low_sums[half].add(low[half]);
+        }
+        for (int half = 0; half < 2; ++half) high_sums[half].add(high[half]);
+      }
+      for (int half = 0; half < 2; ++half) {
+        add_rows<0>(low_sums[half].even(), low_sums[half].odd, sums + 4 * half);
+        add_rows<5>(high_sums[half].even(), high_sums[half].odd, sums + 4 * half);
+      }
     }
-    finish_block(a, plane, row, 0, sums[0]);
+    finish_block(a, plane, row, 0, sums);
   }
 }
 
