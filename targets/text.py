@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +43,8 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise DfssmError(f"{file}: has changed since the model was opened; give {give}")
+    from importlib.metadata import version  # takes memory: see dfssm.opset.extras
+
     tried = f"tokenizers-{version('tokenizers')}"
     try:
         if possible() and not recorded(found, tried):

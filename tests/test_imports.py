@@ -148,3 +148,10 @@ print(engine.prefill([1, 2, 3], engine.new_state(1)).shape)
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("(1, ")
+
+
+def test_what_runs_a_bundle_leaves_out_what_takes_memory():
+    """importlib.metadata takes 2.5 MB, tokenizers 3.3: for those who ask about packages, or have text."""
+    heavy = ("importlib.metadata", "tokenizers")
+    result = python(f"import sys, dfssm.runtime\nprint(*(m for m in {heavy} if m in sys.modules))")
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr

@@ -86,8 +86,8 @@ def test_a_long_prompt_has_the_bits_of_its_parts(isa, layout):
 def test_scaffold_at_the_ends_of_int8(isa, layout):
     """All bits set on a long row: the largest sums that an accumulator can meet.
 
-    Of 127 and -127 the products are largest; of 31 and three 0 the low five bits of the sum of four activations are, which
-    look-up tables add up by themselves.
+    Of 127 and -127 the products are largest; of 31 and three 0 the low five bits of the sum of four activations are,
+    which look-up tables add up by themselves.
     """
     K, M = 2 * 8192 + 96, 64
     bits = np.full((M, K // 8), 255, np.uint8)  # the same bytes in all layouts
