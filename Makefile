@@ -22,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 NATIVE := $(shell find plugins cmake scripts opset -type f -not -name '*.pyc') CMakeLists.txt
-CXX_FILES := $(shell find plugins opset examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find plugins native opset examples tests -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
 # The environment, in two sizes; the larger one serves for both. Made once, and again when the native sources or what it
 # should hold change.

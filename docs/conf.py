@@ -36,7 +36,7 @@ html_show_sphinx = False
 CONTENTS = {
     "Start": ["README", "docs/concepts", "docs/faq"],
     "Make a model": ["docs/convert", "docs/distill", "docs/distill_scale", "docs/results", "docs/eval", "docs/study"],
-    "Run it": ["docs/runtime", "docs/serve", "docs/trt", "docs/triton", "docs/arm", "docs/jetson"],
+    "Run it": ["docs/runtime", "docs/cpp", "docs/serve", "docs/trt", "docs/triton", "docs/arm", "docs/jetson"],
     "Specification": ["docs/ops", "docs/export", "docs/format", "docs/json", "docs/api"],
     "Speed": ["docs/performance", "docs/bench", "docs/gpu"],
     "Trust": ["docs/reliability", "SECURITY"],

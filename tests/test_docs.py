@@ -41,12 +41,14 @@ def test_the_tests_that_are_named_are_there(name):
 
 NOT_CHECKED = {
     "./decode": "the reader's program",
+    "./ids": "the reader's program",
     "./run_calls": "is built in the lines above it",
     ".venv/bin/pre-commit install": "a tool of git",
     "cd": "of the shell",
     "curl": "tests/serve sends the same requests",
     "docker": "needs a Docker engine; tests/test_docker.py",
-    "g++": "docs/trt.md is run elsewhere: tests/test_docs_run.py",
+    "export": "of the shell",
+    "g++": "docs/trt.md is run elsewhere: tests/test_docs_run.py; docs/cpp.md: tests/native/test_install.py",
     "git": "the reader's text",
     "head": "of the system",
     "lm_eval": "finds dfssm from its release after 0.4.13 on: docs/eval.md",
@@ -89,6 +91,11 @@ def wrong(words: list[str]) -> str:
             return "" if all((ROOT / path).exists() for path in paths) else "no such test"
         file = module[1].removeprefix("dfssm.").replace(".", "/") + ".py" if module else arguments[0]
         return wrong_script(ROOT / file, arguments[len(module) or 1 :])
+    if program == "cmake":
+        text = "".join((ROOT / folder / "CMakeLists.txt").read_text() for folder in (".", "native", "plugins/trt"))
+        defined = re.findall(r"-D(\w+)=", " ".join(arguments))
+        named = re.findall(r"--(?:target|component) ((?:\w+ ?)+)", " ".join(arguments))
+        return "".join(f"no {name}" for name in (*defined, *" ".join(named).split()) if name not in text)
     if program.endswith(".sh"):
         return "" if os.access(ROOT / program, os.X_OK) else "no such script"
     return "how is it checked?"

@@ -24,7 +24,7 @@ static atomic_long count;
 
 // Events from now on, below `below` (resolved, without a slash at its end). At event `event`, from 1: SIGKILL, or with
 // `full` this call and all later ones that take space fail with ENOSPC.
-void file_events_arm(const char *below, long event, int full) {
+void file_events_arm(const char* below, long event, int full) {
   length = strlen(below);
   memcpy(folder, below, length + 1);
   at = event;
@@ -34,7 +34,7 @@ void file_events_arm(const char *below, long event, int full) {
 
 long file_events_count(void) { return count; }
 
-static int is_below(const char *path) {
+static int is_below(const char* path) {
   return length && !strncmp(path, folder, length) && (path[length] == '/' || !path[length]);
 }
 
@@ -48,7 +48,7 @@ static int fd_is_below(int fd) {
   return is_below(path);
 }
 
-static int path_is_below(int dirfd, const char *path) {
+static int path_is_below(int dirfd, const char* path) {
   char here[PATH_MAX];
   if (!length || !path) return 0;
   if (*path == '/') return is_below(path);
@@ -76,37 +76,37 @@ static enum Outcome write_event(int fd) {
   return HALF;
 }
 
-#define REAL(type, name, ...) \
+#define REAL(type, name, ...)       \
   static type (*real)(__VA_ARGS__); \
   if (!real) real = dlsym(RTLD_NEXT, #name)
 
-static int opens(int dirfd, const char *path, int flags) {
+static int opens(int dirfd, const char* path, int flags) {
   if (!(flags & (O_CREAT | O_TRUNC)) || !path_is_below(dirfd, path)) return PASS;
   const int is_new = faccessat(dirfd, path, F_OK, 0) != 0;
   return event(1, is_new ? TAKES : FREES);
 }
 
-#define MODE \
-  va_list list; \
-  va_start(list, flags); \
+#define MODE                                                                    \
+  va_list list;                                                                 \
+  va_start(list, flags);                                                        \
   const mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(list, mode_t) : 0; \
   va_end(list)
 
-#define OPEN(name) \
-  int name(const char *path, int flags, ...) { \
-    REAL(int, name, const char *, int, ...); \
-    MODE; \
+#define OPEN(name)                                                      \
+  int name(const char* path, int flags, ...) {                          \
+    REAL(int, name, const char*, int, ...);                             \
+    MODE;                                                               \
     return opens(AT_FDCWD, path, flags) ? -1 : real(path, flags, mode); \
   }
-#define OPENAT(name) \
-  int name(int dirfd, const char *path, int flags, ...) { \
-    REAL(int, name, int, const char *, int, ...); \
-    MODE; \
+#define OPENAT(name)                                                        \
+  int name(int dirfd, const char* path, int flags, ...) {                   \
+    REAL(int, name, int, const char*, int, ...);                            \
+    MODE;                                                                   \
     return opens(dirfd, path, flags) ? -1 : real(dirfd, path, flags, mode); \
   }
-#define FOPEN(name) \
-  FILE *name(const char *path, const char *how) { \
-    REAL(FILE *, name, const char *, const char *); \
+#define FOPEN(name)                                                                   \
+  FILE* name(const char* path, const char* how) {                                     \
+    REAL(FILE*, name, const char*, const char*);                                      \
     return opens(AT_FDCWD, path, *how == 'r' ? 0 : O_CREAT) ? NULL : real(path, how); \
   }
 OPEN(open)
@@ -118,35 +118,35 @@ FOPEN(fopen64)
 
 static void die(void) { kill(getpid(), SIGKILL); }
 
-ssize_t write(int fd, const void *data, size_t size) {
-  REAL(ssize_t, write, int, const void *, size_t);
+ssize_t write(int fd, const void* data, size_t size) {
+  REAL(ssize_t, write, int, const void*, size_t);
   const enum Outcome what = write_event(fd);
   if (what == HALF && real(fd, data, size / 2) >= -1) die();
   return what == FAIL ? -1 : real(fd, data, size);
 }
 
-#define PWRITE(name, offset_type) \
-  ssize_t name(int fd, const void *data, size_t size, offset_type offset) { \
-    REAL(ssize_t, name, int, const void *, size_t, offset_type); \
-    const enum Outcome what = write_event(fd); \
-    if (what == HALF && real(fd, data, size / 2, offset) >= -1) die(); \
-    return what == FAIL ? -1 : real(fd, data, size, offset); \
+#define PWRITE(name, offset_type)                                           \
+  ssize_t name(int fd, const void* data, size_t size, offset_type offset) { \
+    REAL(ssize_t, name, int, const void*, size_t, offset_type);             \
+    const enum Outcome what = write_event(fd);                              \
+    if (what == HALF && real(fd, data, size / 2, offset) >= -1) die();      \
+    return what == FAIL ? -1 : real(fd, data, size, offset);                \
   }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
 
-ssize_t writev(int fd, const struct iovec *parts, int number) {
-  REAL(ssize_t, writev, int, const struct iovec *, int);
+ssize_t writev(int fd, const struct iovec* parts, int number) {
+  REAL(ssize_t, writev, int, const struct iovec*, int);
   const enum Outcome what = write_event(fd);
   if (what == HALF && real(fd, parts, number / 2) >= -1) die();
   return what == FAIL ? -1 : real(fd, parts, number);
 }
 
 // The rest pass, fail or are killed before they do anything.
-#define CALL(type, name, condition, kind, parameters, ...) \
-  type name parameters { \
-    static type(*real) parameters; \
-    if (!real) real = dlsym(RTLD_NEXT, #name); \
+#define CALL(type, name, condition, kind, parameters, ...)  \
+  type name parameters {                                    \
+    static type(*real) parameters;                          \
+    if (!real) real = dlsym(RTLD_NEXT, #name);              \
     return event(condition, kind) ? -1 : real(__VA_ARGS__); \
   }
 #define SIZED(name, size) CALL(int, name, fd_is_below(fd), TAKES, (int fd, size bytes), fd, bytes)
@@ -156,24 +156,27 @@ CALL(int, posix_fallocate, fd_is_below(fd), TAKES, (int fd, off_t from, off_t si
 CALL(int, fallocate, fd_is_below(fd), TAKES, (int fd, int mode, off_t from, off_t size), fd, mode, from, size)
 CALL(int, fsync, fd_is_below(fd), TAKES, (int fd), fd)
 CALL(int, fdatasync, fd_is_below(fd), TAKES, (int fd), fd)
-CALL(int, mkdir, path_is_below(AT_FDCWD, path), TAKES, (const char *path, mode_t mode), path, mode)
-CALL(int, mkdirat, path_is_below(dir, path), TAKES, (int dir, const char *path, mode_t mode), dir, path, mode)
-CALL(int, symlink, path_is_below(AT_FDCWD, path), TAKES, (const char *to, const char *path), to, path)
-CALL(int, link, path_is_below(AT_FDCWD, path), TAKES, (const char *from, const char *path), from, path)
-CALL(int, rename, path_is_below(AT_FDCWD, to), MOVES, (const char *from, const char *to), from, to)
-CALL(int, renameat, path_is_below(there, to), MOVES, (int here, const char *from, int there, const char *to), here,
-     from, there, to)
+CALL(int, mkdir, path_is_below(AT_FDCWD, path), TAKES, (const char* path, mode_t mode), path, mode)
+CALL(int, mkdirat, path_is_below(dir, path), TAKES, (int dir, const char* path, mode_t mode), dir, path, mode)
+CALL(int, symlink, path_is_below(AT_FDCWD, path), TAKES, (const char* to, const char* path), to, path)
+CALL(int, link, path_is_below(AT_FDCWD, path), TAKES, (const char* from, const char* path), from, path)
+CALL(int, rename, path_is_below(AT_FDCWD, to), MOVES, (const char* from, const char* to), from, to)
+CALL(int, renameat, path_is_below(there, to), MOVES, (int here, const char* from, int there, const char* to),
+     here, from, there, to)
 CALL(int, renameat2, path_is_below(there, to), MOVES,
-     (int here, const char *from, int there, const char *to, unsigned flags), here, from, there, to, flags)
-CALL(int, unlink, path_is_below(AT_FDCWD, path), FREES, (const char *path), path)
-CALL(int, unlinkat, path_is_below(dir, path), FREES, (int dir, const char *path, int flags), dir, path, flags)
-CALL(int, remove, path_is_below(AT_FDCWD, path), FREES, (const char *path), path)
-CALL(int, rmdir, path_is_below(AT_FDCWD, path), FREES, (const char *path), path)
-CALL(int, chmod, path_is_below(AT_FDCWD, path), FREES, (const char *path, mode_t mode), path, mode)
+     (int here, const char* from, int there, const char* to, unsigned flags), here, from, there, to, flags)
+CALL(int, unlink, path_is_below(AT_FDCWD, path), FREES, (const char* path), path)
+CALL(int, unlinkat, path_is_below(dir, path), FREES, (int dir, const char* path, int flags), dir, path, flags)
+CALL(int, remove, path_is_below(AT_FDCWD, path), FREES, (const char* path), path)
+CALL(int, rmdir, path_is_below(AT_FDCWD, path), FREES, (const char* path), path)
+CALL(int, chmod, path_is_below(AT_FDCWD, path), FREES, (const char* path, mode_t mode), path, mode)
 CALL(int, fchmod, fd_is_below(fd), FREES, (int fd, mode_t mode), fd, mode)
-CALL(int, fchmodat, path_is_below(dir, path), FREES, (int dir, const char *path, mode_t mode, int flags), dir, path,
-     mode, flags)
-CALL(ssize_t, sendfile, fd_is_below(out), TAKES, (int out, int in, off_t *from, size_t size), out, in, from, size)
-CALL(ssize_t, sendfile64, fd_is_below(out), TAKES, (int out, int in, off64_t *from, size_t size), out, in, from, size)
+CALL(int, fchmodat, path_is_below(dir, path), FREES, (int dir, const char* path, mode_t mode, int flags), dir,
+     path, mode, flags)
+CALL(ssize_t, sendfile, fd_is_below(out), TAKES, (int out, int in, off_t* from, size_t size), out, in, from,
+     size)
+CALL(ssize_t, sendfile64, fd_is_below(out), TAKES, (int out, int in, off64_t* from, size_t size), out, in,
+     from, size)
 CALL(ssize_t, copy_file_range, fd_is_below(out), TAKES,
-     (int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags), in, from, out, to, size, flags)
+     (int in, off64_t* from, int out, off64_t* to, size_t size, unsigned flags), in, from, out, to, size,
+     flags)
