@@ -1,10 +1,8 @@
-"""dfcompile: whole bundles of a grid of students, and, for every failure, one line, exit status 1 and nothing left."""
+"""dfcompile: whole bundles of a grid of students, and what it refuses before it begins."""
 
 import hashlib
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,63 +12,16 @@ import pytest
 import student_ref
 import tiny
 import torch
+from compiles import RUN_HERE, fails, save
 
-from dfssm.cli.main import dfcompile
-from dfssm.compiler import pipeline
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.export.builder import GraphBuilder
-from dfssm.model.checkpoint import save_student
 from dfssm.opset import OPS, DfssmError
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.runtime import Engine
-from dfssm.targets import TARGETS, get_target, ort_cpu
+from dfssm.targets import get_target, ort_cpu
 from dfssm.targets.bundle import check_files, read_manifest
-from dfssm.verify.bundle import SEED, TOKENS
 
 PASSES = ["load", "lower", "export", "write", "build", "verify", "golden", "taps", "emit", "finish"]
-
-RUN_HERE = [name for name in TARGETS if name in get_target(name).VERIFIED_BY]
-"""Targets whose bundles run on any machine; those of the others are in test_trt.py."""
-
-
-def save(path, config=None, seed=0):
-    config = config or student_ref.config("plain")
-    tensors = {name: torch.from_numpy(array) for name, array in tiny.tensors(config, seed).items()}
-    save_student(path, config, tensors)
-    return path
-
-
-@pytest.fixture
-def model(tmp_path):
-    (tmp_path / "in").mkdir()
-    return save(tmp_path / "in" / "model.pt")
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs dfcompile in an empty folder `out`: (exit status, stdout, stderr, what is there afterwards)."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def run(*args):
-        try:
-            dfcompile([str(arg) for arg in args])
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, out, err, sorted(path.name for path in folder.iterdir())
-
-    return run
-
-
-def fails(result, words, left=()):
-    """One line on stderr with `words` in it, exit status 1, and nothing in the folder but what was there before."""
-    status, out, err, names = result
-    assert status == 1 and out == ""
-    assert err.startswith("dfcompile: error: ") and err.count("\n") == 1 and words in err, err
-    assert names == list(left)
 
 
 @pytest.mark.parametrize("isa, layout", [("avx512vnni", 1), ("avx2", 2)])
@@ -268,191 +219,6 @@ def test_bad_tokenizers(model, command, tmp_path):
 def test_no_library(model, command, monkeypatch):
     monkeypatch.setenv(ort_cpu.LIBRARY_VARIABLE, "/nowhere/lib.so")
     fails(command(model, "--target", "ort-cpu"), "target ort-cpu cannot be used here: DFSSM_ORT_LIBRARY")
-
-
-def test_output_exists(model, command, tmp_path):
-    out = tmp_path / "out"
-    arguments = (model, "--target", "ort-cpu", "--no-verify", "-o", "b")
-    assert command(*arguments)[0] == 0
-    before = (out / "b" / "model.onnx").read_bytes()
-    fails(command(*arguments), "b exists: choose another output with -o, or replace it with --force", ["b"])
-
-    save(model, seed=1)
-    assert command(*arguments, "--force", "--state-dtype", "int8")[0] == 0
-    assert (out / "b" / "model.onnx").read_bytes() != before
-    assert read_manifest(out / "b").state_dtype == "int8"
-
-    (out / "b" / "manifest.json").unlink()
-    fails(command(*arguments, "--force"), "is not a bundle, so --force does not replace it", ["b"])
-    (out / "empty").mkdir()
-    status, *_, names = command(*arguments[:-1], "empty")
-    assert status == 0 and names == ["b", "empty"]
-
-
-def test_force_deletes_nothing_but_a_bundle(model, command, tmp_path):
-    """Neither the model that it reads, nor what a user keeps beside it, nor another model of a repository."""
-    bundle, arguments = tmp_path / "out" / "b", ("--target", "ort-cpu", "--no-verify", "--force", "-o", "b")
-    assert command(model, *arguments)[0] == 0
-    shutil.copy(model, bundle / "model.pt")
-    fails(command("b/model.pt", *arguments), "b also holds model.pt, which --force would delete: move it", ["b"])
-    (bundle / "model.pt").unlink()
-    (bundle / "notes").mkdir()
-    assert command(model, *arguments)[0] == 0 and not (bundle / "notes").exists()
-    (bundle / ".git").mkdir()
-    (bundle / ".git" / "HEAD").touch()
-    fails(command(model, *arguments), "b also holds .git/HEAD, which", ["b"])
-
-    repository = ("--emit", "triton-repository", *arguments[:-1], "r")
-    assert command(model, *repository)[0] == 0 and command(model, *repository)[0] == 0
-    (tmp_path / "out" / "r" / "other" / "1").mkdir(parents=True)
-    (tmp_path / "out" / "r" / "other" / "1" / "model.onnx").touch()
-    fails(command(model, *repository), "r also holds other/1/model.onnx, which", ["b", "r"])
-
-
-def test_output_is_a_link(model, command, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out" / "b").symlink_to(tmp_path / "elsewhere")
-    assert command(model, "--target", "onnx", "--no-verify", "-o", "b")[0] == 0
-    assert (tmp_path / "out" / "b").is_symlink() and read_manifest(tmp_path / "elsewhere")
-
-
-def test_failed_replacement_keeps_the_old(model, command, tmp_path, monkeypatch):
-    arguments = (model, "--target", "onnx", "--no-verify", "-o", "b")
-    assert command(*arguments)[0] == 0
-    old = (tmp_path / "out" / "b" / "manifest.json").read_bytes()
-    rename = Path.rename
-
-    def refuse(self, to):
-        if self.name.endswith(".dfssm-new"):
-            raise OSError(5, "Input/output error")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    fails(command(*arguments, "--force", "--state-dtype", "int8"), "b: Input/output error", ["b"])
-    assert (tmp_path / "out" / "b" / "manifest.json").read_bytes() == old
-
-
-def test_full_disk(model, command, monkeypatch):
-    def build(folder, progress):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ort_cpu, "build", build)
-    fails(command(model, "--target", "ort-cpu"), ": No space left on device")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_forbidden_folder(model, command, tmp_path):
-    (tmp_path / "out").chmod(0o500)
-    try:
-        fails(command(model, "--target", "ort-cpu"), "Permission denied")
-    finally:
-        (tmp_path / "out").chmod(0o700)
-
-
-def test_folder_that_takes_no_files(model, command):
-    fails(command(model, "--target", "ort-cpu", "-o", "/proc/bundle"), "cannot write /proc/bundle")
-
-
-def test_interrupted(model, command, monkeypatch):
-    def verify(job):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "verify", verify)
-    status, out, err, names = command(model, "--target", "ort-cpu")
-    assert (status, out, names) == (130, "", [])
-
-
-def test_bug_keeps_its_traceback(model, monkeypatch, tmp_path):
-    def export(job):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(pipeline, "export", export)
-    with pytest.raises(RuntimeError, match="a bug"):
-        dfcompile([str(model), "--target", "ort-cpu", "-o", str(tmp_path / "b")])
-    assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("target", RUN_HERE)
-@pytest.mark.parametrize(
-    "tensor, node",
-    [
-        ("embedding.weight", "Embedding.out of /embed"),
-        ("layers.1.norm.weight", "RMSNorm.out of /layers.1/norm"),
-        ("layers.1.in_proj.bits", "BinaryScaffoldMatMul.y of /layers.1/in_proj"),
-        ("layers.0.out_proj.up", "BinaryScaffoldMatMul.y of /layers.0/out_proj"),
-        ("layers.0.conv.bias", "CausalConv1dStep.y of /layers.0/conv"),
-        ("layers.1.scan.D", "SelectiveScanStep.y of /layers.1/scan"),
-        ("layers.0.scan.A_log", "SelectiveScanStep.new_state of /layers.0/scan"),
-        ("norm_f.weight", "RMSNorm.out of /norm_f"),
-        ("lm_head.scale", "logits of /lm_head"),
-    ],
-)
-def test_one_changed_number_is_found(target, tensor, node, command, tmp_path, monkeypatch):
-    """A single element that is not the student's fails the verification, and the message names the op it is in."""
-    model = save(tmp_path / "untied.pt", student_ref.config("untied"))
-    module = get_target(target)
-    lower = module.lower
-
-    def wrong(tensors, layout):
-        changed = np.array(tensors[tensor])
-        where = 0
-        if tensor == "embedding.weight":  # a row of the table counts only where its token is drawn
-            where = np.random.default_rng(SEED).integers(0, len(changed), TOKENS)[0] * changed.shape[1]
-        number = changed.flat[where]
-        changed.flat[where] = number * 1.01 + 0.01 if changed.dtype == np.float32 else number ^ 1
-        return lower(dict(tensors) | {tensor: changed}, layout)
-
-    monkeypatch.setattr(module, "lower", wrong)
-    fails(command(model, "--target", target), f"the bundle does not compute what the student does: {node}")
-
-
-@pytest.mark.parametrize(
-    ("op", "changes", "words"),
-    [
-        ("SelectiveScanStep", lambda a: {"B_start": a["C_start"], "C_start": a["B_start"]}, "of /layers.0/scan"),
-        ("SelectiveScanStep", lambda a: {"x_start": a["x_start"] + 1}, "of /layers.0/scan"),
-        ("SelectiveScanStep", lambda a: {"dt_start": a["dt_start"] - 1}, "of /layers.0/scan"),
-        ("CausalConv1dStep", lambda a: {"x_start": a["x_start"] + 1}, "CausalConv1dStep.y of /layers.0/conv"),
-        ("GatedRMSNorm", lambda a: {"z_start": a["z_start"] + 1}, "GatedRMSNorm.out of /layers.0/gated_norm"),
-    ],
-    ids=["B and C", "x", "dt", "xBC", "z"],
-)
-def test_wrong_wiring_is_found(op, changes, words, model, command, monkeypatch):
-    """Ops that are right, but read other columns: what an op made of its own inputs is not enough."""
-    dfssm = GraphBuilder.dfssm
-
-    def wired(self, kind, *args, **keywords):
-        return dfssm(self, kind, *args, **keywords | (changes(keywords) if kind == op else {}))
-
-    monkeypatch.setattr(GraphBuilder, "dfssm", wired)
-    fails(command(model, "--target", "onnx"), words)
-
-
-def test_states_are_carried(model, command, monkeypatch):
-    """States of two layers exchanged on their way out: right in the prefill, wrong at the first step after it."""
-    from dfssm.verify import bundle
-
-    run = bundle.run
-
-    def crossed(infer, *arguments):
-        a, b = "ssm_state.0", "ssm_state.1"
-        return run(lambda feeds: infer(feeds | {a: feeds[b], b: feeds[a]}), *arguments)
-
-    monkeypatch.setattr(bundle, "run", crossed)
-    fails(command(model, "--target", "ort-cpu"), "of /layers.0/scan")
-
-
-def test_shipped_graph_must_agree(model, command, monkeypatch):
-    from dfssm.verify import bundle
-
-    calls_of = bundle.calls_of
-
-    def drifting(infer, feeds, ids, calls):
-        for call, outputs in enumerate(calls_of(infer, feeds, ids, calls), 1):
-            yield outputs | {"logits": outputs["logits"] + (call == len(calls)) * np.float32(1e-3)}
-
-    monkeypatch.setattr(bundle, "calls_of", drifting)
-    fails(command(model, "--target", "ort-cpu"), "model.onnx gives other logits than its ops do one by one")
 
 
 def test_progress_reaches_its_end(model, tmp_path):
