@@ -7,7 +7,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ class Checkpoints:
         return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, own: str, also: int | None = None
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, own: str, also: Collection[int] = ()
     ) -> None:
         """Save the trained parameters, the optimiser and `own`, a text of this rank's. Older ones go, but for the last
-        few and that of the step `also`.
+        few and those of the steps `also`.
 
         A full disk raises DfssmError; the checkpoints before stay.
         """
@@ -67,7 +67,7 @@ class Checkpoints:
                 temporary.rename(final)
                 sync(self.folder)
                 for old in self.steps()[: -self.keep]:
-                    if old != also:
+                    if old not in also:
                         shutil.rmtree(self._folder(old))
         except (OSError, CheckpointException) as error:
             why = str(error).strip().splitlines()[-1]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfssm.model.quant import gradient_dtype, product
 from dfssm.model.student import DFSSMLM
-from dfssm.model.teacher import Mamba2LM, TokenTable
+from dfssm.model.teacher import Mamba2LM, Mamba2State, TokenTable
 
 if TYPE_CHECKING:
     from .topk import TopK
@@ -30,7 +30,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for begin in range(0, len(hidden), chunk):
             piece = slice(begin, begin + chunk)
             logits = head.project(hidden[piece]).float()
-            log_p = F.log_softmax(logits / temperature, dim=-1)
+            log_p = F.log_softmax(_tempered(logits, temperature), dim=-1)
             found, gradient = target.divergence(piece, log_p, temperature)
             kl += temperature**2 * found
             if temperature != 1:
@@ -41,10 +41,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 came = labels[piece, None]
                 ce -= log_p.gather(1, came).sum()
                 gradient += cross_entropy * log_p.exp().scatter_add_(1, came, -torch.ones_like(log_p[:, :1]))
-            gradient /= len(hidden)
             to_hidden[piece] = product(gradient, head.weight, dtype).to(hidden.dtype)
             to_weight += product(gradient.T, head.inputs(hidden[piece]).float(), dtype)
-        ctx.save_for_backward(to_hidden, to_weight.to(weight.dtype))
+        ctx.save_for_backward(to_hidden.div_(len(hidden)), to_weight.div_(len(hidden)).to(weight.dtype))
         loss, kl, ce = ((total / len(hidden)).float() for total in (kl + cross_entropy * ce, kl, ce))
         ctx.mark_non_differentiable(kl, ce)
         return loss, kl, ce
@@ -72,9 +71,13 @@ class TeacherLogits:
         self.project, self.hidden = head.fixed().project, hidden
 
     def divergence(self, piece: slice, log_p: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        log_q = F.log_softmax(self.project(self.hidden[piece]).float() / temperature, dim=-1)
+        log_q = F.log_softmax(_tempered(self.project(self.hidden[piece]).float(), temperature), dim=-1)
         q = log_q.exp()
-        return (q * log_q.sub_(log_p)).sum(dtype=torch.float64), log_p.exp().sub_(q)
+        return log_q.sub_(log_p).mul_(q).sum(-1).sum(dtype=torch.float64), log_p.exp().sub_(q)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def chunked_loss(
@@ -159,6 +162,6 @@ class Distillation(nn.Module):
             result["loss"] = loss + self.hidden * result["hidden"]
         return result
 
-    def logits(self, ids: Tensor) -> tuple[Tensor, object]:
+    def logits(self, ids: Tensor, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
         """The student's own call, which a sharded student answers through this module only."""
-        return self.student(ids)
+        return self.student(ids, state)

@@ -26,7 +26,7 @@ FP32, FP64 = 4, 8  # bytes
 _LAYER_MOVED = {"forward": 5.8, "backward": 9.0, "teacher": 3.7}
 _SCAFFOLD_MOVED = {"forward": 7, "backward": 19}
 _LOGITS_MOVED, _TABLE_MOVED, _TABLE_PREPARED = 56, 6, 25
-_UPDATE_MOVED = 22  # by AdamW and the gradient's norm, as multiples of the weights
+_UPDATE_MOVED = 10  # by AdamW, fused, and the gradient's norm, as multiples of the weights
 _LOGITS_HELD, _TABLES_HELD = 5, 4  # at once, while a chunk's loss is computed: fp32 tensors of either shape
 
 
@@ -108,11 +108,11 @@ def kept_of_layer(config: DFSSMConfig, tokens: int, bf16: bool = True, soft: boo
     inner, group = c.d_inner, c.ngroups * c.d_state
     length = min(c.chunk_size, tokens)
     padded = math.ceil(tokens / length) * length / tokens  # the scan pads the last chunk of a window
+    copied = bf16 or padded > 1  # B and C; otherwise they lie in what the convolution gave
     scan = (
-        5 * inner  # x, x delta (as it is, transposed for the product, decayed to the chunk's end), C . state
+        (5 if padded > 1 else 4) * inner  # x as padded, x delta (as it is, transposed, decayed to the end), C . state
         + 2 * length * c.nheads  # the decay between two tokens of a chunk, alone and times C . B
-        + length * c.ngroups  # C . B
-        + 2 * group * min(c.ngroups, 2)  # B, C; of more than one group a copy each for the product
+        + 2 * group * (copied + (c.ngroups > 1))  # B, C; of more than one group a copy each for the product
         + 2 * c.d_state * inner / length  # the state at each chunk's beginning, twice
         + 4 * c.nheads  # the step size and the decays to the ends of the chunk
     ) * FP32 + 2 * c.nheads * FP64  # their logarithms
@@ -171,7 +171,7 @@ def work(config: DFSSMConfig, options: Options) -> Work:
 
     # Codes are exact in TF32; gradients and the teacher's products are of the type of autocast; the scan's are fp32.
     forward = Work(tf32=2 * (planes * scaffold + low_rank), fp32=scan, moved=moved["forward"])
-    backward = Work(**cast(2 * (planes + 1) * scaffold + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
+    backward = Work(**cast(4 * scaffold + 4 * low_rank), fp32=2 * scan, moved=moved["backward"])
     layer = forward * (2 if o.checkpointing else 1) + backward
     total = Work(tf32=head) + Work(**cast(2 * head))
     if o.teacher:
@@ -251,18 +251,15 @@ def plan(teacher: Mamba2Config, options: Options) -> Plan:
     if o.world > 1:  # the table; weights of this layer and the next, as received and as used; gradients to be reduced
         memory["gathered by FSDP2"] = table + 5 * FP32 * counts["projections"] / config.n_layer
 
-    # A pass through the model, and the update after it: their temporaries are not alive together.
-    passing: dict[str, float] = {}
+    # A pass through the model; the update after it has no temporaries.
     if o.checkpointing:
         state = (config.d_inner * config.d_state + config.conv_dim * (config.d_conv - 1)) / o.tokens
-        passing["inputs of the layers"] = config.n_layer * (config.d_model + state) * FP32 * n
+        memory["inputs of the layers"] = config.n_layer * (config.d_model + state) * FP32 * n
     else:
-        passing["activations"] = config.n_layer * layer
+        memory["activations"] = config.n_layer * layer
     if o.hidden:
-        passing["distances of hidden states"] = config.n_layer * config.d_model * FP32 * n
+        memory["distances of hidden states"] = config.n_layer * config.d_model * FP32 * n
     head = _TABLES_HELD * table + _LOGITS_HELD * logits
     backward = table + working_space(config, o.tokens) * n + (layer if o.checkpointing else 0)
-    passing["space for the head" if head > backward else "space for a layer"] = max(head, backward)
-    update: dict[str, float] = {"space for AdamW": trained / o.world}
-    peak = max([passing, update], key=lambda items: sum(items.values()))
-    return Plan(config, o, memory | peak, kept)
+    memory["space for the head" if head > backward else "space for a layer"] = max(head, backward)
+    return Plan(config, o, memory, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dfssm.opset.errors import DfssmError
 
+from . import memory
 from .checkpoint import Checkpoints
 from .data import Source
 from .distributed import Ranks
@@ -26,6 +27,10 @@ from .stopping import Stopping
 
 BETAS = 0.9, 0.95
 MAX_NORM = 1.0  # of the gradient
+
+
+class NotFinite(DfssmError):
+    """The loss or the gradient of a step is no number. No parameter has changed by it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Trainer:
     found on the way; at most the schedule's. Log lines go to log.jsonl in `folder`, checkpoints to checkpoints/.
 
     `level`: between which points of the run nothing depends on its length. The checkpoint of the second one is kept:
-    a run of more steps goes on from there.
+    a run of more steps goes on from there. `best_by`: of which figure of held_out() the least is the best: the
+    checkpoint of that step is kept, too.
     """
 
     model: nn.Module
@@ -78,26 +84,30 @@ class Trainer:
     ranks: Ranks
     folder: Path
     before: Callable[[float], dict[str, float]] = lambda progress: {}
-    held_out: Callable[[], dict[str, float]] | None = None
+    held_out: Callable[[], dict[str, Any]] | None = None
+    best_by: str = ""
     watched: Callable[[], dict[str, float]] = dict
     level: tuple[float, float] | None = None
     ends: Callable[[], int] | None = None
+    factors: Mapping[nn.Parameter, float] = field(default_factory=dict)  # on the learning rate; 1 for all others
     weight_decay: float = 0.0  # of matrices
     bf16: bool = False
     sinks: Sequence[Sink] = ()
     identity: dict = field(default_factory=dict)  # what a run that goes on must have in common with its checkpoint
+    usual: dict = field(default_factory=dict)  # of that, what checkpoints that lack it were begun with
     kept: dict = field(default_factory=dict)  # what a checkpoint has besides
 
     def __post_init__(self) -> None:
         self.parts = self.schedule.parts(self.ranks)
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=BETAS)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=BETAS, fused=True)
         for group in self.optimizer.param_groups:
             for p in group["params"]:  # made by the first gradient otherwise, and a checkpoint before that lacks it
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
+                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, self.schedule.keep)
         self.log = Log(self.folder, self.ranks.first, self.sinks)
         self.step, self.seconds, self.floor = 0, 0.0, 0.0  # no point of the run lies before the floor
+        self.best: tuple[float, int] | None = None  # the figure, and the step
         self.sums: dict[str, float] = {}  # since the last line of the log, which was at:
         self.logged = 0, 0.0  # step and seconds
 
@@ -146,7 +156,7 @@ class Trainer:
             saved["floor"] = max(saved.get("floor", 0.0), self.level[0])
             del same["steps"]
         for name, value in json.loads(json.dumps(same)).items():
-            begun = saved["identity"].get(name)
+            begun = saved["identity"].get(name, self.usual.get(name))
             if begun != value:
                 what = f"another {name}" if isinstance(value, dict) else f"{name} {begun}, not {value}"
                 raise DfssmError(
@@ -156,9 +166,18 @@ class Trainer:
         self.source.load_state_dict(saved["source"])
         self.step, self.seconds, self.bf16 = steps[-1], saved["seconds"], saved["bf16"]
         self.sums, self.logged, self.floor = saved["sums"], tuple(saved["logged"]), saved.get("floor", 0.0)
+        best = saved.get("best")
+        self.best = tuple(best) if best and best[1] in self.checkpoints.steps() else None
         self.checkpoints.drop_after(self.step)
         self.log.cut(self.step)
         return True
+
+    def take_best(self) -> int:
+        """Go back to the parameters of the best step, where one is looked for; the step that the model is of."""
+        if not (self.best_by and self.best) or self.best[1] == self.step:
+            return self.step
+        self.checkpoints.load(self.best[1], self.model, self.optimizer)
+        return self.best[1]
 
     def train(self) -> None:
         """Run to the end of the schedule. A loss that is not finite raises DfssmError and keeps the last checkpoint.
@@ -171,13 +190,10 @@ class Trainer:
             self.log.cut(0)  # lines of a run that did not come to a checkpoint
         self.model.train()
         size = schedule.batch * schedule.tokens
-        with TrainingProgress(self.step * size, self.ranks.first) as progress, Stopping() as stopping:
+        with TrainingProgress(self.step * size, self.ranks.first) as progress, Stopping() as stopping, memory.kept():
             while not self.done:
                 rates, extra = self.rates(self.progress), self.before(self.progress)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rates[group["name"]]
-                found = self._step()
-                self.step += 1
+                found = self.update(rates)
                 self.seconds = time.perf_counter() - begin
                 for name, value in found.items():
                     self.sums[name] = self.sums.get(name, 0.0) + value
@@ -190,9 +206,9 @@ class Trainer:
                     self.sums, self.logged = {}, (self.step, self.seconds)
                 if self.held_out and (self.step % schedule.evaluate_every == 0 or done):
                     self._evaluate(self.held_out)
-                if self.step % schedule.save_every == 0 or self.step == self.level_ends or done or stops:
-                    own = json.dumps(self._own())
-                    self.checkpoints.save(self.step, self.model, self.optimizer, own, self.level_ends)
+                also = {step for step in (self.level_ends, self.best and self.best[1]) if step}
+                if self.step % schedule.save_every == 0 or self.step in also or done or stops:
+                    self.checkpoints.save(self.step, self.model, self.optimizer, json.dumps(self._own()), also)
                 # A run that goes by the clock is as long as it will be at this speed.
                 last = self.steps if schedule.seconds is None else round(self.step / self.progress)
                 progress.update(self.step * size, min(self.steps, last) * size, self.log.shown)
@@ -200,8 +216,17 @@ class Trainer:
                     stopping.end()
                 begin = time.perf_counter() - self.seconds  # measuring and saving are not training
 
+    def update(self, rates: dict[str, float]) -> dict[str, float]:
+        """Take a step with these learning rates; the values of its batch, the same on every rank. NotFinite if one of
+        them is not.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]] * group.get("factor", 1.0)
+        found = self._step()
+        self.step += 1
+        return found
+
     def _step(self) -> dict[str, float]:
-        """One update; the values of the batch, the same on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for part in range(self.parts):
@@ -213,23 +238,35 @@ class Trainer:
             (values["loss"] / self.parts).backward()
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double() / self.parts
-        norms = {name: _norm(parameters) for name, parameters in self.groups.items()}
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        norms = self._norms()
+        totals |= {name: norm.double() for name, norm in norms.items()}
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), MAX_NORM, norms["grad_norm"])
         means = self.ranks.mean(torch.stack(list(totals.values()))).tolist()
-        found = dict(zip(totals, means, strict=True)) | {"grad_norm": _whole(norm)}
-        found |= {f"grad_norm_{name}": value for name, value in norms.items() if value is not None}
+        found = dict(zip(totals, means, strict=True))
         if not all(map(math.isfinite, found.values())):
-            raise DfssmError(
+            raise NotFinite(
                 f"step {self.step + 1}: the loss is {found['loss']}, the gradient {found['grad_norm']}; lower --lr "
                 "and begin anew, or resume from the checkpoint before"
             )
         self.optimizer.step()
         return found
 
-    def _evaluate(self, held_out: Callable[[], dict[str, float]]) -> None:
+    def _norms(self) -> dict[str, Tensor]:
+        """Of the gradients of each group that has any, and of all."""
+        found = {}
+        for name, parameters in self.groups.items():
+            if gradients := [p.grad for p in parameters if p.grad is not None]:
+                norm = nn.utils.get_total_norm(gradients)
+                found[f"grad_norm_{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return found | {"grad_norm": torch.stack(list(found.values())).norm()}
+
+    def _evaluate(self, held_out: Callable[[], dict[str, Any]]) -> None:
         self.model.eval()
         found = held_out()
         self.model.train()
+        figure = found.get(self.best_by, math.nan)
+        if math.isfinite(figure) and (self.best is None or figure < self.best[0]):
+            self.best = figure, self.step
         self.log.write(self._position() | found)
 
     def _position(self) -> dict[str, float]:
@@ -238,30 +275,19 @@ class Trainer:
 
     def _own(self) -> dict[str, Any]:
         """What a checkpoint holds besides parameters and moments: values of this rank."""
-        names = ("seconds", "bf16", "sums", "logged", "floor", "identity")
+        names = ("seconds", "bf16", "sums", "logged", "floor", "best", "identity")
         return self.kept | {"source": self.source.state_dict()} | {name: getattr(self, name) for name in names}
 
     def _parameter_groups(self) -> list[dict]:
-        """Matrices may decay; vectors (norms, scales, A, D, biases) never do."""
-        groups = []
+        """Matrices may decay; vectors (norms, scales, A, D, biases) never do. Parameters of other rates are apart."""
+        groups: dict[tuple, dict] = {}
         for name, parameters in self.groups.items():
-            for decay, chosen in (
-                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
-                (0.0, [p for p in parameters if p.ndim <= 1]),
-            ):
-                if chosen:
-                    groups.append({"params": chosen, "weight_decay": decay, "name": name})
-        return groups
-
-
-def _norm(parameters: Sequence[nn.Parameter]) -> float | None:
-    """Of the gradients of all of them; None where none has any."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return _whole(nn.utils.get_total_norm(gradients)) if gradients else None
-
-
-def _whole(norm: Tensor) -> float:
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            for p in parameters:
+                # By parameter, not by factor: a run that goes on has the same groups before it knows their factors.
+                own = {"factor": self.factors[p]} if p in self.factors else {}
+                new = {"params": [], "weight_decay": self.weight_decay * (p.ndim > 1), "name": name} | own
+                groups.setdefault((name, p.ndim > 1, p if own else None), new)["params"].append(p)
+        return list(groups.values())
 
 
 def fast_bf16(device: torch.device, size: int = 512, margin: float = 1.3) -> bool:

@@ -8,6 +8,7 @@ planes.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -33,6 +34,11 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
+def _signs(x: Tensor) -> Tensor:
+    """+1.0 where x > 0, else -1.0."""
+    return (x > 0).to(torch.get_default_dtype()).mul_(2).sub_(1)  # on CPU three times as fast as torch.where
+
+
 class _Sign(torch.autograd.Function):
     """+1 where x > 0, else -1; the gradient passes where |x| < window.
 
@@ -43,7 +49,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, window: float) -> Tensor:
         ctx.save_for_backward(x.abs() < window)
-        return torch.where(x > 0, 1.0, -1.0)
+        return _signs(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -172,11 +178,12 @@ def binary_scaffold_matmul(
 def _scaffold_product(q, s, signs, scale, down, down_scale, up, up_scale) -> tuple[Tensor, Tensor]:
     """`binary_scaffold_matmul` of the codes q, s of x; returns y[...,M] and h[...,R]."""
     planes = (signs, scale) if signs.ndim == 3 else (signs[None], scale[None])
-    y = sum((b * s) * integer_matmul(q, a, largest=1) for a, b in zip(*planes, strict=True))
+    parts = ((b * s).mul_(integer_matmul(q, a, largest=1)) for a, b in zip(*planes, strict=True))
+    y = functools.reduce(Tensor.add_, parts)
     h = (down_scale * s) * integer_matmul(q, down)
     if down.shape[0]:
         with torch.autocast(q.device.type, enabled=False):
-            y = y + up_scale * (h @ up.to(h.dtype).T)
+            y.add_((h @ up.to(h.dtype).T).mul_(up_scale))
     return y, h
 
 
@@ -184,7 +191,7 @@ def _scaffold_product(q, s, signs, scale, down, down_scale, up, up_scale) -> tup
 def int8_matmul(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """y = (w_scale s)(w . q): x[...,K], int8 codes w [M,K], w_scale [M] -> fp32 [...,M], without a gradient."""
     q, s = quantize(x)
-    return (w_scale * s) * integer_matmul(q, w)
+    return (w_scale * s).mul_(integer_matmul(q, w))
 
 
 class _TrainedScaffold(torch.autograd.Function):
@@ -198,7 +205,7 @@ class _TrainedScaffold(torch.autograd.Function):
     def forward(ctx, x: Tensor, latent: Tensor, scale: Tensor, down: Tensor, up: Tensor, window: float) -> Tensor:
         q, s = quantize(x)
         (dq, ds), (uq, us) = (quantize_rows(t) for t in (down, up))
-        y, h = _scaffold_product(q, s, sign(latent), scale, dq, ds, uq, us)
+        y, h = _scaffold_product(q, s, _signs(latent), scale, dq, ds, uq, us)
         ctx.save_for_backward(q.to(torch.int8), s, latent, scale, h, dq * ds[:, None], uq * us[:, None])
         ctx.window, ctx.dtype, ctx.x_dtype = window, gradient_dtype(x.device), x.dtype
         return y
@@ -206,17 +213,20 @@ class _TrainedScaffold(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         q, s, latent, scale, h, down, up = ctx.saved_tensors
-        signs, dtype = sign(latent), ctx.dtype
+        signs, dtype = _signs(latent), ctx.dtype
         rows = g.flatten(0, -2).float()
-        x = (q.float() * s).flatten(0, -2)
-        planes = list(zip(signs, scale, strict=True)) if signs.ndim == 3 else [(signs, scale)]
-        through_h = product(rows, up, dtype)
-        to_x = sum(product(rows * b, a, dtype) for a, b in planes) + product(through_h, down, dtype)
+        x = q.float().mul_(s).flatten(0, -2)
+        weight = signs * scale[..., None]
+        if signs.ndim == 3:  # one product for all planes
+            weight = weight.sum(0)
+        # Transposed: the CPU's library takes ten times as long for a matrix of a few columns as for one of a few rows.
+        through_h = product(up.T.contiguous(), rows.T, dtype).T
+        to_x = product(rows, weight, dtype) + product(through_h, down, dtype)
         to_weight = product(rows.T, x, dtype)  # of the sum of scale * signs, every plane's
         to_scale = (signs * to_weight).sum(-1)
-        to_latent = torch.where(latent.abs() < ctx.window, to_weight * scale[..., None], 0.0)
+        to_latent = (to_weight * scale[..., None]).masked_fill_(latent.abs() >= ctx.window, 0.0)
         to_down = product(through_h.T, x, dtype)
-        to_up = product(rows.T, h.flatten(0, -2), dtype)
+        to_up = product(h.flatten(0, -2).T, rows, dtype).T
         return to_x.view(q.shape).to(ctx.x_dtype), to_latent, to_scale, to_down, to_up, None
 
 

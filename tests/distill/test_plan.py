@@ -65,8 +65,12 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         made = tensors(result)
-        # Of a list in place nothing is returned.
-        written = tensors(arguments[0]) if "_foreach_" in function.__name__ and not made else made
+        # Of lists in place nothing is returned: those of the fused AdamW are weights, gradients and two moments.
+        lists = {"_foreach_": (0,), "_fused_": (0, 2, 3)}
+        written = made
+        for name, places in lists.items():
+            if name in function.__name__ and not made:
+                written = tensors([arguments[i] for i in places])
         if written and not function.is_view and "empty" not in function.__name__:
             self.moved += size(written) + size(tensors((arguments, options)))
         for storage in (t.untyped_storage() for t in made):
@@ -147,7 +151,7 @@ class TestActivations:
         assert items["norm"] == 2 * 2048 * 4
         assert items["in_proj"] == 2048 + 4 + 16 * 4 + 8512 * 4
         assert items["gated norm"] == 4 * 4096 * 4
-        assert sum(items.values()) == pytest.approx(340e3, rel=0.01)
+        assert sum(items.values()) == pytest.approx(323e3, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +227,7 @@ class TestWork:
 
     def test_an_update(self):
         model = student(Mamba2Config(vocab_size=5000, d_model=64, n_layer=2))
-        optimiser = torch.optim.AdamW(model.parameters(), foreach=True, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(model.parameters(), fused=True, weight_decay=0.0)
         for _ in range(2):  # the first makes the moments
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
@@ -231,9 +235,7 @@ class TestWork:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
                 optimiser.step()
         weights = size(model.parameters())
-        assert counted.peak == weights
-        found = plan(preset("mamba2-1.3b"), Options(checkpointing=True)).memory
-        assert found["space for AdamW"] == found["weights in training, fp32"]
+        assert counted.peak < 1e-3 * weights
         assert counted.moved == pytest.approx(planning._UPDATE_MOVED * weights, rel=0.01)
 
     def test_seconds_by_hand(self):
@@ -246,7 +248,7 @@ class TestWork:
         config = DFSSMConfig.from_teacher(preset("mamba2-1.3b"))
         weights = config.n_layer * config.d_model * (config.d_in_proj + config.d_inner)
         plain, two = (work(dataclasses.replace(config, planes=n), Options(planes=n)) for n in (1, 2))
-        assert two.tf32 - plain.tf32 == two.bf16 - plain.bf16 == 2 * weights
+        assert two.tf32 - plain.tf32 == 2 * weights and two.bf16 == plain.bf16  # one product for the gradients of all
         again = work(config, Options(checkpointing=True))
         head = 2 * config.vocab_size * config.d_model
         assert again.tf32 - head == 2 * (plain.tf32 - head) and again.bf16 == plain.bf16

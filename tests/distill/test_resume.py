@@ -1,5 +1,6 @@
 """A run that goes on: killed, resumed, lengthened or ended by SIGTERM it takes the same steps, bit for bit."""
 
+import math
 import shutil
 import signal
 import time
@@ -87,6 +88,22 @@ class TestResume:
         assert torch.equal(t.model.head.weight, whole.model.head.weight)
         assert torch.equal(t.model.head.bias, whole.model.head.bias)
 
+    def test_of_rates_of_their_own(self, trainer):
+        """A run that goes on finds the factors of its beginning, whatever it computes itself."""
+
+        def options(factor):
+            model = Bigrams()
+            return {"model": model, "factors": {model.head.weight: factor}}
+
+        whole = trainer("whole", **options(0.25))
+        whole.folder.mkdir()
+        whole.train()
+        stop_at(trainer(**options(0.25)), 7)
+        t = trainer(**options(3.0))
+        assert t.resume() and t.step == 4
+        t.train()
+        assert torch.equal(t.model.head.weight, whole.model.head.weight)
+
     def test_without_a_checkpoint(self, trainer):
         assert trainer().resume() is False
 
@@ -104,6 +121,12 @@ class TestResume:
         trainer(identity={"data": {"sha256": "0"}}).train()
         with pytest.raises(DfssmError, match=r"run: was begun with another data; resume with the same"):
             trainer(identity={"data": {"sha256": "1"}}).resume()
+
+    def test_what_a_checkpoint_of_before_does_not_know_was_as_usual(self, trainer):
+        trainer(identity={"rank": 4}).train()
+        assert trainer(identity={"rank": 4, "new": "a"}, usual={"new": "a", "rank": 16}).resume()
+        with pytest.raises(DfssmError, match="was begun with new a, not b"):
+            trainer(identity={"rank": 4, "new": "b"}, usual={"new": "a"}).resume()
 
     def test_of_equal_options_that_json_writes_otherwise(self, trainer):
         trainer(identity={"data": ("a", "b"), "lr": 1e-3}).train()
@@ -179,6 +202,68 @@ class TestLonger:
         self.run(trainer, "run", 8, level=None).train()
         with pytest.raises(DfssmError, match="begun with steps 8, not 16"):
             self.run(trainer, "run", 16, level=None).resume()
+
+
+class TestBest:
+    """The step whose figure on the held-out text is least."""
+
+    def run(self, trainer, figures, folder="run", **options):
+        seen, left = {}, iter(figures)
+
+        def held_out():
+            seen[t.step] = t.model.head.weight.detach().clone()
+            return {"held_out_kl": next(left)}
+
+        options = {"steps": 8, "evaluate_every": 2, "save_every": 100, "best_by": "held_out_kl"} | options
+        t = trainer(folder, held_out=held_out, **options)
+        t.folder.mkdir(exist_ok=True)
+        return t, seen
+
+    def test_is_gone_back_to(self, trainer):
+        t, seen = self.run(trainer, [3.0, 1.0, 2.0, 1.5])
+        t.train()
+        assert t.checkpoints.steps() == [4, 8]
+        last = t.model.head.weight.detach().clone()
+        assert t.take_best() == 4 and torch.equal(t.model.head.weight, seen[4])
+        assert not torch.equal(t.model.head.weight, last)
+
+    def test_it_outlives_the_newer_checkpoints(self, trainer):
+        t, _ = self.run(trainer, [1.0, 2.0, 2.0, 2.0], save_every=2)
+        t.train()
+        assert t.checkpoints.steps() == [2, 6, 8] and t.take_best() == 2
+
+    def test_the_last_may_be_it(self, trainer):
+        t, seen = self.run(trainer, [4.0, 3.0, 2.0, 1.0])
+        t.train()
+        assert t.take_best() == 8 and torch.equal(t.model.head.weight, seen[8])
+
+    def test_a_figure_that_is_no_number_is_none(self, trainer):
+        t, _ = self.run(trainer, [math.nan, 2.0, math.nan, 3.0])
+        t.train()
+        assert t.take_best() == 4
+
+    def test_nobody_asks_for_it(self, trainer):
+        t, seen = self.run(trainer, [1.0, 2.0, 2.0, 2.0], best_by="")
+        t.train()
+        assert t.checkpoints.steps() == [8] and t.take_best() == 8 and torch.equal(t.model.head.weight, seen[8])
+
+    def test_a_run_that_goes_on_knows_it(self, trainer):
+        t, seen = self.run(trainer, [3.0, 1.0])
+        stop_at(t, 5)
+        assert t.checkpoints.steps() == [2, 4]
+        t, _ = self.run(trainer, [2.0, 2.0])
+        assert t.resume() and t.step == 4
+        t.train()
+        assert t.take_best() == 4 and torch.equal(t.model.head.weight, seen[4])
+
+    def test_one_whose_checkpoint_is_gone_is_forgotten(self, trainer):
+        t, _ = self.run(trainer, [1.0, 2.0, 2.0], save_every=2)
+        stop_at(t, 6)
+        shutil.rmtree(t.checkpoints.folder / "step-000002")
+        t, _ = self.run(trainer, [3.0], save_every=2)
+        assert t.resume() and t.step == 6 and t.best is None
+        t.train()
+        assert t.take_best() == 8
 
 
 class TestSigterm:

@@ -80,6 +80,18 @@ class TestSteps:
         for whole, parts in zip(*found, strict=True):
             torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
+    def test_a_parameter_may_have_a_rate_of_its_own(self, trainer):
+        """The first step of AdamW is the rate, whatever the size of a gradient."""
+        model = Bigrams()
+        before = [p.detach().clone() for p in (model.head.weight, model.head.bias)]
+        t = trainer(model=model, steps=1, factors={model.head.weight: 0.25})
+        t.train()
+        rate = rates(0.5)
+        for p, old, step in zip(
+            (model.head.weight, model.head.bias), before, (0.25 * rate["matrix"], rate["bias"]), strict=True
+        ):
+            assert (p.detach() - old).abs().max().item() == pytest.approx(step, rel=1e-4)
+
     def test_before_each_the_run_may_change_something(self, trainer):
         seen = []
         t = trainer(steps=4, log_every=1, before=lambda progress: seen.append(progress) or {"blend": progress / 2})
