@@ -83,14 +83,20 @@ def _count(
 @_count("--save-every", 200, "Steps from one checkpoint to the next.", "STEPS")
 @_count("--keep", 2, "Checkpoints to keep.")
 @_count("--evaluate-every", 200, "Steps from one held-out perplexity to the next.", "STEPS")
+@click.option("--best", is_flag=True, help="Of the steps that were evaluated, take the student of least held-out KL "
+              "divergence, not the last one.")  # fmt: skip
+@click.option("--sample", "samples", multiple=True, metavar="TEXT", help="At each evaluation let the student continue "
+              "TEXT; log.jsonl and the report have what it wrote. Repeatable.")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Also log to DIR/tensorboard.")
 @click.option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in DIR; with --curve wsd also to more "
               "--total-tokens.")  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Only print an estimate of memory and time.")
 @_count("--devices", 1, "Number of devices, for --plan.", most=2**20)
+@_count("--range-test", 0, "Only try learning rates: N steps at rates from 1e-5 to 1; writes the loss at each to "
+        "DIR/rates.html and rates.json, and suggests --lr.", least=0)  # fmt: skip
 @json_option
-def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -> None:
+def distill(teacher, data, output, recipe_name, as_json, only_plan, range_test, **options) -> None:
     """Train a 1-bit student of TEACHER by distillation.
 
     TEACHER is the folder of a Mamba-2 checkpoint, the student is DIR/model.pt. Runs on one device, or under torchrun
@@ -132,6 +138,11 @@ def distill(teacher, data, output, recipe_name, as_json, only_plan, **options) -
         )
         shared = options.keys() & _names(Job)
         job = Job(teacher, data, output, recipe, schedule, **{name: options[name] for name in shared})
+        if range_test:
+            from dfssm.distill import rates
+
+            print_result(rates.range_test(job, those, range_test), as_json, lambda found: _rates(found, output))
+            return
         result = run(job, those, options["resume"], lambda line: click.echo(line, err=True))
         if those.first:
             print_result(result | {"output": str(output)}, as_json, _text)
@@ -171,6 +182,13 @@ def _plan(teacher: Path, recipe, options: dict) -> dict:
         ),
     )
     return {"memory": found.memory, "total": found.total, "lines": found.lines()}
+
+
+def _rates(found: dict, output: Path) -> str:
+    return (
+        f"{output}: least loss at a rate of {found['least']:.2g}, after {len(found['rates'])} steps; "
+        f"suggested: --lr {found['suggested']:g}"
+    )
 
 
 def _text(result: dict) -> str:

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dfssm.opset.errors import DfssmError, reason
 from dfssm.opset.extras import require
@@ -14,7 +15,7 @@ from dfssm.opset.files import append, write_file
 from dfssm.opset.reading import open_text
 
 Sink = Callable[[int, dict[str, float]], None]
-"""Takes a step and the line written after it."""
+"""Takes a step and the numbers of the line written after it."""
 
 _POSITION = ("step", "tokens", "seconds")  # of a line, besides what was measured
 
@@ -26,7 +27,7 @@ class Log:
         self.path, self.writes, self.sinks = folder / "log.jsonl", writes, sinks
         self.shown: dict[str, str] = {}  # beside the progress bar
 
-    def write(self, line: dict[str, float]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
         self.shown |= {name: f"{line[name]:.3f}" for name in ("loss", "perplexity") if name in line}
         if not self.writes:
             return
@@ -34,8 +35,9 @@ class Log:
             append(self.path, json.dumps(line) + "\n")
         except OSError as error:
             raise DfssmError(f"{self.path}: cannot be written ({reason(error)}); mend that, then --resume") from None
+        numbers = {name: value for name, value in line.items() if not isinstance(value, list)}
         for sink in self.sinks:
-            sink(int(line["step"]), line)
+            sink(line["step"], numbers)
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`, and a last one that was cut short: the run goes on from there."""

@@ -61,6 +61,12 @@ class Recipe:
     lr: float = _number(8e-3, 1e-12, 1_000, "Peak learning rate.")
     low_rank_lr: float = _number(1.0, 1e-6, 1_000_000, "Learning rate of the low rank, as a multiple of --lr.")
     float_lr: float = _number(0.25, 1e-6, 1_000_000, "Learning rate of the float parameters, as a multiple of --lr.")
+    float_rates: str = _choice(
+        "equal",
+        ["relative"],
+        "Learning rates of the float tensors: equal, or each in proportion to the tensor's root mean square at the "
+        "start.",
+    )
     warmup: float = _number(0.05, 0, 1, "Share of the steps over which the learning rate rises.")
     curve: str = _choice(
         "cosine", ["wsd"], "Learning rate after the warm-up: a cosine, or level and then down; wsd can be lengthened."
@@ -98,11 +104,15 @@ class Recipe:
         share = self.scaffold_share
         first = progress < share or share == 1
         curve = self._curve(progress / share if first else (progress - share) / (1 - share))
-        two_stages = share < 1
+        return self.at(self.lr * curve, first)
+
+    def at(self, rate: float, first: bool = True) -> dict[str, float]:
+        """Learning rate of each group where the scaffold's is `rate`; `first`: in the part that trains the scaffold."""
+        two_stages = self.scaffold_share < 1
         return {
-            "scaffold": self.lr * curve if first else 0.0,
-            "low_rank": 0.0 if two_stages and first else self.lr * self.low_rank_lr * curve,
-            "float": self.lr * self.float_lr * curve if self.train_float and first else 0.0,
+            "scaffold": rate if first else 0.0,
+            "low_rank": 0.0 if two_stages and first else rate * self.low_rank_lr,
+            "float": rate * self.float_lr if self.train_float and first else 0.0,
         }
 
     @property

@@ -51,6 +51,7 @@ def page(name: str, log: Sequence[dict[str, Any]], result: dict[str, Any]) -> st
         _tiles(result, teacher),
         _perplexity_table(result, teacher),
         _charts(log, teacher),
+        _samples(log),
         '<div class="charts">',
         *(_options(title, result[title.lower()]) for title in ("Recipe", "Schedule")),
         "</div>",
@@ -128,6 +129,17 @@ def _perplexity_table(result: dict[str, Any], teacher: float | None) -> str:
     ]
     head = ("model", "perplexity", "/ teacher's", *(["KL from teacher, nats per token"] if kl else []))
     return f"<h2>Perplexity on {label(result['held_out_tokens'])} held-out tokens</h2>" + table(head, rows)
+
+
+def _samples(log: Sequence[dict[str, Any]]) -> str:
+    """Each prompt with what the student made of it, from first to last."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for line in log:
+        for sample in line.get("samples", ()):
+            texts.setdefault(sample["prompt"], []).append((f"{line['tokens']:,}", sample["text"]))
+    head = ("tokens", "the student's most likely continuation")
+    parts = [f"<h2>{escape(prompt)}…</h2>" + table(head, rows, numbers=False) for prompt, rows in texts.items()]
+    return f"<section>{''.join(parts)}</section>" if parts else ""
 
 
 def _options(title: str, options: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ from dfssm.opset.paths import STUDENT
 from dfssm.opset.reading import read_file
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
+from dfssm.targets.text import encode, end_tokens
 
 from . import PREFIX
 from .checkpoint import Checkpoints
@@ -38,8 +41,9 @@ from .log import Sink, open_sinks
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
+from .samples import samples
 from .stream import StreamedWindows
-from .student import Flips, begin, blank, data_free, finish, first_signs, move_to, other_forms, trainable
+from .student import Flips, begin, blank, data_free, finish, first_signs, move_to, other_forms, rate_factors, trainable
 from .topk import TopK, precompute
 from .trainer import Schedule, Trainer, fast_bf16
 
@@ -68,6 +72,8 @@ class Job:
     recompute: bool = False
     compiled: bool = False
     top_k: int = 0
+    best: bool = False  # of all steps that are measured, the student of least held-out divergence; else of the last
+    samples: Sequence[str] = ()  # texts to continue at each measurement
     tensorboard: bool = False
     wandb: str | None = None
 
@@ -131,6 +137,10 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
         )
     if job.top_k and streams:
         raise DfssmError("--top-k: the windows of a stream are not known before; leave it out, or give --data files")
+    if job.compiled and ranks.device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise DfssmError(f"--compile: there is no C++ compiler {compiler}; install it, set CXX, or leave out --compile")
+    if job.best and not (job.held_out_documents if streams else job.held_out):
+        raise DfssmError("--best: no text is held out to tell it by; give --held-out, or leave it out")
     if streams and len(job.data) > 1:
         raise DfssmError(f"{streams[0]}: a stream is the only --data of a run; leave out the others")
 
@@ -140,6 +150,9 @@ def open(job: Job, ranks: Ranks, resume: bool = False) -> Opened:
     end = ends[0]
     teacher.config = dataclasses.replace(teacher.config, eos_token_id=ends)  # which the student takes over
 
+    for text in job.samples:
+        if not encode(text, tokenizer):
+            raise DfssmError(f"sample {text!r} has no tokens; give a text")
     begun = bool(Checkpoints(job.output / "checkpoints", ranks).steps())
     if begun and not resume:
         raise DfssmError(f"{job.output}: holds a run already; go on with --resume, or choose another folder")
@@ -229,10 +242,8 @@ def _measured(windows: np.ndarray, teacher: Mamba2LM, of: str, job: Job, ranks: 
     return measured
 
 
-def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) -> dict:
-    """Train the student, going on from the newest checkpoint where that was asked for; write model.pt, measure what was
-    written and what its parts cost, and report. Returns what result.json holds.
-    """
+def trainer_of(prepared: Prepared) -> Trainer:
+    """A trainer of the pair of student and teacher, which is its model. It stands at the first step."""
     job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
     recipe, windows = job.recipe, measured.windows
     model = Distillation(
@@ -245,26 +256,38 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         temperature=recipe.temperature,
     )
     shard(model, ranks)
-    trainer = Trainer(
+    groups = trainable(model.student)  # after sharding, which replaces the parameters
+    return Trainer(
         model,
-        trainable(model.student),  # after sharding, which replaces the parameters
+        groups,
         recipe.rates,
         prepared.source,
         job.schedule,
         ranks,
         job.output,
         functools.partial(move_to, student=model.student, recipe=recipe),
-        (lambda: figures(model.logits, measured.teacher, windows, ranks)) if len(windows) else None,
+        functools.partial(_looked_at, prepared, model) if len(windows) or job.samples else None,
+        ("held_out_kl" if measured.teacher else "held_out") if job.best else "",
         Flips(model.student, prepared.first_signs),
         recipe.level if not job.top_k else None,  # whose logits are of so many windows as the run was to have
+        factors=rate_factors(groups, recipe),
         bf16=prepared.bf16,
         sinks=prepared.sinks,
         identity=prepared.identity,
+        usual=dataclasses.asdict(Recipe()),
         kept={
             "measured": measured.state(),
             "shape": {name: getattr(prepared.student.config, name) for name in ("rank", "planes")},
         },
     )
+
+
+def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) -> dict:
+    """Train the student, going on from the newest checkpoint where that was asked for; write model.pt, measure what was
+    written and what its parts cost, and report. Returns what result.json holds.
+    """
+    job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
+    recipe, windows, trainer = job.recipe, measured.windows, trainer_of(prepared)
     if prepared.resume:
         trainer.resume()
     if ranks.first:
@@ -276,7 +299,8 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
     trainer.train()
 
-    file = job.output / STUDENT
+    file, step, model = job.output / STUDENT, trainer.take_best(), trainer.model
+    assert isinstance(model, Distillation)
     student = finish(model, recipe, ranks, file)
     measured.add("student", load_student(file).to(ranks.device))
     for name, form in other_forms(student):
@@ -285,6 +309,7 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         "recipe": dataclasses.asdict(recipe),
         "schedule": dataclasses.asdict(job.schedule),
         "tokens": trainer.step * job.schedule.batch * job.schedule.tokens,
+        "step": step,
         "held_out_tokens": windows[:, 1:].size,
         "seconds": trainer.seconds,
         "perplexity": measured.perplexity,
@@ -298,6 +323,16 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         write_report(job.output)
     ranks.barrier()
     return result
+
+
+def _looked_at(prepared: Prepared, model: Distillation) -> dict:
+    """What the log has of the student from time to time: figures of the held-out text, and samples."""
+    job, ranks, measured = prepared.job, prepared.ranks, prepared.measured
+    found: dict = figures(model.logits, measured.teacher, measured.windows, ranks) if len(measured.windows) else {}
+    if job.samples:
+        ends = end_tokens(prepared.student.config.eos_token_id, prepared.tokenizer)
+        found["samples"] = samples(model.logits, job.samples, prepared.tokenizer, ends, ranks.device)
+    return found
 
 
 def _tokenizer_file(job: Job) -> Path:

@@ -31,6 +31,7 @@ from .distributed import Ranks, gathered
 from .objective import Distillation
 from .recipe import Recipe
 
+SMALL = 1e-3  # root mean square of a tensor up to which a relative learning rate becomes no smaller
 CALIBRATION = 16  # windows over which the sizes of activations are measured
 
 
@@ -193,6 +194,18 @@ def trainable(student: nn.Module) -> dict[str, list[nn.Parameter]]:
             kind = kinds[name] if isinstance(module, BinaryLinear) else "float"
             groups[kind].append(parameter)
     return groups
+
+
+@torch.no_grad()
+def rate_factors(groups: dict[str, list[nn.Parameter]], recipe: Recipe) -> dict[nn.Parameter, float]:
+    """What the learning rates of parameters are multiplied by, where a recipe has them relative to their sizes."""
+
+    def size(p: Tensor) -> float:
+        found = p.square().mean().sqrt()
+        return float(found.full_tensor() if isinstance(found, DTensor) else found)
+
+    chosen = groups["float"] if recipe.float_rates == "relative" else ()
+    return {p: max(SMALL, size(p)) for p in chosen}  # as Adafactor, arXiv 1804.04235
 
 
 def move_to(progress: float, student: DFSSMLM, recipe: Recipe) -> dict[str, float]:

@@ -106,6 +106,7 @@ class TestUsage:
             ["--log-every", 0],
             ["--save-every", 0],
             ["--evaluate-every", 0],
+            ["--range-test", -1],
             ["--nonsense"],
         ],
         ids=lambda a: " ".join(map(str, a)),
@@ -172,6 +173,21 @@ class TestPlan:
             invoke("distill", tmp_path / "none", "--data", "d", "-o", tmp_path / "out", "--plan")
 
 
+class TestRangeTest:
+    def test_suggests_a_rate(self, distill, tmp_path):
+        result = distill("--range-test", 4)
+        assert result.exit_code == 0
+        found = json.loads((tmp_path / "out" / "rates.json").read_text())
+        assert result.stdout == (
+            f"{tmp_path / 'out'}: least loss at a rate of {found['least']:.2g}, after {len(found['rates'])} steps; "
+            f"suggested: --lr {found['suggested']:g}\n"
+        )
+
+    def test_json(self, distill, tmp_path):
+        result = distill("--range-test", 2, "--json")
+        assert json.loads(result.stdout) == json.loads((tmp_path / "out" / "rates.json").read_text())
+
+
 class TestRun:
     def test_says_what_came_of_it(self, distill, tmp_path):
         result = distill()
@@ -217,6 +233,18 @@ class TestRun:
         found = json.loads(distill(*options.split(), "--json").stdout)["schedule"]
         expected = {"steps": 2, "batch": 2, "micro_batch": 1, "tokens": 16, "seed": 3}
         assert found == expected | {"log_every": 1, "save_every": 1, "evaluate_every": 2, "keep": 1, "seconds": None}
+
+    def test_best_is_named_by_its_step_and_samples_are_logged(self, distill, tmp_path):
+        found = json.loads(distill("--best", "--sample", "hello", "--evaluate-every", 1, "--json").stdout)
+        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        measured = {line["step"]: line["held_out_kl"] for line in lines if "held_out_kl" in line}
+        assert found["step"] == min(measured, key=measured.get) and len(measured) == 2
+        assert found["kl"]["student"] == pytest.approx(min(measured.values()), rel=1e-5)
+        assert sum("samples" in line for line in lines) == 2
+
+    def test_best_needs_text_to_tell_it_by(self, distill):
+        with pytest.raises(DfssmError, match="^--best: no text is held out to tell it by; give --held-out, or leave"):
+            distill("--best", "--held-out", 0)
 
     def test_resume(self, distill):
         first = json.loads(distill("--json").stdout)

@@ -95,6 +95,13 @@ def test_wandb_gets_every_line_and_a_resumed_run_goes_on_in_its_own(tmp_path, fa
     }
 
 
+def test_they_get_numbers_only(tmp_path, fake_tensorboard, fake_wandb):
+    line = LINES[2] | {"samples": [{"prompt": "a", "text": "b"}]}
+    write(tmp_path, open_sinks(tmp_path, tensorboard=True, wandb="p"), [line])
+    assert [call[0] for call in fake_tensorboard[1:-1]] == ["held_out", "perplexity"]
+    assert "samples" not in fake_wandb.lines[0][1] and '"prompt": "a"' in (tmp_path / "log.jsonl").read_text()
+
+
 def test_both(tmp_path, fake_tensorboard, fake_wandb):
     write(tmp_path, open_sinks(tmp_path, tensorboard=True, wandb="p"))
     assert len(fake_wandb.lines) == 3 and fake_tensorboard.count("flush") == 3

@@ -142,3 +142,10 @@ class TestWhatCannotWork:
         shutil.copy(teacher / "tokenizer.json", tmp_path / "other")
         with pytest.raises(DfssmError, match="out: was begun with another teacher; resume with the same, or choose"):
             distill(tmp_path / "out", steps=2, resume=True, teacher=tmp_path / "other")
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(distill, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(DfssmError, match="^--compile: there is no C.. compiler no-such-compiler; install it, set CXX"):
+        distill(tmp_path / "out", compiled=True)
+    assert not (tmp_path / "out").exists()

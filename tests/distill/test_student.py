@@ -1,12 +1,14 @@
 """What of a student is trained, what ships of it, and what each of its roundings costs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from dfssm.distill.density import densify
 from dfssm.distill.recipe import RECIPES
-from dfssm.distill.student import other_forms, shipped, trainable
+from dfssm.distill.student import other_forms, rate_factors, shipped, trainable
 from dfssm.model.checkpoint import check_tensors
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.student import DFSSMLM, from_tensors
@@ -35,6 +37,20 @@ def test_every_parameter_is_in_one_group(tie):
     kinds = {group: {names[id(p)].split(".")[-1] for p in found} for group, found in groups.items()}
     assert kinds["scaffold"] == {"latent", "scale"} and kinds["low_rank"] == {"down", "up"}
     assert kinds["float"] == {"weight", "bias", "A_log", "D", "dt_bias"}
+
+
+def test_relative_rates_are_those_of_the_float_tensors_by_their_sizes():
+    model = student()
+    with torch.no_grad():
+        model.layers[0].conv.bias.zero_()
+    groups = trainable(model)
+    assert rate_factors(groups, RECIPES["binary"]) == {}
+    found = rate_factors(groups, dataclasses.replace(RECIPES["binary"], float_rates="relative"))
+    assert found.keys() == set(groups["float"])
+    for p, factor in found.items():
+        size = np.sqrt(np.mean(p.detach().numpy().astype(np.float64) ** 2))
+        assert factor == pytest.approx(max(size, 1e-3), rel=1e-5)
+    assert found[model.layers[0].conv.bias] == 1e-3
 
 
 @pytest.mark.parametrize("planes", [1, 2])
