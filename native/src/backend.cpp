@@ -106,14 +106,20 @@ size_t item_size(Dtype dtype) {
 }
 
 std::unique_ptr<Backend> open_backend(Bundle& bundle, const dfssm_options& options) {
-  require(!bundle.manifest.target->is_engine, DFSSM_UNSUPPORTED,
-          bundle.files.folder() +
-              " is of target trt, which this library does not run: compile with --target ort-cpu");
-  std::unique_ptr<Backend> backend = open_onnxruntime(bundle, options);
+  std::unique_ptr<Backend> backend =
+      bundle.manifest.target->is_engine ? open_tensorrt(bundle, options) : open_onnxruntime(bundle, options);
   require_config(bundle, *backend);
   place(*backend);
   return backend;
 }
+
+#ifndef DFSSM_TENSORRT
+std::unique_ptr<Backend> open_tensorrt(Bundle& bundle, const dfssm_options&) {
+  throw Failure(DFSSM_UNSUPPORTED, bundle.files.folder() +
+                                       " is of target trt, and this libdfssm_runtime was built " +
+                                       "without TensorRT: compile the model with --target ort-cpu");
+}
+#endif
 
 std::string find_library(const Bundle& bundle, const char* chosen, const char* variable_name, bool trust) {
   const std::string name = bundle.manifest.target->library;

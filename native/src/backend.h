@@ -59,8 +59,9 @@ struct Backend {
 // not what its manifest says.
 std::unique_ptr<Backend> open_backend(Bundle& bundle, const dfssm_options& options);
 
-// That of a step graph, before it is compared with the manifest.
+// Of a step graph and of an engine, before they are compared with the manifest.
 std::unique_ptr<Backend> open_onnxruntime(Bundle& bundle, const dfssm_options& options);
+std::unique_ptr<Backend> open_tensorrt(Bundle& bundle, const dfssm_options& options);
 
 // The file of the bundle's native library: `chosen`, else $`variable`, else the bundle's own where that is trusted,
 // else the one beside this library. Throws Failure where there is none.

@@ -4,6 +4,8 @@
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -144,7 +146,10 @@ Manifest manifest_of(const Reader& read, std::string text) {
   for (const std::string& name : of->files) read.require(found.files.count(name), "no entry for " + name);
   const json engine = document.value("engine", json::object());
   read.require(engine.is_object() && engine.empty() != of->is_engine, "key 'engine' does not fit the target");
-  if (of->is_engine) found.lowering = read.text(engine, "lowering");
+  if (of->is_engine) {
+    found.engine = {read.text(engine, "lowering"), engine.value("embed_plugins", json()) == true,
+                    engine.value("version_compatible", json()) == true};
+  }
   found.text = std::move(text);
   return found;
 }
@@ -170,5 +175,18 @@ Bundle open_bundle(const std::string& folder, bool sizes_only) {
 }
 
 bool trusted(bool asked) { return asked || variable("DFSSM_TRUST") == "1"; }
+
+void require_engine(const std::string& path, const std::string& sha256, bool asked) {
+  if (trusted(asked)) return;
+  const std::string base = variable("XDG_STATE_HOME");
+  std::ifstream records((base[0] == '/' ? base : variable("HOME") + "/.local/state") + "/dfssm/engines");
+  const bool own = std::find(std::istream_iterator<std::string>(records), {}, sha256) !=
+                   std::istream_iterator<std::string>();
+  require(own, DFSSM_UNTRUSTED,
+          path +
+              " is a program, and no dfcompile of yours made it: if you trust who did, open it with `trust`, "
+              "or " +
+              "compile the model here");
+}
 
 }  // namespace dfssm::native

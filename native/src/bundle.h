@@ -29,6 +29,12 @@ struct Sizes {
           d_conv = 0;
 };
 
+// What the manifest says of an engine, docs/trt.md.
+struct EngineEntry {
+  std::string lowering;
+  bool embed_plugins = false, version_compatible = false;
+};
+
 struct FileEntry {
   std::string sha256, chunks_sha256;  // the latter "" in a bundle of version 1
   int64_t bytes;
@@ -41,7 +47,7 @@ struct Manifest {
   std::string state_dtype;
   std::map<std::string, FileEntry> files;
   std::vector<int64_t> ends;  // of the config's eos_token_id
-  std::string lowering;       // of an engine
+  EngineEntry engine;         // of a target that has one
 
   const std::string& model() const { return files.at(target->files.back()).sha256; }
 };
@@ -56,5 +62,9 @@ Bundle open_bundle(const std::string& folder, bool sizes_only);
 
 // Whether a bundle's own code may run: the caller asked for it, or the environment does.
 bool trusted(bool asked);
+
+// Throws Failure for the engine in the file `path`, of that sha256, if it is neither trusted nor of this user's own
+// dfcompile, which records what it makes: targets/trust.py.
+void require_engine(const std::string& path, const std::string& sha256, bool asked);
 
 }  // namespace dfssm::native

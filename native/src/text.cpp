@@ -25,6 +25,15 @@ std::string certain(std::string text) {
 }
 
 #ifdef DFSSM_TOKENIZERS
+// Of other bytes the tokenizers library ends the process; the JSON library looks at what it writes.
+void require_utf8(std::string_view text) {
+  try {
+    json(text).dump();
+  } catch (const json::exception&) {
+    throw Failure(DFSSM_INVALID_ARGUMENT, "the text is not UTF-8: convert it, or give its token ids");
+  }
+}
+
 // A text is taken whole, and always as the same tokens, whatever its tokenizer.json asks for: targets/text.py.
 std::string without_options(const std::string& content) {
   json document = json::parse(content, nullptr, false);
@@ -67,6 +76,7 @@ Tokenizer::Tokenizer(const std::string& tokenizer_json) {
 Tokenizer::~Tokenizer() { tokenizers_free(handle_); }
 
 std::vector<int64_t> Tokenizer::encode(std::string_view text, bool begins) const {
+  require_utf8(text);
   const std::lock_guard<std::mutex> lock(mutex_);
   TokenizerEncodeResult found{};
   tokenizers_encode(handle_, text.data(), text.size(), begins, &found);

@@ -22,15 +22,17 @@ def test_it_is_short():
     assert len(SOURCE.read_text().splitlines()) <= 150
 
 
-def test_it_compiles_against_the_headers_of_tensorrt_and_cuda():
-    tensorrt = adapter.headers()[adapter.TRT_HEADER]
-    nvcc = find_nvcc()
-    if not tensorrt or not nvcc:
-        pytest.skip(f"no {adapter.TRT_HEADER} here" if nvcc else "no CUDA toolkit here")
+def cuda_headers() -> str:
+    """The folder of CUDA's headers, by nvcc."""
+    nvcc = find_nvcc() or pytest.skip("no CUDA toolkit here")
     listed = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     include = next(line for line in listed.splitlines() if "INCLUDES=" in line).partition("INCLUDES=")[2]
-    cuda = include.replace('"', "").split()[0].removeprefix("-I")
-    compile("-fsyntax-only", "-isystem", tensorrt, "-isystem", cuda)
+    return include.replace('"', "").split()[0].removeprefix("-I")
+
+
+def test_it_compiles_against_the_headers_of_tensorrt_and_cuda():
+    tensorrt = adapter.headers()[adapter.TRT_HEADER] or pytest.skip(f"no {adapter.TRT_HEADER} here")
+    compile("-fsyntax-only", "-isystem", tensorrt, "-isystem", cuda_headers())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """libdfssm_runtime: what C and C++ programs compute with it, beside what Engine does with the same bundle."""
 
 import dataclasses
+import os
 import struct
 import subprocess
 
@@ -216,6 +217,8 @@ def test_the_examples_are_short_and_say_what_is_wrong(tiny_bundle, tmp_path):
     untold = tiny.write_bundle(tmp_path / "bundle", tokenizer=False)
     done = generate(untold, "hello")
     assert done.returncode == 1 and b"has no tokenizer.json" in done.stderr
+    done = generate(tiny_bundle, os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 1 and done.stderr.startswith(b"generate: the text is not UTF-8")
     assert generate().returncode == 2
 
 

@@ -50,8 +50,8 @@ typedef struct dfssm_options {
   int trust;
   /* libonnxruntime.so; NULL: $DFSSM_ONNXRUNTIME, else the system's. The first that is opened serves the process. */
   const char* onnxruntime;
-  /* libdfssm_ort_cpu.so; NULL: $DFSSM_ORT_LIBRARY, else the bundle's own where it is trusted, else the one beside
-   * libdfssm_runtime.so. */
+  /* libdfssm_ort_cpu.so, of target trt libdfssm_trt.so; NULL: $DFSSM_ORT_LIBRARY or $DFSSM_TRT_LIBRARY, else the
+   * bundle's own where it is trusted, else the one beside libdfssm_runtime.so. */
   const char* kernels;
 } dfssm_options;
 

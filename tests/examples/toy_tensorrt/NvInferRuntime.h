@@ -1,5 +1,5 @@
-// As much of TensorRT as examples/trt_cpp uses, around a toy model of V tokens: conv_state.0 f32[2] is the number that the
-// tokens so far come to, and how many they were; ssm_state.0 half[3] holds the last token. A token t makes of a number n
+// As much of TensorRT as examples/trt_cpp and native/ use, around a toy model of V tokens: conv_state.0 f32[3,1] has the number that the
+// tokens so far come to, and how many they were; ssm_state.0 half[1,1,1] holds the last token. A token t makes of a number n
 // the number (7 n + t + tokens before it + the last one) mod V, whose logit is the largest. A file with "V longest
 // profiles inputs" is its engine: of 4 inputs the last is logits_at, which an engine for one token's logits has not.
 #pragma once
@@ -65,9 +65,9 @@ class IExecutionContext {
       auto* sum = static_cast<float*>(at.at("conv_state.0"));
       auto* last = static_cast<uint16_t*>(at.at("ssm_state.0"));
       for (int64_t t = 0; t < tokens; ++t) {
-        sum[0] = std::fmod(7 * sum[0] + id[t] + sum[1] + last[2], static_cast<float>(toy.vocab));
+        sum[0] = std::fmod(7 * sum[0] + id[t] + sum[1] + last[0], static_cast<float>(toy.vocab));
         sum[1] += 1;
-        last[2] = static_cast<uint16_t>(id[t]);
+        last[0] = static_cast<uint16_t>(id[t]);
       }
       auto* logits = static_cast<float*>(at.at("logits"));
       for (int64_t v = 0; v < toy.vocab; ++v) logits[v] = v == static_cast<int64_t>(sum[0]) ? 2.0f : -1.0f;
@@ -99,7 +99,8 @@ class ICudaEngine {
   Dims getTensorShape(const char* name) const {
     const std::string text = name;
     if (text == "logits") return {3, {-1, 1, toy_.vocab}};
-    return {2, {-1, text == "input_ids" ? -1 : text[0] == 'c' ? 2 : 3}};
+    if (text[0] == 'c') return {3, {-1, 3, 1}};
+    return text[0] == 's' ? Dims{4, {-1, 1, 1, 1}} : Dims2(-1, -1);
   }
   DataType getTensorDataType(const char* name) const {
     return name[0] == 's' ? DataType::kHALF : name[0] == 'i' ? DataType::kINT64 : DataType::kFLOAT;
@@ -111,6 +112,7 @@ class ICudaEngine {
 };
 
 struct IRuntime {
+  void setEngineHostCodeAllowed(bool) {}
   ICudaEngine* deserializeCudaEngine(const void* data, size_t size) {
     std::istringstream text(std::string(static_cast<const char*>(data), size));
     Toy toy;

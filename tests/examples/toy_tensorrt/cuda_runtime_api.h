@@ -1,4 +1,4 @@
-// The CUDA calls of examples/trt_cpp on the host. Work is done when somebody waits for it, not before; a stream that is
+// The CUDA calls of examples/trt_cpp and native/ on the host. Work is done when somebody waits for it, not before; a stream that is
 // being recorded does none. What would be wrong on a GPU ends the program.
 #pragma once
 
@@ -24,7 +24,8 @@ using cudaStream_t = ToyStream*;
 using cudaGraph_t = ToyWork*;
 using cudaGraphExec_t = ToyWork*;
 enum cudaError_t { cudaSuccess };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+constexpr unsigned cudaStreamNonBlocking = 1;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
 inline bool toy_recording = false;
@@ -32,11 +33,23 @@ inline bool toy_recording = false;
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = new ToyStream, cudaSuccess; }
 
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return cudaStreamCreate(stream);
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+
 inline cudaError_t cudaMalloc(void** address, size_t bytes) {
   toy_expects(!toy_recording);
   return *address = std::malloc(bytes), std::memset(*address, 85, bytes), cudaSuccess;
 }
+inline cudaError_t cudaFree(void* address) { return std::free(address), cudaSuccess; }
 inline cudaError_t cudaMallocHost(void** address, size_t bytes) { return cudaMalloc(address, bytes); }
+
+inline cudaError_t cudaFreeHost(void* address) { return cudaFree(address); }
+
+inline int toy_device = 1;  // that the program has chosen
+inline cudaError_t cudaGetDevice(int* device) { return *device = toy_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return toy_device = device, cudaSuccess; }
 
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t stream) {
@@ -62,6 +75,7 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph
   return *made = new ToyWork(*graph), cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return delete graph, cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   for (const auto& work : *graph) stream->add(work);
   return cudaSuccess;
