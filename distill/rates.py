@@ -22,9 +22,9 @@ from .run import Job, open, prepare, trainer_of
 from .trainer import NotFinite
 
 LEAST, MOST = 1e-5, 1.0  # the rates
-SMOOTHING = 0.9  # of the loss: weight of the steps before
+REACH = 2  # steps on either side over which a loss is smoothed: with earlier ones alone the least would come too late
 WORSE = 4.0  # times the least loss: the test ends there
-BELOW = 10  # times smaller than the rate of the least loss is the one suggested
+BELOW = 2  # times smaller than the rate of the least loss is the one suggested; docs/distill.md
 PAGE, NUMBERS = "rates.html", "rates.json"
 
 
@@ -73,12 +73,9 @@ def _taken(job: Job, ranks: Ranks, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """The exponential mean of each loss and those before it, free of the bias to its beginning."""
-    result, total = [], 0.0
-    for count, loss in enumerate(losses, 1):
-        total = SMOOTHING * total + (1 - SMOOTHING) * loss
-        result.append(total / (1 - SMOOTHING**count))
-    return result
+    """The mean of each loss and up to REACH on either side."""
+    parts = (losses[max(0, i - REACH) : i + REACH + 1] for i in range(len(losses)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def summary(rates: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:

@@ -16,17 +16,14 @@ from dfssm.opset.chart import label
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def test_smoothed_is_the_weighted_mean_of_all_so_far():
-    losses = [4.0, 2.0, 3.0]
-    weights = [0.9**2, 0.9, 1.0]
-    whole = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    assert smoothed(losses) == pytest.approx([4.0, (0.9 * 4 + 2) / 1.9, whole])
-    assert smoothed([]) == []
+def test_smoothed_is_the_mean_of_five():
+    assert smoothed([4.0, 2.0, 3.0, 7.0, 9.0, 1.0]) == pytest.approx([3, 4, 5, 22 / 5, 5, 17 / 3])
+    assert smoothed([]) == [] and smoothed([2.0]) == [2.0]
 
 
 def test_the_rate_suggested_is_below_that_of_the_least_loss():
-    found = summary([1e-3, 1e-2, 1e-1], [3.0, 1.0, 9.0])
-    assert found["least"] == 1e-2 and found["suggested"] == pytest.approx(1e-2 / rates.BELOW, rel=0.01)
+    found = summary([1e-4, 1e-3, 1e-2, 1e-1, 1.0], [9.0, 5.0, 1.0, 3.0, 99.0])
+    assert found["least"] == 1e-3 and found["suggested"] == 1e-3 / rates.BELOW
 
 
 class TestARun:
@@ -61,7 +58,7 @@ class TestARun:
         monkeypatch.setattr(rates, "WORSE", 1.0)
         found = test(40)
         values = found["smoothed"]
-        assert len(values) < 40 and values[-1] > min(values) == values[-2]
+        assert 1 < len(values) < 40 and values[-1] > min(values)
 
     def test_ends_where_it_is_no_number(self, test, monkeypatch):
         step = Trainer._step
@@ -92,5 +89,5 @@ class TestARun:
 def test_the_page_draws_both_lines_over_the_rates():
     found = summary([1e-4, 1e-3, 1e-2, 1e-1], [4.0, 3.0, 2.0, 8.0])
     text = page(found)
-    assert "of a step: 4 at 1e-4, 8 at 0.1." in text and "smoothed: 4 at 1e-4" in text
+    assert "of a step: 4 at 1e-4, 8 at 0.1." in text and "smoothed: 3 at 1e-4" in text
     assert text.count("<svg") == 1 and ">0.01</text>" in text

@@ -1,6 +1,6 @@
 """Two installations of dfssm in alternating processes: the processor time of a step of `dfssm distill`.
 
-    python tests/tools/training.py OLD_PATH NEW_PATH TEACHER TEXT [--steps N] [--rounds N] [-- OPTIONS of dfssm distill]
+    python tests/tools/training.py OLD_PATH NEW_PATH TEACHER TEXT [--steps N] [--rounds N] [OPTIONS of dfssm distill]
 
 A PATH is a folder with the package `dfssm` in it (an older version: links to its parts, and an empty __init__.py). It
 comes before those that this Python has, so that two versions share one environment. A step is timed from one batch of
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("options", nargs="*", help="further ones of dfssm distill, after --")
-    given = parser.parse_args()
+    given, options = parser.parse_known_args()
     size = given.batch * given.tokens
 
     def run(path: Path) -> tuple[float, float]:
@@ -56,7 +55,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", ONE, "distill", given.teacher, "--data", given.text, "-o", f"{folder}/run"]
             command += ["--batch", given.batch, "--tokens", given.tokens, "--total-tokens", given.steps * size]
-            command += ["--held-out", 0, "--threads", 1, "--device", "cpu", *given.options]
+            command += ["--held-out", 0, "--threads", 1, "--device", "cpu", *options]
             environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
             done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, env=environment)
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("TIMES ")]
