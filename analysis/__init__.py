@@ -4,4 +4,4 @@ A study is a function of `Material` (`material`) that gives a `Study`: arrays, a
 """
 
 PACKAGES = {"analysis": ("matplotlib",)}
-"""What it takes besides those of `dfssm.model`; see `dfssm.opset.extras`."""
+"""What it takes besides those of `dfssm.model`; see `dfssm.base.extras`."""

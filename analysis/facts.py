@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.eval.fair.facts_language import RELATIONS, Facts
-from dfssm.opset.endings import END_OF_TEXT
 
 from .prompts import Prompt
 

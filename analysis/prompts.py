@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.paths import file
-from dfssm.opset.reading import open_text
+from dfssm.base.errors import DfssmError
+from dfssm.base.paths import file
+from dfssm.base.reading import open_text
 from dfssm.targets.text import encode
 
 if TYPE_CHECKING:

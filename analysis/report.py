@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset.files import write_file
-from dfssm.opset.page import document, table
+from dfssm.base.files import write_file
+from dfssm.base.page import document, table
 
 from . import plot
 from .material import Study

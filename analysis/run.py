@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import paths
-from dfssm.opset.extras import require
-from dfssm.opset.files import writing
+from dfssm.base import paths
+from dfssm.base.extras import require
+from dfssm.base.files import writing
 
 from . import PACKAGES
 from .comparison import against_teacher

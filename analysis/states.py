@@ -10,9 +10,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
-from dfssm.opset.numbers import require_memory
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import write_file
+from dfssm.base.numbers import require_memory
 
 from .prompts import Prompts
 from .subject import Subject

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import require
+from dfssm.base.hashing import sha256
+from dfssm.base.reading import open_file
 from dfssm.model import PACKAGES
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import require
-from dfssm.opset.hashing import sha256
 from dfssm.opset.hidden import Hidden, Patch
-from dfssm.opset.reading import open_file
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import load_tokenizer
 

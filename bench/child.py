@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dfssm.opset.child import python
-from dfssm.opset.errors import DfssmError
+from dfssm.base.child import python
+from dfssm.base.errors import DfssmError
 from dfssm.runtime import Engine, State
 from dfssm.runtime.machine import process_memory
 

@@ -10,10 +10,10 @@ from subprocess import Popen
 
 import numpy as np
 
+from dfssm.base.child import python
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import temporary_folder
 from dfssm.model.ledger import bundle_bytes, weight_bytes_of_step
-from dfssm.opset.child import python
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import temporary_folder
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import instruction_sets, machine, packages
 from dfssm.runtime.tensorrt import TensorRTBackend

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfssm.opset import DfssmError, files
+from dfssm.base import DfssmError, files
 
 BATCHES = (1, 8, 32, 128, 512)
 PROMPTS = (64, 128, 256, 512, 1024, 2048)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from dfssm.base.child import python
+from dfssm.base.errors import DfssmError
 from dfssm.model.config import DFSSMConfig
-from dfssm.opset.child import python
-from dfssm.opset.errors import DfssmError
 
 from .peers import Peer
 

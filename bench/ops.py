@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import temporary_folder
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import temporary_folder
 from dfssm.opset.ops import ALL_NAMES
 from dfssm.runtime import Engine
 from dfssm.runtime.ort import OrtBackend

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.files import write_file
+from dfssm.base.files import write_file
 
 from .report_text import STATES, Figures
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from dfssm.opset.files import write_file
-from dfssm.opset.markdown import filled
+from dfssm.base.files import write_file
+from dfssm.base.markdown import filled
 from dfssm.runtime.machine import instruction_sets
 
 from .plot import plots

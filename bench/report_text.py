@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dfssm.opset.markdown import table
+from dfssm.base.markdown import table
 
 Figures = dict[str, dict[str, Any]]
 """Name of one of `report.points` -> what `dfssm bench --json` printed."""

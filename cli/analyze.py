@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from dfssm.analysis import PACKAGES
+from dfssm.base import paths
+from dfssm.base.extras import require
 from dfssm.model import PACKAGES as OF_MODEL
-from dfssm.opset import paths
-from dfssm.opset.extras import require
 
 from .options import json_option, print_result, progress_bars, table, trust_option, whole
 

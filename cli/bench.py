@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from dfssm.opset import paths
-from dfssm.opset.extras import require
+from dfssm.base import paths
+from dfssm.base.extras import require
 
 from .options import (
     bundle_argument,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from dfssm.base import paths
+from dfssm.base.extras import require
 from dfssm.model import PACKAGES
 from dfssm.model.text import packages, text_files
-from dfssm.opset import paths
-from dfssm.opset.extras import require
 
 from .options import bundle_argument, json_option, print_result, progress_bar, table, trust_option, whole
 

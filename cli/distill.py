@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import Needs, require
 from dfssm.distill import PACKAGES, PREFIX
 from dfssm.model.text import packages, text_files
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import Needs, require
 from dfssm.targets.bundle import TOKENIZER
 
 from .options import SEED, THREADS, json_option, print_result, real, table, whole

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from dfssm.opset.extras import lacking
+from dfssm.base.extras import lacking
 
 from .options import json_option, megabytes, print_result, table
 

@@ -8,7 +8,7 @@ import sys
 import click
 from tqdm import tqdm
 
-from dfssm.opset.extras import require
+from dfssm.base.extras import require
 
 from .options import json_option, print_result, table, trust_option, whole
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
+from dfssm.base import paths
+from dfssm.base.extras import require
+from dfssm.base.files import write_file
+from dfssm.base.hashing import sha256
+from dfssm.base.reading import open_file
 from dfssm.model import PACKAGES
-from dfssm.opset import paths
-from dfssm.opset.extras import require
-from dfssm.opset.files import write_file
-from dfssm.opset.hashing import sha256
 from dfssm.opset.layouts import LAYOUTS
-from dfssm.opset.reading import open_file
 from dfssm.targets.bundle import MODEL, Bundle
 
 from .options import json_option, megabytes, print_result, progress_bars, spread, table, trust_option

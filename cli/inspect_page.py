@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dfssm.base import chart
+from dfssm.base.chart import Axis, Chart, Series, figure, label
+from dfssm.base.page import document, table, tiles
 from dfssm.bench.roofline import roofline
-from dfssm.opset import chart
-from dfssm.opset.chart import Axis, Chart, Series, figure, label
 from dfssm.opset.layouts import LAYOUTS
-from dfssm.opset.page import document, table, tiles
 from dfssm.verify.layer import Node
 
 from .layer_figure import STYLE as OF_LAYER

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import click
 
-from dfssm.opset.errors import DfssmError, reason
+from dfssm.base.errors import DfssmError, reason
 
 from .entry import exit_at_once
 

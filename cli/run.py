@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.reading import read_file
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.reading import read_file
 from dfssm.targets.text import require_utf8
 
 from .options import SEED, bundle_argument, json_option, print_result, real, threads_option, trust_option, whole

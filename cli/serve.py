@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import click
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
-from dfssm.opset.reading import read_text
-from dfssm.opset.threads import default_threads
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
+from dfssm.base.reading import read_text
+from dfssm.base.threads import default_threads
 
 from .options import bundle_argument, real, threads_option, trust_option, whole
 

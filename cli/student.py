@@ -10,14 +10,14 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import require
+from dfssm.base.files import temporary_folder
+from dfssm.base.numbers import require_memory
+from dfssm.base.reading import read_file, read_text
 from dfssm.model import PACKAGES
 from dfssm.model.text import packages, text_files
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import require
-from dfssm.opset.files import temporary_folder
-from dfssm.opset.numbers import require_memory
-from dfssm.opset.reading import read_file, read_text
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 
@@ -124,10 +124,10 @@ def convert(teacher, data, tokens, window, refine, rank, planes, budget, tokeniz
     require(PACKAGES, {"": packages(texts)})
     import torch
 
+    from dfssm.base.files import write_file
     from dfssm.model.checkpoint import save_student
     from dfssm.model.convert import convert as convert_teacher
     from dfssm.model.hf_import import load_teacher
-    from dfssm.opset.files import write_file
 
     if threads:
         torch.set_num_threads(threads)

@@ -10,14 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dfssm.base import DfssmError, paths
+from dfssm.base.extras import require
+from dfssm.base.files import new_folder, writing
+from dfssm.base.hashing import sha256
+from dfssm.base.paths import GOLDEN, MANIFEST
+from dfssm.base.reading import open_file, read_file
 from dfssm.export import PACKAGES as OF_EXPORT
 from dfssm.model import PACKAGES as OF_MODEL
-from dfssm.opset import DfssmError, paths
-from dfssm.opset.extras import require
-from dfssm.opset.files import new_folder, writing
-from dfssm.opset.hashing import sha256
-from dfssm.opset.paths import GOLDEN, MANIFEST
-from dfssm.opset.reading import open_file, read_file
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.targets import TARGETS, Target, get_target, trust
 from dfssm.targets.bundle import MODEL, TAPS, TOKENIZER, Manifest, file_entry
@@ -28,7 +28,7 @@ from dfssm.targets.text import load_tokenizer
 from . import triton
 
 PACKAGES = (OF_MODEL, OF_EXPORT)
-"""What compiling takes, besides what its target needs; see `dfssm.opset.extras`."""
+"""What compiling takes, besides what its target needs; see `dfssm.base.extras`."""
 
 TOOLS = ("dfssm", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.paths import OF_REPOSITORY
+from dfssm.base.paths import OF_REPOSITORY
 from dfssm.opset.sizes import Sizes
 from dfssm.targets import Target
 from dfssm.targets.bundle import ENGINE, MODEL

@@ -14,7 +14,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from importlib.metadata import version
 
-    from dfssm.opset.errors import DfssmError
+    from dfssm.base.errors import DfssmError
     from dfssm.runtime import Engine
 
     __version__ = version("dfssm")
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> object:
 
         value: object = version("dfssm")
     elif name == "DfssmError":
-        from dfssm.opset.errors import DfssmError as value
+        from dfssm.base.errors import DfssmError as value
     elif name == "Engine":
         from dfssm.runtime import Engine as value
     else:

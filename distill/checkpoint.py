@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.files import probe, sync
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.files import probe, sync
 
 from .distributed import Ranks
 

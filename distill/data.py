@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dfssm.base import paths
+from dfssm.base.endings import END_OF_TEXT
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import new_folder, writing
+from dfssm.base.jsonfile import json_object
 from dfssm.model.text import batches, documents, text_files
-from dfssm.opset import paths
-from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import new_folder, writing
-from dfssm.opset.jsonfile import json_object
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import document, encode_documents, end_tokens, load_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from .objective import Distillation
 

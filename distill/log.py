@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
-from dfssm.opset.files import append, write_file
-from dfssm.opset.reading import open_text
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
+from dfssm.base.files import append, write_file
+from dfssm.base.reading import open_text
 
 Sink = Callable[[int, dict[str, float]], None]
 """Takes a step and the numbers of the line written after it."""

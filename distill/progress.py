@@ -10,7 +10,7 @@ from types import TracebackType
 import click
 from tqdm import tqdm
 
-from dfssm.opset.numbers import duration
+from dfssm.base.numbers import duration
 
 LINE_EVERY = 30.0  # seconds from one line to the next
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import chart
-from dfssm.opset.chart import Axis, Chart, Series, figure, label
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import alone, temporary_folder, write_file
-from dfssm.opset.page import document, tiles
+from dfssm.base import chart
+from dfssm.base.chart import Axis, Chart, Series, figure, label
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import alone, temporary_folder, write_file
+from dfssm.base.page import document, tiles
 
 from . import memory
 from .distributed import Ranks

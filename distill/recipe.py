@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 
 def _number(default: float, least: float, most: float, help: str) -> Any:

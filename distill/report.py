@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import chart
-from dfssm.opset.chart import Axis, Chart, Point, Series, figure, label
-from dfssm.opset.files import write_file
-from dfssm.opset.numbers import duration
-from dfssm.opset.page import document, table, tiles
+from dfssm.base import chart
+from dfssm.base.chart import Axis, Chart, Point, Series, figure, label
+from dfssm.base.files import write_file
+from dfssm.base.numbers import duration
+from dfssm.base.page import document, table, tiles
 
 FORMS = {
     "teacher": "teacher",

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import alone, write_file
+from dfssm.base.paths import STUDENT
+from dfssm.base.reading import read_file
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import text_files
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import alone, write_file
-from dfssm.opset.paths import STUDENT
-from dfssm.opset.reading import read_file
 from dfssm.targets import chat
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import encode, end_tokens

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
 from dfssm.model.text import FIELD, batches, text_of
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
 
 from . import PREFIX
 from .data import TOKEN, encode

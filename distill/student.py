@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from dfssm.base.errors import DfssmError
 from dfssm.model.budget import choose
 from dfssm.model.calibrate import calibrate
 from dfssm.model.checkpoint import load_student_tensors, save_student
@@ -23,7 +24,6 @@ from dfssm.model.quant import dequantized, pack_bits
 from dfssm.model.student import DFSSMLM, BinaryLinear, Int8Embedding, from_tensors
 from dfssm.model.teacher import Mamba2LM, SelectiveScan, TokenTable
 from dfssm.model.tensors import FLOAT, ROWS, SCAFFOLD, weights
-from dfssm.opset.errors import DfssmError
 
 from .data import Source
 from .density import DensityLinear, densify, levels, projections, set_attributes, zero_low_rank

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.files import collect, write_file
+from dfssm.base.reading import read_text
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.files import collect, write_file
-from dfssm.opset.reading import read_text
 
 from .data import Windows
 from .distributed import Ranks

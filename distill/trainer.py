@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from . import memory
 from .checkpoint import Checkpoints

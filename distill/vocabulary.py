@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.model.text import documents, text_files
-from dfssm.opset.endings import END_OF_TEXT
 
 
 def beginnings(data: Sequence[str | Path], held_out: float) -> Iterator[str]:

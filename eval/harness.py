@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import require
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import require
 from dfssm.runtime.text import StopFilter, TextStream, Vocabulary
 from dfssm.targets.chat import ChatTemplate, Message
 from dfssm.targets.text import encode

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from .scorer import BATCH, CHUNK, Scorer, log_probs, read_chunks
 from .text import Text

@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.reading import read_text
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.reading import read_text
 
 from . import harness  # noqa: F401 (whoever reads a task file knows `--model dfssm`, the command lm_eval too)
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from dfssm.base import paths
+from dfssm.base.endings import END_OF_TEXT
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import Needs, require
 from dfssm.model import PACKAGES
-from dfssm.opset import paths
-from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import Needs, require
 from dfssm.targets.bundle import TOKENIZER
 from dfssm.targets.text import end_tokens, load_tokenizer
 

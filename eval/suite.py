@@ -10,14 +10,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
 
 from .scorer import locate, open_scorer, packages
 
 PACKAGES = {"eval": ("lm-eval",)}
-"""What tasks take, the model aside; see `dfssm.opset.extras`."""
+"""What tasks take, the model aside; see `dfssm.base.extras`."""
 
 TASKS = Path(__file__).with_name("tasks")
 """Task files that read local data."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dfssm.base.errors import DfssmError
 from dfssm.model.text import batches, documents, text_files
-from dfssm.opset.errors import DfssmError
 from dfssm.targets.text import document, encode_documents
 
 from .scorer import Scorer

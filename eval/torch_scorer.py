@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from dfssm.base.errors import DfssmError, reason
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2State
-from dfssm.opset.errors import DfssmError, reason
 
 from .scorer import require_ends
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import lacking, require
 from dfssm.cli.options import SEED, THREADS, real, whole
 from dfssm.cli.process import run
 from dfssm.distill import PACKAGES
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import lacking, require
 
 if message := lacking(PACKAGES):  # torch, which is imported next
     raise SystemExit(f"{Path(__file__).name}: error: {message}")
@@ -26,6 +26,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dfssm.base import paths
+from dfssm.base.endings import END_OF_TEXT
+from dfssm.base.files import write_file
 from dfssm.distill.data import Windows, tokenize
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.held_out import cut_windows, figures
@@ -35,9 +38,6 @@ from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
 from dfssm.model.text import packages, text_files
-from dfssm.opset import paths
-from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.files import write_file
 from dfssm.targets.text import load_tokenizer
 
 WEIGHT_DECAY = 0.1

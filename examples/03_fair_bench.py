@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 
+from dfssm.base import paths
+from dfssm.base.extras import lacking
+from dfssm.base.files import write_file
+from dfssm.base.markdown import filled
 from dfssm.cli.options import THREADS, json_option, print_result, whole
 from dfssm.cli.process import run
 from dfssm.distill import PACKAGES
-from dfssm.opset import paths
-from dfssm.opset.extras import lacking
-from dfssm.opset.files import write_file
-from dfssm.opset.markdown import filled
 
 if message := lacking(PACKAGES):  # torch, which is imported next
     raise SystemExit(f"{Path(__file__).name}: error: {message}")

@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 
 import click
 
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import write_file
+from dfssm.base.reading import read_file
 from dfssm.cli.process import run
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
-from dfssm.opset.reading import read_file
 
 _HTML, _OPF, _OPS = ("{http://www.w3.org/1999/xhtml}", "{http://www.idpf.org/2007/opf}",
                      "{http://www.idpf.org/2007/ops}")  # fmt: skip

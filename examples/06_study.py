@@ -13,14 +13,14 @@ from pathlib import Path
 import click
 
 from dfssm.analysis import PACKAGES as OF_ANALYSIS
+from dfssm.base import paths
+from dfssm.base.extras import lacking
+from dfssm.base.files import write_file
+from dfssm.base.markdown import table
 from dfssm.cli.options import THREADS, json_option, print_result, progress_bars, whole
 from dfssm.cli.process import run
 from dfssm.distill import PACKAGES
 from dfssm.export import PACKAGES as OF_EXPORT
-from dfssm.opset import paths
-from dfssm.opset.extras import lacking
-from dfssm.opset.files import write_file
-from dfssm.opset.markdown import table
 
 if message := lacking(PACKAGES, OF_ANALYSIS, OF_EXPORT):  # torch, which is imported next
     raise SystemExit(f"{Path(__file__).name}: error: {message}")

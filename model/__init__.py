@@ -1,4 +1,4 @@
 """PyTorch models: the Mamba-2 teacher, the DF-SSM student and their checkpoints."""
 
 PACKAGES = {"compile": ("torch",)}
-"""What reading and writing models takes; see `dfssm.opset.extras`."""
+"""What reading and writing models takes; see `dfssm.base.extras`."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from .calibrate import PIECE, require_finite
 from .config import PROJECTIONS, DFSSMConfig, Mamba2Config, Scaffold

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from .config import DFSSMConfig
 from .convert import packed

@@ -27,11 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfssm.opset import paths, tensorfile
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.files import write_file
-from dfssm.opset.hashing import on_threads, pieces
-from dfssm.opset.reading import open_file
+from dfssm.base import paths, tensorfile
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.files import write_file
+from dfssm.base.hashing import on_threads, pieces
+from dfssm.base.reading import open_file
 
 from .config import DFSSMConfig
 from .tensors import student_tensors

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple, Self
 
-from dfssm.opset.endings import end_ids
-from dfssm.opset.errors import DfssmError
+from dfssm.base.endings import end_ids
+from dfssm.base.errors import DfssmError
 from dfssm.opset.sizes import Sizes
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from dfssm.opset.errors import DfssmError, reason
+from dfssm.base.errors import DfssmError, reason
 
 from .config import DFSSMConfig, Mamba2Config, Scaffold
 from .quant import quantize_rows, unpack_bits

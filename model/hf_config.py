@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.reading import read_text
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.reading import read_text
 
 from .config import Mamba2Config
 

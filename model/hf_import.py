@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfssm.opset import paths
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
-from dfssm.opset.paths import WEIGHTS
+from dfssm.base import paths
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import write_file
+from dfssm.base.paths import WEIGHTS
 
 from .checkpoint import is_plain, read_tensors
 from .config import DFSSMConfig

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.endings import END_OF_TEXT, end_ids
-from dfssm.opset.jsonfile import json_object
+from dfssm.base.endings import END_OF_TEXT, end_ids
+from dfssm.base.jsonfile import json_object
 
 from .config import Mamba2Config
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.opset.layouts import LAYOUTS
 
 from .config import DFSSMConfig, Scaffold

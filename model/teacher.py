@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
+from dfssm.base.tokens import token_rows
 from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
-from dfssm.opset.tokens import token_rows
 
 from .config import Mamba2Config
 from .functional import causal_conv1d, gated_rms_norm, rms_norm, selective_scan_step, ssd_chunked

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
-from dfssm.opset.paths import file_or_folder
-from dfssm.opset.reading import open_text
+from dfssm.base.endings import END_OF_TEXT
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
+from dfssm.base.paths import file_or_folder
+from dfssm.base.reading import open_text
 
 if TYPE_CHECKING:
     import pyarrow

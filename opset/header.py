@@ -12,9 +12,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 if not __package__:  # run as a script by the build, before dfssm is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    # Of a checkout, where dfssm/ is beside this folder, and of a source distribution, where it is around it.
+    sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
     sys.modules.update({name: MagicMock() for name in ("numpy", "numpy.typing")})  # schemas ask nothing of it
-    __package__ = "opset"
+    __package__ = "dfssm.opset"
 
 from .layouts import LAYOUTS  # noqa: E402 - the package that these are relative to is known now
 from .ops import ALL_OPS, DEFERRED_OPS, FUSED, OPS  # noqa: E402

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import DfssmError
-from .numbers import require_whole
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_whole
 
 Patch = Mapping[int, np.ndarray]
 """Layer -> f32[B,D], which takes the place of the last token's residual there."""

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DfssmError
+from dfssm.base.errors import DfssmError
+
 from .layouts import Layout
 
 Array = np.ndarray[Any, np.dtype[Any]]

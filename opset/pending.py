@@ -9,8 +9,9 @@ nothing but a token's position decides what is computed for it, calls may be cut
 
 from __future__ import annotations
 
+from dfssm.base.errors import DfssmError
+
 from .arithmetic import Array
-from .errors import DfssmError
 from .schema import BLOCK, SLOTS
 
 

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import DfssmError
+from dfssm.base.errors import DfssmError
+
 from .layouts import LAYOUT_CANONICAL, LAYOUT_ROW16, LAYOUTS
 
 if TYPE_CHECKING:

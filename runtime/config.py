@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset.endings import end_ids
-from dfssm.opset.errors import DfssmError
+from dfssm.base.endings import end_ids
+from dfssm.base.errors import DfssmError
 from dfssm.opset.sizes import Sizes
 from dfssm.targets.bundle import Manifest
 

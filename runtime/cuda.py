@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.extras import require
+from dfssm.base.errors import DfssmError
+from dfssm.base.extras import require
 from dfssm.targets.cuda import PACKAGES
 
 MOST_LARGEST = 1024

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_whole
+from dfssm.base.paths import GOLDEN, quoted
+from dfssm.base.threads import default_threads
+from dfssm.base.tokens import token_ids, token_rows
 from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
-from dfssm.opset.numbers import require_whole
-from dfssm.opset.paths import GOLDEN, quoted
-from dfssm.opset.threads import default_threads
-from dfssm.opset.tokens import token_ids, token_rows
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
 from dfssm.targets.chat import ChatTemplate, Message, Tool

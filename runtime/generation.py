@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.numbers import require_whole
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_whole
 from dfssm.targets.text import encode
 
 from .sampler import Sampler, TokenLogprobs

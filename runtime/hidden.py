@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.opset.hidden import Patch
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TAPS, Manifest, open_bundle

@@ -7,7 +7,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dfssm.opset.threads import default_threads
+from dfssm.base.threads import default_threads
 from dfssm.targets.ort_cpu import installed_library
 
 PACKAGES = ("dfssm", "numpy", "onnxruntime", "tokenizers", "onnx", "torch", "polygraphy")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from dfssm.opset.numbers import require_whole
+from dfssm.base.numbers import require_whole
 
 from .generation import GenerationConfig
 from .prefix_cache import Key

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 RECENT = 8
 """Tokens that a row remembers as they are: the bytes of an unfinished character are in the last three, and some of

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from .sampling import Sampling, largest
 

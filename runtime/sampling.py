@@ -10,8 +10,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.numbers import require_real, require_whole
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_real, require_whole
 
 Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """processor(ids i64[T], logits f32[V]) -> logits f32[V], perhaps the same array: `ids` is the text so far, with its

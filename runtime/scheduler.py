@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.numbers import require_whole
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_whole
 from dfssm.targets.text import encode
 
 from .generation import GenerationConfig

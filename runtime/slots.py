@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.numbers import require_whole
+from dfssm.base.errors import DfssmError
+from dfssm.base.numbers import require_whole
 
 from .backend import choose
 from .rows import Rows

@@ -16,11 +16,11 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from dfssm.opset import paths, tensorfile
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.files import write_file
-from dfssm.opset.numbers import require_memory, require_whole
-from dfssm.opset.reading import read_file
+from dfssm.base import paths, tensorfile
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.files import write_file
+from dfssm.base.numbers import require_memory, require_whole
+from dfssm.base.reading import read_file
 
 from .rows import RECENT, Rows
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.targets.trt_build import LOGITS_AT
 
 from .device_pool import DevicePool

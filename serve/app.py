@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.runtime import Engine, Scheduler
 
 from . import errors

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.runtime import QueueFull
 
 LOG = logging.getLogger("dfssm.serve")

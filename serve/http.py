@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dfssm.opset.errors import DfssmError, reason
+from dfssm.base.errors import DfssmError, reason
 from dfssm.runtime import Scheduler
 
 from .errors import body

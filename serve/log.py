@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from dfssm.opset.errors import one_line
+from dfssm.base.errors import one_line
 
 
 class Lines(logging.Formatter):

@@ -9,7 +9,7 @@ import threading
 
 from fastapi import FastAPI
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from . import log
 from .app import Served

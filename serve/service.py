@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import time
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from dfssm.runtime import Engine, GenerationConfig, Request, Scheduler
 from dfssm.targets.text import encode
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import cast
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 from .target import EngineTarget, Option, Probe, Target, has_engine
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import DfssmError, hashing, paths
-from dfssm.opset.paths import MANIFEST
+from dfssm.base import DfssmError, hashing, paths
+from dfssm.base.paths import MANIFEST
 from dfssm.opset.schema import STATE_FORMS
 
 from . import TARGETS, get_target

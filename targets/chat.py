@@ -10,14 +10,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dfssm.opset.child import Child, ChildError
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.extras import require
-from dfssm.opset.jsonfile import parse_object
-from dfssm.opset.reading import read_file
+from dfssm.base.child import Child, ChildError
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.extras import require
+from dfssm.base.jsonfile import parse_object
+from dfssm.base.reading import read_file
 
 PACKAGES = {"chat": ["jinja2"]}
-"""What rendering takes; see `dfssm.opset.extras`."""
+"""What rendering takes; see `dfssm.base.extras`."""
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 FILES = FILE, CONFIG

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 
 class CpuLibrary:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 DRIVER = "libcuda.so.1"
 
 PACKAGES = {"trt": ("cuda-bindings",)}
-"""What running on a device takes, besides TensorRT; looking at it takes nothing. See `dfssm.opset.extras`."""
+"""What running on a device takes, besides TensorRT; looking at it takes nothing. See `dfssm.base.extras`."""
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 

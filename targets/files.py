@@ -8,8 +8,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Self, TypeVar
 
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.reading import open_file
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.reading import open_file
 
 Result = TypeVar("Result")
 

@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 
 def locate(library: str, variable: str, own: Path | None, remedy: str) -> Path:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset import DOMAIN, VERSION, DfssmError
+from dfssm.base import DfssmError
+from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUT_ROW64, Layout
 from dfssm.opset.layouts import LAYOUTS as ALL_LAYOUTS
 from dfssm.opset.ops import IN_PLACE_OF, MODULES

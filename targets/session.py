@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.files import temporary_folder
-from dfssm.opset.hashing import on_threads
-from dfssm.opset.numbers import require_whole
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.files import temporary_folder
+from dfssm.base.hashing import on_threads
+from dfssm.base.numbers import require_whole
 
 from .bundle import DATA
 from .files import Files, opened

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from dfssm.opset.extras import Needs
+from dfssm.base.extras import Needs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dfssm.opset.child import Child, ChildError, possible
-from dfssm.opset.endings import END_OF_TEXT, end_ids
-from dfssm.opset.errors import DfssmError, reason
-from dfssm.opset.reading import read_file
+from dfssm.base.child import Child, ChildError, possible
+from dfssm.base.endings import END_OF_TEXT, end_ids
+from dfssm.base.errors import DfssmError, reason
+from dfssm.base.reading import read_file
 
 from .trust import record, recorded
 
@@ -43,7 +43,7 @@ def load_tokenizer(file: Path, give: str, vocab_size: int | None = None, sha256:
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise DfssmError(f"{file}: has changed since the model was opened; give {give}")
-    from importlib.metadata import version  # takes memory: see dfssm.opset.extras
+    from importlib.metadata import version  # takes memory: see dfssm.base.extras
 
     tried = f"tokenizers-{version('tokenizers')}"
     try:

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dfssm.opset import DfssmError
-from dfssm.opset.extras import require
+from dfssm.base import DfssmError
+from dfssm.base.extras import require
 from dfssm.opset.schema import LAYOUT_CANONICAL
 
 from . import cuda

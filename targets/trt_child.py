@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import DfssmError
-from dfssm.opset.child import python
-from dfssm.opset.files import temporary_folder
+from dfssm.base import DfssmError
+from dfssm.base.child import python
+from dfssm.base.files import temporary_folder
 
 from .target import Progress
 from .trt_build import MODULES, Request

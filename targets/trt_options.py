@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset import DfssmError, paths
+from dfssm.base import DfssmError, paths
 
 from . import cuda
 from .target import Option

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.ops import FUSED, OPS
 from dfssm.opset.schema import Op
 

@@ -14,9 +14,9 @@ import json
 import os
 from pathlib import Path
 
-from dfssm.opset import DfssmError
-from dfssm.opset.files import append
-from dfssm.opset.reading import read_file
+from dfssm.base import DfssmError
+from dfssm.base.files import append
+from dfssm.base.reading import read_file
 
 from .bundle import Bundle, Manifest
 

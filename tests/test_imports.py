@@ -110,7 +110,7 @@ def test_the_parts_are_relative_links_to_folders_beside_the_package():
 
 
 def test_the_package_offers_its_api_lazily():
-    from dfssm.opset.errors import DfssmError
+    from dfssm.base.errors import DfssmError
     from dfssm.runtime import Engine
 
     assert dfssm.Engine is Engine and dfssm.DfssmError is DfssmError and dfssm.__version__ == version("dfssm")

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dfssm.base import DfssmError
+from dfssm.base.files import temporary_folder
 from dfssm.model.config import DFSSMConfig
-from dfssm.opset import DfssmError
-from dfssm.opset.files import temporary_folder
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MODEL, open_bundle
 from dfssm.targets.trust import own_library

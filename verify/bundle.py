@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dfssm.base import DfssmError
+from dfssm.base.files import temporary_folder, writing
 from dfssm.model.student import DFSSMLM, load_student
-from dfssm.opset import DfssmError
-from dfssm.opset.files import temporary_folder, writing
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
 from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
 from dfssm.targets import Target, get_target

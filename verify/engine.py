@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfssm.base import DfssmError
 from dfssm.model.student import DFSSMLM, load_student
-from dfssm.opset import DfssmError
 from dfssm.opset.tolerances import drift_tolerance, rms_error
 from dfssm.runtime import Engine
 

@@ -22,10 +22,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from dfssm.opset import DfssmError
-from dfssm.opset.files import writing
-from dfssm.opset.paths import GOLDEN
-from dfssm.opset.threads import default_threads
+from dfssm.base import DfssmError
+from dfssm.base.files import writing
+from dfssm.base.paths import GOLDEN
+from dfssm.base.threads import default_threads
 from dfssm.opset.tolerances import Tolerance, drift_tolerance, half_tolerance, rms_error
 from dfssm.runtime.backend import open_backend
 from dfssm.runtime.engine import Engine

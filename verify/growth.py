@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.schema import HALF_MAX
 
 from .graph import Feeds, Infer, calls_of

@@ -8,9 +8,10 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dfssm.opset import DOMAIN, DfssmError
-from dfssm.opset.child import Child, ChildError
-from dfssm.opset.reading import read_file
+from dfssm.base import DfssmError
+from dfssm.base.child import Child, ChildError
+from dfssm.base.reading import read_file
+from dfssm.opset import DOMAIN
 from dfssm.targets.bundle import MODEL, Bundle
 
 NODES, TEXT = 64, 100

@@ -22,9 +22,9 @@ from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import Script, make_invocable
 from polygraphy.util import invoke_if_callable
 
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import new_folder
 from dfssm.model.config import DFSSMConfig
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import new_folder
 from dfssm.runtime import Engine
 from dfssm.targets import ort_cpu
 from dfssm.targets.bundle import open_bundle

@@ -19,14 +19,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from dfssm.base import DfssmError, paths
+from dfssm.base.files import temporary_folder
 from dfssm.model.config import Mamba2Config
 from dfssm.model.functional import discretize, selective_scan_step
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2LM, Mamba2State
 from dfssm.model.text import batches, documents, text_files
-from dfssm.opset import DfssmError, paths
-from dfssm.opset.files import temporary_folder
 from dfssm.opset.schema import DEFERRED
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MODEL, TOKENIZER, Manifest, open_bundle

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dfssm.base.markdown import table
 from dfssm.eval.scorer import open_scorer
-from dfssm.opset.markdown import table
 
 from .facts_language import RELATIONS, Facts, stored
 from .language import STUDENT, TEST, Fresh, seeded, text, tokenizer, vocab_size

@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from dfssm.opset.endings import END_OF_TEXT
+from dfssm.base.endings import END_OF_TEXT
 
 from .language import Document
 

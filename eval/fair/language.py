@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dfssm.opset.endings import END_OF_TEXT
-from dfssm.opset.files import write_file
+from dfssm.base.endings import END_OF_TEXT
+from dfssm.base.files import write_file
 
 END = 0
 """Id of the token that ends a document."""

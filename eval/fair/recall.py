@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dfssm.base.markdown import table
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
-from dfssm.opset.markdown import table
 
 from .language import STUDENT, TEST, Document, Fresh, seeded, text, tokenizer, vocab_size
 from .recall_language import TASKS, Recall

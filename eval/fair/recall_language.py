@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from dfssm.opset.endings import END_OF_TEXT
+from dfssm.base.endings import END_OF_TEXT
 
 from .language import Document
 

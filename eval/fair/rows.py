@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import write_file
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import write_file
 
 FILE = "row.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from dfssm.opset.markdown import table
+from dfssm.base.markdown import table
 
 from .rows import Figures, Found
 

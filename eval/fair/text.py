@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from dfssm.base.files import write_file
+from dfssm.base.hashing import sha256
+from dfssm.base.reading import open_file
 from dfssm.distill.data import Tokens, Windows, tokenize
 from dfssm.distill.vocabulary import beginnings, train_tokenizer
 from dfssm.eval.perplexity import measure
 from dfssm.eval.scorer import open_scorer
 from dfssm.eval.text import Text
 from dfssm.model.text import text_files
-from dfssm.opset.files import write_file
-from dfssm.opset.hashing import sha256
-from dfssm.opset.reading import open_file
 
 from .language import END
 from .rows import Figures, Found, Row

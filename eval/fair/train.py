@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfssm.base import paths
+from dfssm.base.files import write_file
 from dfssm.distill.checkpoint import Checkpoints
 from dfssm.distill.data import Source
 from dfssm.distill.distributed import Ranks
@@ -23,8 +25,6 @@ from dfssm.model.config import Mamba2Config
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import paths
-from dfssm.opset.files import write_file
 from dfssm.targets.bundle import TOKENIZER
 
 from .language import END

@@ -10,7 +10,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from dfssm.opset import DOMAIN, DfssmError
+from dfssm.base import DfssmError
+from dfssm.opset import DOMAIN
 from dfssm.opset.fusion import FusedOp
 from dfssm.opset.ops import FUSED, OPS
 from dfssm.targets.trt_build import LOGITS_AT

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer
 
 from dfssm.analysis.facts import facts_prompts
 from dfssm.analysis.prompts import ATLAS, Prompt, read_prompts, to_csv, tokenize
+from dfssm.base import DfssmError
 from dfssm.eval.fair.facts_language import Facts
 from dfssm.eval.fair.language import tokenizer as words
-from dfssm.opset import DfssmError
 
 PUBLISHED = {
     **{"capitals": 50, "languages": 30, "continents": 30, "elements": 30},

@@ -15,6 +15,7 @@ from dfssm.analysis.report import plain
 from dfssm.analysis.run import STUDIES, analyze
 from dfssm.analysis.states import collect
 from dfssm.analysis.subject import open_subject, random_twin
+from dfssm.base import DfssmError
 from dfssm.cli.main import main
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
@@ -22,7 +23,6 @@ from dfssm.model.config import Mamba2Config
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 from dfssm.opset.tolerances import model_tolerance
 
 NAMES = ["separation", "atlas", "heatmap", "centroids", "ranks", "contrast", "swaps", "dimension"]

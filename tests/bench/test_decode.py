@@ -6,12 +6,12 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
+from dfssm.base import DfssmError
 from dfssm.bench import decode
 from dfssm.bench.bandwidth import Bandwidth, Probes
 from dfssm.bench.child import follow_script, run_child
 from dfssm.bench.traffic import state_bytes, step_bytes
 from dfssm.cli.main import dfssm
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.machine import machine, process_memory
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dfssm.base import DfssmError
 from dfssm.bench import gpu
 from dfssm.model import ledger
 from dfssm.model.config import DFSSMConfig
-from dfssm.opset import DfssmError
 
 INSTANT = gpu.Gpu("bound by launches", 1e30, 1000, 1e30, 1e30)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 pytest.importorskip("gguf", reason="`make bench-peers` installs it")
 pytest.importorskip("llama_cpp", reason="`make bench-peers` installs it")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from dfssm.base import DfssmError
+from dfssm.base.markdown import filled
 from dfssm.bench import decode, plot, report, report_text
-from dfssm.opset import DfssmError
-from dfssm.opset.markdown import filled
 
 
 @pytest.fixture(scope="module")

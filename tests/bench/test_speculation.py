@@ -4,10 +4,10 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
+from dfssm.base import DfssmError
 from dfssm.bench import decode
 from dfssm.bench.speculation import RATES
 from dfssm.cli.main import dfssm
-from dfssm.opset import DfssmError
 from dfssm.runtime.speculation import Speculation
 
 

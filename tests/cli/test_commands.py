@@ -7,9 +7,9 @@ import onnx
 import pytest
 import tiny
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import COMMANDS
 from dfssm.model.checkpoint import load_student_tensors
-from dfssm.opset import DfssmError
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.targets.bundle import file_entry, read_manifest, sealed
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.cli.options import Duration
 from dfssm.model.checkpoint import load_student_tensors
 from dfssm.model.config import Mamba2Config
@@ -15,7 +16,6 @@ from dfssm.model.hf_import import save_teacher
 from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import unpack_bits
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
 CONFIG = Mamba2Config(vocab_size=END + 1, d_model=32, n_layer=2, d_state=8, headdim=8, eos_token_id=END)

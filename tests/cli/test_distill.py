@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import main
 from dfssm.distill.recipe import RECIPES, Recipe
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
 CHOICES = {f.name: f.metadata["choices"] for f in dataclasses.fields(Recipe) if "choices" in f.metadata}

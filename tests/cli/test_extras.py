@@ -12,7 +12,7 @@ from commands import environment, run_commands
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from dfssm.opset import DfssmError, extras
+from dfssm.base import DfssmError, extras
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_train_teacher.py"
 LEAST = extras._declared()

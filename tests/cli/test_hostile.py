@@ -12,11 +12,11 @@ import tiny
 import torch
 from commands import run_commands
 
+from dfssm.base import DfssmError
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets.bundle import sealed
 

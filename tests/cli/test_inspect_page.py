@@ -9,7 +9,7 @@ import tiny
 from browser import CHROMIUM, Browser
 from html_page import Page
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.targets.bundle import file_entry, sealed
 
 EVIL = "<script>alert('&')</script>\"</style>"

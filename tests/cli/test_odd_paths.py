@@ -15,11 +15,11 @@ import tiny
 import torch
 from commands import run_commands
 
+from dfssm.base import DfssmError
 from dfssm.model.checkpoint import save_student
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.state import State
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import run_commands
 
-from dfssm.opset import DfssmError, paths
+from dfssm.base import DfssmError, paths
 
 HUB = "state-spaces/mamba2-130m"
 LONG = "n" * 300

@@ -181,7 +181,7 @@ def test_ctrl_c_is_130_and_leaves_no_traceback(endless, tmp_path):
 WAITING = """
 import sys, time
 from dfssm.cli.process import errors_in_one_line
-from dfssm.opset.files import new_folder
+from dfssm.base.files import new_folder
 
 with errors_in_one_line("wait"), new_folder(sys.argv[1], replace=True) as draft:
     (draft / "a").write_text("new")

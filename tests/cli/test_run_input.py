@@ -10,7 +10,7 @@ import pytest
 from chats import add_template
 from click.testing import CliRunner
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Chat, Engine, GenerationConfig
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 LONG = "hello world " * 11

@@ -14,8 +14,9 @@ import tiny
 import torch
 from compiles import RUN_HERE, fails, save
 
+from dfssm.base import DfssmError
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.opset import OPS, DfssmError
+from dfssm.opset import OPS
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.runtime import Engine
 from dfssm.targets import get_target, ort_cpu

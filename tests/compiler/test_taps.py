@@ -6,10 +6,10 @@ import tiny
 import torch
 
 import dfssm.verify.graph
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfcompile
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import TARGETS, get_target
 from dfssm.targets.bundle import TAPS, read_manifest

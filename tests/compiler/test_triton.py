@@ -12,11 +12,11 @@ import torch
 import tritonclient
 from google.protobuf import text_format
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfcompile
 from dfssm.cli.main import main as dfssm
 from dfssm.compiler import triton
 from dfssm.model.checkpoint import save_student
-from dfssm.opset import DfssmError
 from dfssm.opset.tolerances import Tolerance, model_tolerance
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, get_target, trt_options

@@ -8,12 +8,12 @@ import student_ref
 import tiny
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfcompile
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
 from dfssm.model.config import preset
 from dfssm.model.convert import init_student
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, trt
 from dfssm.targets.bundle import check_files, read_manifest

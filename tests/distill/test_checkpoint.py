@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from dfssm.base import DfssmError
 from dfssm.distill import checkpoint
 from dfssm.distill.checkpoint import Checkpoints
 from dfssm.distill.distributed import Ranks
-from dfssm.opset import DfssmError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

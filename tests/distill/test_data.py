@@ -9,10 +9,10 @@ import pytest
 import tiny
 from tokenizers import Tokenizer
 
+from dfssm.base import DfssmError, files
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.distill import data
 from dfssm.distill.data import Windows, open_tokens, sample, tokenize
-from dfssm.opset import DfssmError, files
-from dfssm.opset.endings import END_OF_TEXT
 
 END = tiny.CONFIG.eos_token_id
 VOCAB = END + 1

@@ -9,9 +9,9 @@ import json
 import pytest
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.distill.distributed import ranks
 from dfssm.model.checkpoint import load_student_tensors
-from dfssm.opset import DfssmError
 
 # What reduces over ranks: micro-batches, all losses, 11 held-out windows (8 and 3).
 FULL = {"steps": 4, "micro_batch": 1, "held_out": 0.05}

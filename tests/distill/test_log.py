@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from dfssm.base import DfssmError
 from dfssm.distill.log import Log, open_sinks
-from dfssm.opset import DfssmError
 
 LINES = [
     {"step": 10, "tokens": 640, "seconds": 1.5, "loss": 3.0, "lr": 1e-3},

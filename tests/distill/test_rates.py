@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from dfssm.base import DfssmError
+from dfssm.base.chart import label
 from dfssm.distill import rates
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.rates import LEAST, MOST, page, range_test, smoothed, summary
 from dfssm.distill.recipe import RECIPES
 from dfssm.distill.trainer import NotFinite, Trainer
-from dfssm.opset import DfssmError
-from dfssm.opset.chart import label
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

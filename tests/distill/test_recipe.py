@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from dfssm.base import DfssmError
 from dfssm.distill.recipe import RECIPES, Recipe
-from dfssm.opset import DfssmError
 
 PAPER = RECIPES["paper"]
 SHARE = 12.3 / 32.3  # of the published steps, those of stage 1

@@ -7,8 +7,8 @@ import re
 import pytest
 from html_page import Page
 
+from dfssm.base import DfssmError
 from dfssm.distill import report
-from dfssm.opset import DfssmError
 
 
 def line(step: int, **values) -> dict:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from bigrams import IDS, Bigrams, but_times, log, stop_at
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 
 class TestResume:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.distill.data import Windows, open_tokens
 from dfssm.distill.density import DensityLinear
@@ -28,7 +29,6 @@ from dfssm.model.hf_import import load_teacher
 from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import dequantized
 from dfssm.model.student import DFSSMLM, load_student
-from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
 TOKENS = 32

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dfssm.base import DfssmError
+from dfssm.base.files import alone
 from dfssm.model.hf_import import load_teacher, save_teacher
-from dfssm.opset import DfssmError
-from dfssm.opset.files import alone
 
 TOKENS = 32
 

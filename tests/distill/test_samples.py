@@ -7,12 +7,12 @@ import tiny
 import torch
 from tokenizers import Tokenizer
 
+from dfssm.base import DfssmError
 from dfssm.distill import samples as module
 from dfssm.distill.report import page
 from dfssm.distill.samples import samples
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.student import DFSSMLM
-from dfssm.opset import DfssmError
 
 CPU = torch.device("cpu")
 

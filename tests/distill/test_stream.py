@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from dfssm.base import DfssmError
 from dfssm.distill import stream
-from dfssm.opset import DfssmError
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 

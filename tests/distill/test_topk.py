@@ -8,13 +8,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from dfssm.base import DfssmError
 from dfssm.distill import topk
 from dfssm.distill.data import Windows
 from dfssm.distill.objective import TeacherLogits, chunked_loss
 from dfssm.distill.topk import TopK, TopKTarget, write_topk
 from dfssm.model.config import Mamba2Config
 from dfssm.model.teacher import Embedding, Mamba2LM
-from dfssm.opset import DfssmError
 
 VOCAB, TOKENS, COUNT = tiny.CONFIG.vocab_size, 16, 11
 

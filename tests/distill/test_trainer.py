@@ -9,10 +9,10 @@ import pytest
 import torch
 from bigrams import IDS, TOKENS, Bigrams, log, rates
 
+from dfssm.base import DfssmError
 from dfssm.distill.data import Windows
 from dfssm.distill.distributed import Ranks
 from dfssm.distill.trainer import BETAS, MAX_NORM, Schedule, fast_bf16
-from dfssm.opset import DfssmError
 
 
 def plain(steps=12, weight_decay=0.0):

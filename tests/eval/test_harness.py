@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'dfssm[eval]'")
 

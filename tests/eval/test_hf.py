@@ -15,11 +15,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
+from dfssm.base import DfssmError  # noqa: E402
 from dfssm.eval.harness import DfssmLM  # noqa: E402
 from dfssm.model.config import Mamba2Config  # noqa: E402
 from dfssm.model.hf_import import save_teacher  # noqa: E402
 from dfssm.model.teacher import Mamba2LM  # noqa: E402
-from dfssm.opset import DfssmError  # noqa: E402
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}\n"

@@ -9,10 +9,10 @@ import tiny
 import torch
 from click.testing import CliRunner
 
+from dfssm.base import DfssmError
 from dfssm.eval.perplexity import divergence, measure, windows
 from dfssm.eval.scorer import CHUNK, open_scorer
 from dfssm.eval.text import Text
-from dfssm.opset import DfssmError
 
 END = tiny.CONFIG.eos_token_id
 

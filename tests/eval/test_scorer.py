@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from dfssm.base import DfssmError
 from dfssm.eval.scorer import locate, log_probs, open_scorer, score
-from dfssm.opset import DfssmError
 
 IDS = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (3, 150))
 

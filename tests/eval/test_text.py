@@ -6,9 +6,9 @@ import pytest
 import tiny
 from tokenizers import Tokenizer
 
+from dfssm.base import DfssmError
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.eval.text import read_text
-from dfssm.opset import DfssmError
-from dfssm.opset.endings import END_OF_TEXT
 
 END = tiny.CONFIG.eos_token_id
 

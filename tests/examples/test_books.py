@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 from tests.examples_as_modules import load
 
 OPF = """<package xmlns="http://www.idpf.org/2007/opf"><manifest>

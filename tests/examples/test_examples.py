@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from examples_as_modules import EXAMPLES, load
 from tokenizers import Tokenizer
 
+from dfssm.base.errors import DfssmError
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
-from dfssm.opset.errors import DfssmError
 
 SHAPE = "--vocab-size 300 --d-model 32 --layers 1 --d-state 8 --headdim 16".split()
 SMALL = "--batch 4 --tokens 32 --held-out 0.05 --threads 1".split()

@@ -6,9 +6,9 @@ from click.testing import CliRunner
 from examples_as_modules import load
 
 from dfssm.analysis.prompts import read_prompts
+from dfssm.base import paths
 from dfssm.eval.fair.facts import Plan
 from dfssm.eval.fair.train import Student, Teacher
-from dfssm.opset import paths
 
 
 def test_every_model_is_made_and_studied(tmp_path, monkeypatch):

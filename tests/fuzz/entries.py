@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from dfssm.opset.errors import DfssmError
+from dfssm.base.errors import DfssmError
 
 from . import mutate
 

@@ -12,7 +12,8 @@ import numpy as np
 import onnxruntime
 from onnx import helper
 
-from dfssm.opset import DOMAIN, DfssmError
+from dfssm.base import DfssmError
+from dfssm.opset import DOMAIN
 from dfssm.opset.cases import Case
 from dfssm.opset.ops import ALL_OPS
 from dfssm.targets.ort_cpu import find_library

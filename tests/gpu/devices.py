@@ -8,8 +8,8 @@ import pytest
 from fake_device import FakeCuda, FakeEngine
 from trt_graphs import DEMO
 
+from dfssm.base import DfssmError
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import cuda, trt, trt_build, trt_options

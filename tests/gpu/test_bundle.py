@@ -9,9 +9,9 @@ from gpu import devices
 from gpu.devices import Device
 from trt_graphs import DEMO
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfssm
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.opset import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, trt
 from dfssm.targets.bundle import ENGINE, MANIFEST, sealed

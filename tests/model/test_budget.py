@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.model import budget as module
 from dfssm.model.budget import Choices, allocate, choose, errors, measure
 from dfssm.model.config import DFSSMConfig, Scaffold
@@ -11,7 +12,6 @@ from dfssm.model.ledger import model_bytes
 from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 PATHS = [f"layers.{i}.{name}" for i in (0, 1) for name in ("in_proj", "out_proj")]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.model import calibrate as module
 from dfssm.model.calibrate import Moments, calibrate
 from dfssm.model.checkpoint import check_tensors
@@ -11,7 +12,6 @@ from dfssm.model.quant import dequantized
 from dfssm.model.rounding import damped
 from dfssm.model.student import PackedBinaryLinear, from_tensors
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 
 def divergence(teacher, student, ids):

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dfssm.base import DfssmError
 from dfssm.model.checkpoint import check_tensors, load_student_tensors, save_student, tensor_specs
 from dfssm.model.config import DFSSMConfig
 from dfssm.model.convert import init_student
 from dfssm.model.student import DFSSMLM, load_student
-from dfssm.opset import DfssmError
 
 CONFIG = DFSSMConfig(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16, rank=2)
 SUFFIXES = ("model.pt", "model.safetensors")

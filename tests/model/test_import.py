@@ -8,12 +8,12 @@ import torch
 from mamba2_ref import edit_json, hf_folder, hf_model
 from safetensors.torch import save_file
 
+from dfssm.base import DfssmError
 from dfssm.model.config import PRESETS, DFSSMConfig, Mamba2Config
 from dfssm.model.hf_config import read_config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.student import DFSSMLM
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 CONFIG = Mamba2Config(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16, ngroups=2, norm_groups=2, d_conv=3)
 PROMPT = torch.arange(20).view(2, 10)

@@ -9,10 +9,10 @@ import torch
 from mamba2_ref import edit_json
 from safetensors.torch import load_file, save_file
 
+from dfssm.base import DfssmError
 from dfssm.model.config import Mamba2Config
 from dfssm.model.hf_import import load_teacher, save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 CONFIG = Mamba2Config(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16)
 

@@ -5,11 +5,11 @@ import pytest
 import student_ref
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.model.convert import init_student
 from dfssm.model.quant import pack_bits, quantize
 from dfssm.model.student import DFSSMLM, BinaryLinear, PackedBinaryLinear, from_tensors
 from dfssm.model.teacher import Mamba2State
-from dfssm.opset import DfssmError
 
 DTYPES = ("fp32", "fp16", "int8")
 

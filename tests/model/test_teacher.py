@@ -6,10 +6,10 @@ import pytest
 import torch
 from mamba2_ref import GRID, hf_folder, hf_model, hf_states
 
+from dfssm.base import DfssmError
 from dfssm.model.config import PRESETS, Mamba2Config
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 
 CONFIG = Mamba2Config(vocab_size=50, d_model=32, n_layer=2, d_state=8, headdim=16, ngroups=2, chunk_size=8)
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from dfssm.base import DfssmError
 from dfssm.model.config import PRESETS, DFSSMConfig, Mamba2Config, preset
-from dfssm.opset import DfssmError
 
 SIZES = dict(vocab_size=48, d_model=32, n_layer=2, d_state=8, headdim=16)
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
+from dfssm.base import DfssmError
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.model import text
 from dfssm.model.text import batches, documents, text_files
-from dfssm.opset import DfssmError
-from dfssm.opset.endings import END_OF_TEXT
 
 ROWS = [{"text": "hello", "id": 1}, {"text": " a\nb \n", "id": 2}, {"text": " \n", "id": 3}, {"text": "é€😀", "id": 4}]
 TEXTS = ["hello", "a\nb", "é€😀"]

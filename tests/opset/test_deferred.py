@@ -5,7 +5,7 @@ import pytest
 from deferred import CUTS, conv_case, read, scan_case
 from scan_loops import scan_loops
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.pending import kept
 from dfssm.opset.reference import REFERENCES, deferred_scan_step_ref
 from dfssm.opset.tolerances import reduction

@@ -7,7 +7,8 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from plugins_trt.fused import CASES, FusedCase
 
-from dfssm.opset import DOMAIN, VERSION, DfssmError
+from dfssm.base import DfssmError
+from dfssm.opset import DOMAIN, VERSION
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto
 from dfssm.opset.ops import FUSED
 from dfssm.opset.reference import REFERENCES

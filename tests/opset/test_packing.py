@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.layouts import LAYOUT_ROW16, LAYOUT_ROW64, LAYOUTS
 from dfssm.opset.packing import from_layout, pack_bits, to_layout, unpack_bits, up_from_layout, up_to_layout
 

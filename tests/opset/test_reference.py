@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scan_loops import scan_loops
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.cases import CASES, Case, cases
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.opset.packing import pack_bits, to_layout, up_to_layout

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from each import check_each
 
-from dfssm.opset import OPS, DfssmError, header
+from dfssm.base import DfssmError
+from dfssm.opset import OPS, header
 from dfssm.opset.cases import Case, cases
 from dfssm.opset.header import render
 from dfssm.opset.ops import FUSED

@@ -5,7 +5,7 @@ import pytest
 from kernel_calls import run
 from nodes import ALL_OPS
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.cases import Case, cases
 
 ROOMY = dict(B=2, T=3, K=64, M=20, R=4, C=12, W=4, H=4, P=8, N=6)

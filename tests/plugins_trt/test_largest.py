@@ -7,7 +7,7 @@ import pytest
 from plugins_trt import adapter
 from plugins_trt.emulated import EmulationError
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime.cuda import MOST_LARGEST, Cuda
 from dfssm.runtime.sampling import divisor, largest, total_weight
 

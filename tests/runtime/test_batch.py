@@ -8,7 +8,7 @@ import threading
 import pytest
 from backends import BACKENDS
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Completion, Engine, GenerationConfig
 
 PROMPTS = ["hello world", [5], "é", list(range(100)) * 2, "hello world"]

@@ -9,7 +9,7 @@ import tiny
 from backends import BACKENDS
 from signals import everywhere
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 PROMPT = "hello world"

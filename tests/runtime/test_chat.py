@@ -7,7 +7,7 @@ import pytest
 import tiny
 from chats import TEMPLATE, add_template
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Chat, Engine, GenerationConfig
 
 TRIMMING = TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")

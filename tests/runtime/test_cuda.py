@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_device import FakeCuda
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 
 bindings = pytest.importorskip("cuda.bindings")
 runtime = pytest.importorskip("cuda.bindings.runtime")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
+from dfssm.base.errors import DfssmError
 from dfssm.compiler.pipeline import Request, compile_model
-from dfssm.opset.errors import DfssmError
 from dfssm.runtime import Engine, State
 
 IDS = np.random.default_rng(5).integers(0, tiny.CONFIG.vocab_size, 40)

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from backends import on_device
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.sampling import Sampling, largest
 

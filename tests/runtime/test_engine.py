@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 PROMPT = np.random.default_rng(1).integers(0, 256, 12)

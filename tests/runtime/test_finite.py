@@ -7,7 +7,7 @@ import pytest
 import tiny
 from backends import BACKENDS, MAX_TOKENS
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 IDS = np.arange(3, 3 + MAX_TOKENS)

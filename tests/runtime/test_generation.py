@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.text import Vocabulary
 

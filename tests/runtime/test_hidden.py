@@ -6,10 +6,10 @@ import student_ref
 import tiny
 import torch
 
+from dfssm.base import DfssmError
 from dfssm.model.config import Mamba2Config
 from dfssm.model.student import from_tensors
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 from dfssm.opset.tolerances import model_tolerance
 from dfssm.runtime import Engine
 from dfssm.targets import get_target

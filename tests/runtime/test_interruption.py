@@ -10,7 +10,7 @@ import pytest
 from backends import BACKENDS
 from signals import everywhere
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 IDS = np.random.default_rng(3).integers(0, 256, 11)

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from fake_device import FakeCuda, FakeEngine
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.config import require_config
 from dfssm.runtime.ort import OrtBackend

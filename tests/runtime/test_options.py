@@ -7,7 +7,7 @@ import torch
 from backends import BACKENDS, on_device
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine, GenerationConfig, Sampler, Sampling
 
 PROMPT = [5, 6, 7, 6]

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Sampler, Sampling
 from dfssm.runtime import sampling as module
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import sampling as module
 from dfssm.runtime.sampling import Sampling, choose_each, total_weight, weights
 

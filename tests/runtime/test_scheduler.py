@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, on_device
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine, GenerationConfig, QueueFull, Sampler, Scheduler
 from dfssm.runtime.prefix_cache import PrefixCache, size
 from dfssm.runtime.scheduler import side_by_side

@@ -6,7 +6,7 @@ import student_ref
 import tiny
 from backends import BACKENDS, MAX_TOKENS, on_device
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 
 CAPACITY = 4

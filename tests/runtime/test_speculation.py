@@ -15,7 +15,7 @@ from backends import on_device
 from signals import everywhere
 
 from dfssm import _native
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.speculation import MOST, PromptLookup
 

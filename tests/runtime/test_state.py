@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine, State
 
 IDS = np.random.default_rng(2).integers(0, 256, 9)

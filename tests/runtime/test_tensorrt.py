@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_device import BINDINGS, Allocation, FakeConfig, FakeCuda, FakeEngine, Strategy
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets.trt_build import Profile

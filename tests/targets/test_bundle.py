@@ -8,7 +8,7 @@ import platform
 
 import pytest
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.targets.bundle import Manifest, check_files, file_entry, open_bundle, read_manifest, sealed
 
 

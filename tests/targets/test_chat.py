@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dfssm.opset import DfssmError, child
+from dfssm.base import DfssmError, child
 from dfssm.targets.chat import ChatTemplate, beside
 
 CHAT = [{"role": "system", "content": "é"}, {"role": "user", "content": "a"}]

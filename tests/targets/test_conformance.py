@@ -12,8 +12,8 @@ import pytest
 import student_ref
 import tiny
 
+from dfssm.base import DfssmError
 from dfssm.cli.compile import command
-from dfssm.opset import DfssmError
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.opset.schema import STATE_DTYPES
 from dfssm.runtime.ort import OrtBackend

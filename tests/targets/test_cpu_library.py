@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dfssm import _native
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import library
 from dfssm.targets.cpu_library import CpuLibrary

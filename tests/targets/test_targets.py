@@ -11,7 +11,7 @@ import student_ref
 import tiny
 
 from dfssm import _native
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.opset.layouts import LAYOUT_ROW64, LAYOUTS
 from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.tolerances import model_tolerance

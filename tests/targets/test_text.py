@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError, child
+from dfssm.base import DfssmError, child
 from dfssm.targets.text import document, encode, encode_documents, end_tokens, load_tokenizer
 
 

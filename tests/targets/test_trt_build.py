@@ -15,7 +15,7 @@ import student_ref
 import tiny
 from trt_graphs import write_step
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.targets import trt, trt_build, trt_child
 from dfssm.targets.bundle import read_manifest
 from dfssm.targets.trt_build import BuildError, Request

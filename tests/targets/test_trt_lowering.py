@@ -8,7 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from trt_graphs import write_step
 
-from dfssm.opset import DOMAIN, OPS, DfssmError
+from dfssm.base import DfssmError
+from dfssm.opset import DOMAIN, OPS
 from dfssm.opset.packing import unpack_bits
 from dfssm.targets.trt_lowering import LOWERINGS, lower, passes
 from dfssm.targets.trt_lowering.check import check_in_place, check_lowered

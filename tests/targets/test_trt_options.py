@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.targets import cuda, trt, trt_options
 from dfssm.targets.bundle import Manifest
 from dfssm.targets.trt_options import Options, resolve

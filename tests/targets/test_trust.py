@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import run_commands
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.runtime import Engine
 from dfssm.targets import get_target, trust
 from dfssm.targets.bundle import MANIFEST, file_entry, open_bundle, read_manifest, sealed

@@ -9,8 +9,8 @@ import tiny
 from click.testing import CliRunner
 from commands import run_commands
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfssm
-from dfssm.opset import DfssmError
 from dfssm.targets import get_target, ort_cpu
 from dfssm.targets.bundle import ENGINE, Manifest, file_entry
 from dfssm.verify.bisect import bisect

@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from commands import run_commands
 from fake_device import FakeCuda, FakeEngine
 
+from dfssm.base import DfssmError
+from dfssm.base.paths import GOLDEN
 from dfssm.cli.main import dfssm
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import save_student
-from dfssm.opset import DfssmError
-from dfssm.opset.paths import GOLDEN
 from dfssm.opset.tolerances import drift_tolerance, half_tolerance, model_tolerance, rms_error
 from dfssm.runtime import Engine
 from dfssm.targets import cuda, get_target, trt

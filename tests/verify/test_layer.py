@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from dfssm.opset import DfssmError
+from dfssm.base import DfssmError
 from dfssm.targets.bundle import Bundle
 from dfssm.verify.layer import layer_nodes
 

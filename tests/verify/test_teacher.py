@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from mamba2_ref import scan_ref
 
+from dfssm.base import DfssmError
 from dfssm.cli.main import dfssm
 from dfssm.compiler.pipeline import Request, compile_model
 from dfssm.model.checkpoint import load_student_tensors, save_student
@@ -16,7 +17,6 @@ from dfssm.model.config import Mamba2Config
 from dfssm.model.convert import convert
 from dfssm.model.hf_import import save_teacher
 from dfssm.model.teacher import Mamba2LM
-from dfssm.opset import DfssmError
 from dfssm.opset.reference import REFERENCES
 from dfssm.verify.teacher import SEED, compare_teacher, text_ids
 

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
+from dfssm.base.endings import END_OF_TEXT
 from dfssm.eval.fair import language as languages
 from dfssm.eval.fair.facts_language import OBJECTS, RELATIONS, Facts, stored
 from dfssm.eval.fair.language import STUDENT, TEACHER, TEST, Fresh, seeded, vocab_size
 from dfssm.model.text import documents
-from dfssm.opset.endings import END_OF_TEXT
 from dfssm.targets.text import encode, load_tokenizer
 
 FACT = re.compile(r"first(\d+) last(\d+) relation(\d+) object(\d+)")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from dfssm.base.errors import DfssmError
 from dfssm.eval.fair.rows import FILE, Row, read, run
-from dfssm.opset.errors import DfssmError
 
 FOREVER = """
 import sys, time

@@ -115,7 +115,7 @@ def disturb(command: Command, folder: Path, mode: int, sample: int, lower: Path 
             elif done.status == 0 and left != "new":
                 found.append(f"status 0, but the target is {left}")
             seen[left] += 1
-            # A folder of a lower layer cannot be exchanged (opset/files.py): there a mixture is refused by its hashes.
+            # A folder of a lower layer cannot be exchanged (base/files.py): there a mixture is refused by its hashes.
             if left not in ("old", "new") and not (lower and left == "refused"):
                 found.append(f"the target is {left}")
             after = run(command, place, NEVER, mode, command.again)
@@ -168,11 +168,11 @@ def commands(work: Path) -> Iterator[Command]:
     import tiny
     import torch
 
+    from dfssm.base.errors import DfssmError
     from dfssm.model.checkpoint import load_student_tensors, save_student
     from dfssm.model.config import Mamba2Config
     from dfssm.model.hf_import import save_teacher
     from dfssm.model.teacher import Mamba2LM
-    from dfssm.opset.errors import DfssmError
     from dfssm.runtime.state import State
     from dfssm.targets.bundle import open_bundle
 

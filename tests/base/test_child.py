@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dfssm.opset import child
-from dfssm.opset.child import Child, ChildError
+from dfssm.base import child
+from dfssm.base.child import Child, ChildError
 
 
 def work(request):

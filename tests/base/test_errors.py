@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from dfssm.opset import DfssmError
-from dfssm.opset.errors import reason
+from dfssm.base import DfssmError
+from dfssm.base.errors import reason
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dfssm.opset.reading import open_file, read_file, read_text
+from dfssm.base.reading import open_file, read_file, read_text
 
 
 def test_a_regular_file_is_read_whole_and_a_link_followed(tmp_path):

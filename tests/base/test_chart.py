@@ -5,8 +5,8 @@ import math
 import pytest
 from html_page import Page
 
-from dfssm.opset import chart
-from dfssm.opset.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Series
+from dfssm.base import chart
+from dfssm.base.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Series
 
 
 class TestNumbers:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dfssm.opset import files
-from dfssm.opset.errors import DfssmError
-from dfssm.opset.files import new_folder, write_file
+from dfssm.base import files
+from dfssm.base.errors import DfssmError
+from dfssm.base.files import new_folder, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -177,7 +177,7 @@ def test_another_refusal_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dfssm.opset import files
+from dfssm.base import files
 
 count, exchange = int(sys.argv[2]), sys.argv[3] == "exchange"
 events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "ctypes.dlopen"}
@@ -267,7 +267,7 @@ def test_processes_on_one_folder_tear_nothing(tmp_path, begin):
     code = """
 import sys
 from pathlib import Path
-from dfssm.opset.files import new_folder
+from dfssm.base.files import new_folder
 for _ in range(40):
     with new_folder(Path(sys.argv[1]), replace=True) as draft:
         for name in ("manifest.json", "model"):

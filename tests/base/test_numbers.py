@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfssm.opset.numbers import duration
+from dfssm.base.numbers import duration
 
 
 @pytest.mark.parametrize(

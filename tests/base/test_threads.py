@@ -1,6 +1,6 @@
 import pytest
 
-from dfssm.opset import threads
+from dfssm.base import threads
 
 
 @pytest.fixture
