@@ -23,7 +23,8 @@ from .bandwidth import Bandwidth, Probes
 from .child import follow_script, run_child
 from .device import BATCHES, CopyBandwidth, bench_batches, first_gpu
 from .ops import bench_ops
-from .peers import Peer, open_peer
+from .peer import Peer
+from .peers import open_peer
 from .series import tokens_a_second
 from .speculation import bench_speculation
 from .traffic import floor_seconds, step_bytes

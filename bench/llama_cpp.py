@@ -23,7 +23,7 @@ from dfssm.base.child import python
 from dfssm.base.errors import DfssmError
 from dfssm.model.config import DFSSMConfig
 
-from .peers import Peer
+from .peer import Peer
 
 KINDS: dict[str, dict[int, float]] = {
     "TQ2_0": {64: 1.1},

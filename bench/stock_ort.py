@@ -19,7 +19,7 @@ import onnxruntime
 
 from dfssm.model.config import DFSSMConfig
 
-from .peers import Peer
+from .peer import Peer
 
 BLOCK = 128  # of 32 and 64, 128: the fastest, and the fewest bytes
 

@@ -10,12 +10,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dfssm.base import paths
-from dfssm.base.endings import END_OF_TEXT
 from dfssm.base.errors import DfssmError
 from dfssm.base.extras import Needs, require
 from dfssm.model import PACKAGES
 from dfssm.targets.bundle import TOKENIZER
-from dfssm.targets.text import end_tokens, load_tokenizer
+from dfssm.targets.text import load_tokenizer, require_ends
 
 BATCH = 8
 """Rows of one run, unless the caller says otherwise."""
@@ -119,14 +118,6 @@ def open_scorer(path: str | Path, tokenizer: str | Path | None = None, device: s
 
     assert file  # of these kinds `locate` knows one
     return TorchScorer(kind, place, load_tokenizer(file, _GIVE), device)
-
-
-def require_ends(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """`end_tokens`, at least one. DfssmError where there is none."""
-    ends = end_tokens(configured, tokenizer)
-    if not ends:
-        raise DfssmError(f"neither the config has an eos_token_id nor the tokenizer {END_OF_TEXT}: give --tokenizer")
-    return ends
 
 
 class EngineScorer:

@@ -15,8 +15,7 @@ from dfssm.base.errors import DfssmError, reason
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import load_student
 from dfssm.model.teacher import Mamba2State
-
-from .scorer import require_ends
+from dfssm.targets.text import require_ends
 
 _PIECE = 256
 """Tokens of one run of which the last one's logits are wanted: activations do not grow with the text."""

@@ -108,6 +108,14 @@ def end_tokens(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
     return end_ids(configured) or (() if end is None else (end,))
 
 
+def require_ends(configured: object, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """`end_tokens`, at least one. DfssmError where there is none."""
+    ends = end_tokens(configured, tokenizer)
+    if not ends:
+        raise DfssmError(f"neither the config has an eos_token_id nor the tokenizer {END_OF_TEXT}: give --tokenizer")
+    return ends
+
+
 def require_utf8(text: str) -> None:
     """DfssmError for a text with half a surrogate pair, which Python makes of bytes that are not UTF-8."""
     try:
