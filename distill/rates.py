@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dfssm.base import chart
+from dfssm.base import chart, memory
 from dfssm.base.chart import Axis, Chart, Series, figure, label
 from dfssm.base.errors import DfssmError
 from dfssm.base.files import alone, temporary_folder, write_file
 from dfssm.base.page import document, tiles
 
-from . import memory
 from .distributed import Ranks
 from .progress import TrainingProgress
 from .run import Job, open, prepare, trainer_of

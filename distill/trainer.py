@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dfssm.base import memory
 from dfssm.base.errors import DfssmError
 
-from . import memory
 from .checkpoint import Checkpoints
 from .data import Source
 from .distributed import Ranks

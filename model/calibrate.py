@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfssm.base import memory
 from dfssm.base.errors import DfssmError
 
 from .config import DFSSMConfig
@@ -32,6 +33,7 @@ without text: 10.1 and 4.8 times its perplexity, 3.8 without; with 4 it is 2.9, 
 
 
 @torch.no_grad()
+@memory.kept()
 def calibrate(
     teacher: Mamba2LM,
     windows: Tensor,

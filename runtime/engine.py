@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfssm.base.errors import DfssmError
+from dfssm.base.memory import trim
 from dfssm.base.numbers import require_whole
 from dfssm.base.paths import GOLDEN, quoted
 from dfssm.base.threads import default_threads
@@ -30,7 +31,6 @@ from dfssm.targets.trust import VERIFIED, recorded, run_of
 from .backend import Ahead, Backend, Pool, choose, open_backend
 from .generation import Completion, Generation, GenerationConfig
 from .hidden import Taps
-from .memory import trim
 from .rows import Rows
 from .sampler import Sampler
 from .sampling import Sampling

@@ -9,10 +9,10 @@ import numpy as np
 import onnxruntime
 
 from dfssm.base.errors import DfssmError
+from dfssm.base.memory import trim
 from dfssm.targets.session import run_error
 
 from .ahead import PENDING_COUNT, RowAhead
-from .memory import trim
 from .sampling import largest
 from .state import Layout, State
 

@@ -1,4 +1,4 @@
-"""The memory of a training on a CPU."""
+"""What the C library does with freed memory, where it is glibc: others are left alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MOST = 1 << 25
 
 
+def trim() -> None:
+    """Give back to the system what malloc keeps of freed blocks; 0.2 to 3 ms.
+
+    Reading a prompt of a 1.3B model, or a tokenizer, leaves 10 to 20 MB that decoding never needs again.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim:
+        malloc_trim(0)
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """In the `with` block, memory that is freed stays with the process, for the next tensor.
 
     Otherwise glibc returns that of large tensors at once, and the kernel clears page after page for the next one: an
-    eighth of a step's processor time. Other C libraries are left alone.
+    eighth of the processor time of a training step.
     """
     try:
         libc = ctypes.CDLL(None)
