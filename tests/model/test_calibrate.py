@@ -47,9 +47,14 @@ def test_each_projection_sees_what_it_sees_in_the_student(teacher, windows, monk
 
 
 def test_the_result_does_not_depend_on_the_pieces(teacher, windows, monkeypatch):
+    """The first layer's inputs are exact; those of the second are of a student whose sums, in another order, move
+    activations over a rounding tie, and with them a sign. In pieces of 1 to 13 windows it moved by 1.5 % at most.
+    """
     first = calibrate(teacher, windows, 2)[2]
     monkeypatch.setattr(module, "PIECE", 7 * windows.shape[1])  # 24 windows in pieces of 7
-    assert calibrate(teacher, windows, 2)[2] == pytest.approx(first, rel=1e-2)
+    found = calibrate(teacher, windows, 2)[2]
+    for name, error in first.items():
+        assert found[name] == pytest.approx(error, rel=1e-4 if name.startswith("layers.0.") else 0.03)
 
 
 def test_the_same_every_time(teacher, windows):

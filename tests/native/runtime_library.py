@@ -76,7 +76,9 @@ def program(source: Path) -> Path:
     """A program in C or C++ over the library, compiled with all warnings as errors."""
     out, compiler = BUILD / source.stem, C if source.suffix == ".c" else CXX
     include, rpath = f"-I{ROOT / 'native/include'}", f"-Wl,-rpath,{BUILD}"
-    run(*compiler, *SANITIZE, include, source, library(), rpath, "-o", out)
+    draft = out.with_suffix(f".{os.getpid()}")  # another process may be running what it has made
+    run(*compiler, *SANITIZE, include, source, library(), rpath, "-o", draft)
+    os.replace(draft, out)
     return out
 
 

@@ -99,7 +99,12 @@ def test_numbers_of_replicas_that_do_not_fit(tiny_bundle):
 
 
 CLIENT = "needs a server that runs"
-NOT_RUN = {"curl": CLIENT, "dfssm serve": "runs until it is stopped", "pip install": "asks a package index"}
+NOT_RUN = {
+    "curl": CLIENT,
+    "dfssm serve": "runs until it is stopped",
+    "docker": "needs a Docker engine",
+    "pip install": "asks a package index",
+}
 
 
 def test_the_python_of_the_document_runs(server):
