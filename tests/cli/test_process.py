@@ -298,17 +298,27 @@ def test_what_is_read_is_not_written_over(tiny_bundle, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def with_signals():
+    """In a child before it begins: they are not ignored, as they are where a background job or nohup runs the tests."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", ENDING)
 @pytest.mark.parametrize("command, module", [(DFSSM, "click"), (DFCOMPILE, "click"), (DFSSM, "numpy")])
 def test_a_signal_while_modules_are_imported_leaves_no_traceback(command, module, number, tmp_path):
     (tmp_path / f"{module}.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(60)\n")
-    done = subprocess.run(
-        [*command, "doctor"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=30
-    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    options = dict(env=environment, capture_output=True, text=True, timeout=30, preexec_fn=with_signals)
+    done = subprocess.run([*command, "doctor"], **options)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", "")
 
 
 def test_a_signal_at_the_end_leaves_no_traceback():
     code = "import atexit, os; atexit.register(os.kill, os.getpid(), 2); from dfssm.cli.entry import dfssm; dfssm()"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=with_signals)
     assert (done.returncode, done.stderr) == (130, "") and "Commands:" in done.stdout
