@@ -8,6 +8,8 @@ import shutil
 import pytest
 from native.runtime_library import BIN, BUILD, ROOT, SANITIZE, C, environment, library, run
 
+import dfssm
+
 EXAMPLES = ROOT / "examples/runtime_cpp"
 FLAGS = " ".join(SANITIZE)
 BESIDE = {"LD_LIBRARY_PATH": str(BUILD)}
@@ -20,9 +22,7 @@ pytestmark = pytest.mark.xdist_group("native")
 def prefix(tmp_path_factory):
     library()
     folder = tmp_path_factory.mktemp("install") / "prefix"
-    # pkg-config's file names the prefix that was configured.
-    run(BIN / "cmake", "-B", BUILD, f"-DCMAKE_INSTALL_PREFIX={folder}")
-    run(BIN / "cmake", "--install", BUILD, "--component", "dfssm_runtime")
+    run(BIN / "cmake", "--install", BUILD, "--component", "dfssm_runtime", "--prefix", folder)
     return folder
 
 
@@ -59,8 +59,9 @@ def test_find_package(prefix, tiny_bundle, tmp_path):
 @pytest.mark.skipif(not shutil.which("pkg-config"), reason="no pkg-config here")
 def test_pkg_config(prefix, tiny_bundle, tmp_path):
     (folder,) = prefix.glob("lib*/pkgconfig")
-    told = run("pkg-config", "--cflags", "--libs", "dfssm_runtime", env=os.environ | {"PKG_CONFIG_PATH": str(folder)})
-    flags = shlex.split(told.stdout)
+    where = {"env": os.environ | {"PKG_CONFIG_PATH": str(folder)}}
+    assert run("pkg-config", "--modversion", "dfssm_runtime", **where).stdout.strip() == dfssm.__version__
+    flags = shlex.split(run("pkg-config", "--cflags", "--libs", "dfssm_runtime", **where).stdout)
     run(
         *C,
         *SANITIZE,
