@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Of glibc's malloc.h, and what its own adaptation comes to with tensors of this size.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MOST = 1 << 25
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def trim() -> None:
@@ -16,8 +20,7 @@ def trim() -> None:
 
     Reading a prompt of a 1.3B model, or a tokenizer, leaves 10 to 20 MB that decoding never needs again.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim:
+    if malloc_trim := _of_libc("malloc_trim"):
         malloc_trim(0)
 
 
@@ -28,10 +31,8 @@ def kept() -> Iterator[None]:
     Otherwise glibc returns that of large tensors at once, and the kernel clears page after page for the next one: an
     eighth of the processor time of a training step.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):
+    mallopt = _of_libc("mallopt")
+    if not mallopt:
         yield
         return
     mallopt(_MMAP_MAX, 0)
@@ -42,4 +43,4 @@ def kept() -> Iterator[None]:
         mallopt(_MMAP_MAX, 1 << 16)
         mallopt(_MMAP_THRESHOLD, _MOST)
         mallopt(_TRIM_THRESHOLD, 2 * _MOST)
-        trim(0)
+        trim()

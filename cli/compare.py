@@ -11,6 +11,9 @@ from dfssm.model.text import packages, text_files
 
 from .options import bundle_argument, json_option, print_result, progress_bar, table, trust_option, whole
 
+TOKENS = 64
+"""That are run, unless the caller says otherwise."""
+
 
 @click.command()
 @bundle_argument
@@ -18,7 +21,7 @@ from .options import bundle_argument, json_option, print_result, progress_bar, t
 @click.option("--teacher", type=click.Path(), help="Compare with this Mamba-2 checkpoint, in place of MODEL.")
 @click.option("--data", multiple=True, type=click.Path(), metavar="PATH", help="With --teacher: text to run, files or "
               "folders; without it random tokens. Repeatable.")  # fmt: skip
-@click.option("--tokens", type=whole(2, 4096), default=64, metavar="N", help="Number of tokens to run.")
+@click.option("--tokens", type=whole(2, 4096), default=TOKENS, metavar="N", help="Number of tokens to run.")
 @trust_option
 @json_option
 def compare(

@@ -16,10 +16,10 @@ from dfssm.model import PACKAGES
 from dfssm.opset.layouts import LAYOUTS
 from dfssm.targets.bundle import MODEL, Bundle
 
+from .compare import TOKENS
 from .options import json_option, megabytes, print_result, progress_bars, spread, table, trust_option
 
 _BAR = 40
-_TOKENS = 64  # of the comparison, as `dfssm compare`
 _BATCHES = (8,)  # that are measured besides 1
 
 
@@ -55,7 +55,7 @@ def inspect(path: str, html: str | None, against: str | None, measure: bool, as_
         if student:
             from dfssm.verify.bundle import compare_bundle
 
-            result["comparison"] = compare_bundle(found, student, _TOKENS, partial(progress, "compare"))
+            result["comparison"] = compare_bundle(found, student, TOKENS, partial(progress, "compare"))
         if measure:
             from dfssm.bench.decode import bench
 

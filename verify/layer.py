@@ -17,7 +17,6 @@ from dfssm.targets.bundle import MODEL, Bundle
 NODES, TEXT = 64, 100
 """At most so many nodes of a layer, inputs or outputs of a node, and characters of a name."""
 
-
 _LISTS = ("weights", "states", "new_states")  # of values, in a Node
 
 

@@ -242,10 +242,10 @@ inline void add_rows(__m256i even, __m256i odd, __m256i* sums) {
 }
 
 // sums[t][i] += v of the rows 8 i to 8 i + 7 over `groups` groups, a multiple of 8. tables[t] are those of the block of
-// columns; nibbles(group, half) gives the indices of 32 rows. A group's tables, an index and the sums of bytes of two
+// columns, and `index_of` has the indices [groups, 64] of the rows. A group's tables, an index and the sums of bytes of two
 // tokens are in 14 of the 16 registers: so a group takes both halves before the next.
-template <int NT, class Nibbles>
-inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Nibbles& nibbles,
+template <int NT>
+inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const uint8_t* index_of,
                     __m256i (*sums)[8]) {
   PairSums low_sums[NT][2], high_sums[NT][2];
   for (int64_t g = 0; g < groups;) {
@@ -264,7 +264,7 @@ inline void look_up(const uint8_t* const (&tables)[NT], int64_t groups, const Ni
         }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const __m256i index = nibbles(g, half);
+          const __m256i index = load(index_of + g * kBlockRows + 32 * half);
 #pragma GCC unroll 2
           for (int t = 0; t < NT; ++t) {
             if (i == 0) {
@@ -360,11 +360,7 @@ template <int NT>
 void look_up_tokens(const ScaffoldArgs& a, int64_t k, int64_t t, const uint8_t* index, __m256i (*sums)[8]) {
   const uint8_t* tables[NT];
   for (int i = 0; i < NT; ++i) tables[i] = tables_of(a, k, t + i);
-  look_up<NT>(
-      tables, groups_from(a, k),
-      [index](int64_t group, int half)
-          __attribute__((always_inline)) { return load(index + group * kBlockRows + 32 * half); },
-      sums);
+  look_up<NT>(tables, groups_from(a, k), index, sums);
 }
 
 template <class Prefetch>
