@@ -9,7 +9,7 @@ from typing import Any
 
 from dfssm.base.files import write_file
 
-from .report_text import STATES, Figures
+from .report_text import Figures, of_states
 
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "dfssm", "font.size": 9}
 _LIMIT = "0.85"  # a shade of grey
@@ -81,27 +81,32 @@ def plots(figures: Figures, file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    named = {word: {n: f for n, f in figures.items() if n.startswith(word)} for word in ("size ", "prompt ")}
-    states = {state: figures[p] for state in STATES if (p := f"state {state}, 2 threads") in figures}
+    plain = figures.get("1.3b, 2 threads")
     threads = {n: figures[p] for n in ("1", "2") if (p := f"1.3b, {n} threads") in figures}
-    batches = {str(b["batch"]): b for b in figures.get("batches", {}).get("batches", [])}
+    batches = {"1": plain} | {str(b["batch"]): b for b in plain["batches"]} if plain else {}
+    sizes = {n.removeprefix("size "): f for n, f in figures.items() if n.startswith("size ")}
+    prompts = [f for n, f in figures.items() if n.startswith("prompt ")]
+    if plain:
+        sizes["1.3b"] = plain
+        prompts.append(plain)
+    moved = {n: sum(f["step_bytes"].values()) / 1e6 for n, f in sizes.items()}
+    sizes = {n: sizes[n] for n in sorted(moved, key=moved.__getitem__)}
+    prompts.sort(key=lambda f: f["prompt"])
     with matplotlib.rc_context(_STYLE):
         figure = Figure((11, 6), layout="constrained")
         axes = figure.subplots(2, 3)
         _bars(axes[0, 0], "threads", threads)
         _bars(axes[0, 1], "sequences at once", batches)
-        _bars(axes[0, 2], "form of the state", states)
-        _bars(axes[1, 0], "size of the model", {n.removeprefix("size "): f for n, f in named["size "].items()})
+        _bars(axes[0, 2], "form of the state", of_states(figures, 2))
+        _bars(axes[1, 0], "size of the model", sizes)
         axes[0, 0].legend()
 
-        of_size, line = list(named["size "].values()), axes[1, 1]
-        moved = [sum(f["step_bytes"].values()) / 1e6 for f in of_size]
-        line.plot(moved, [1e3 / f["tok_s"] for f in of_size], "o-", label="dfssm")
-        line.plot(moved, [1e3 / f["floor_tok_s"] for f in of_size], "--", color="0.5", label="limit")
+        line, along = axes[1, 1], [moved[n] for n in sizes]
+        line.plot(along, [1e3 / f["tok_s"] for f in sizes.values()], "o-", label="dfssm")
+        line.plot(along, [1e3 / f["floor_tok_s"] for f in sizes.values()], "--", color="0.5", label="limit")
         line.set(title="time is linear in bytes", xlabel="MB a token moves", ylabel="ms a token", xlim=0, ylim=0)
         line.legend()
 
-        prompts = list(named["prompt "].values())
         axes[1, 2].plot([f["prompt"] for f in prompts], [f["prefill_tok_s"] for f in prompts], "o-")
         axes[1, 2].set(title="length of the prompt", xlabel="tokens", ylabel="prefill, tok/s", ylim=0)
         for axis in axes.flat:

@@ -48,6 +48,12 @@ def tables(figures: Figures) -> dict[str, str]:
     return {name: make(figures) for name, make in made.items()}
 
 
+def of_states(figures: Figures, threads: int) -> Figures:
+    """Form of the state -> the figures of 1.3b with it."""
+    points = {state: f"state {state}, {threads} threads" for state in STATES} | {"fp16": f"1.3b, {threads} threads"}
+    return {state: figures[point] for state, point in points.items() if point in figures}
+
+
 def _kernels(figures: Figures) -> dict[str, str]:
     """Bundle of the points with all measurements -> the kernels that ran it."""
     best = TITLES.get(isa_of(figures), isa_of(figures))
@@ -95,17 +101,13 @@ def _reached(figures: Figures, bundle: str) -> list[str]:
     """
 
     def fastest(threads: int, rate: Callable[[dict], float], text: Callable[[dict], str]) -> str:
-        states = [f"state {state}" for state in STATES] if bundle == "1.3b" else []
-        names = (f"{name}, {threads} threads" for name in (bundle, *states))
-        found = [figures[name] for name in names if name in figures]
-        if not found:
-            return "not measured"
-        best = max(found, key=rate)
-        return f"{text(best)}, {best['state_dtype']} states"
+        plain = f"{bundle}, {threads} threads"
+        found = list(of_states(figures, threads).values()) if bundle == "1.3b" else [figures.get(plain)]
+        best = max(filter(None, found), key=rate, default=None)
+        return f"{text(best)}, {best['state_dtype']} states" if best else "not measured"
 
     def eight(found: dict) -> float:
-        (batch,) = found["batches"]
-        return float(batch["tok_s"])
+        return next(float(batch["tok_s"]) for batch in found["batches"] if batch["batch"] == 8)
 
     def memory(found: dict) -> str:
         beside = found["rss_bytes"] - found["step_bytes"]["weights"] - found["step_bytes"]["state_read"]
@@ -169,12 +171,11 @@ def _ops(figures: Figures) -> str:
 def _points(figures: Figures) -> str:
     rows = []
     for name, found in figures.items():
-        if name == "batches":
-            for batch in found["batches"]:
-                rows.append([f"1.3b, batch {batch['batch']}", _decode(batch), "", ""])
-        elif not name.startswith("busy"):
-            gb_s = f"{found['gb_s']:.1f}"
-            rows.append([name, _decode(found), gb_s, f"{found['prefill_tok_s']:.0f} ({found['prompt']} tokens)"])
+        if name.startswith("busy"):
+            continue
+        gb_s = f"{found['gb_s']:.1f}"
+        rows.append([name, _decode(found), gb_s, f"{found['prefill_tok_s']:.0f} ({found['prompt']} tokens)"])
+        rows += [[f"{name}, batch {batch['batch']}", _decode(batch), "", ""] for batch in found["batches"]]
     return table(["point", "decode, share of the limit", "GB/s", "prefill, tok/s"], rows)
 
 

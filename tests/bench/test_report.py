@@ -16,14 +16,13 @@ def figures(tiny_bundle):
     def bench(**options):
         return json.loads(json.dumps(decode.bench(str(tiny_bundle), prompt=2, tokens=2, rounds=1, **options)))
 
-    full = bench(threads=2, batches=(8,), ops=True)
+    full = bench(threads=2, batches=(2, 8), ops=True)
     return {
         "peers": bench(peers=("stock-ort",)) | {"tok_s": 40.0},
         "1.3b, 2 threads": full,
         "1.3b, 1 threads": full,
-        "state fp16, 2 threads": full | {"tok_s": 1e6, "state_dtype": "fp16"},
+        "state int8-deferred, 2 threads": full | {"tok_s": 1e6, "state_dtype": "int8-deferred"},
         "size 130m": full,
-        "batches": full,
         "prompt 8": full,
         "busy 1": full | {"tok_s": 40.0},
         "busy 2": full | {"tok_s": 30.0},
@@ -39,12 +38,16 @@ def test_a_table_has_what_was_measured(figures):
     made = report_text.tables(of_machine(figures, "avx2"))
     goals = [line.split(" | ") for line in made["goals"].splitlines()]
     assert goals[0] == ["| ", "goal", "AVX2 |"] and {len(row) for row in goals} == {3}
-    assert goals[2][1] == "80 %" and goals[2][2].startswith("1000000.0 tok/s") and goals[2][2].endswith("fp16 states |")
+    assert (
+        goals[2][1] == "80 %"
+        and goals[2][2].startswith("1000000.0 tok/s")
+        and goals[2][2].endswith("int8-deferred states |")
+    )
     share = 100 * figures["1.3b, 1 threads"]["floor_share"]
     assert goals[3][1] == "72 %" and f" {share:.0f} %" in goals[3][2]
     assert goals[-1][-1] == "25 % |"
     assert "| AVX2 | 2 | SelectiveScanStep (2) |" in made["ops"] and "| AVX2 | 1 | outside our kernels |" in made["ops"]
-    assert "| stock-ort, 8-bit head |" in made["peers"] and "| 1.3b, batch 8 |" in made["points"]
+    assert "| stock-ort, 8-bit head |" in made["peers"] and "| 1.3b, 2 threads, batch 8 |" in made["points"]
 
 
 def test_a_machine_with_more_than_avx2_has_a_column_for_it(figures):
