@@ -67,7 +67,8 @@ def test_time_is_counted_while_it_is_wanted(installed, tiny_bundle):
 
 
 def test_the_clock_is_that_of_a_core(installed):
-    assert 0.05e9 < installed.clock() < 20e9
+    # No CPU is faster: 16.5 GHz were once measured, where the core renames chains of additions away.
+    assert 0.05e9 < installed.clock() < 8e9
 
 
 @pytest.mark.parametrize(
