@@ -51,6 +51,9 @@ def chunks_sha256(file: BufferedReader) -> str:
 
 
 def sha256(file: BufferedReader) -> str:
-    """Hex sha256 of a file from its beginning: that of the command sha256sum."""
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex sha256 of a regular file: that of the command sha256sum. Its position is neither used nor moved."""
+    handle = file.fileno()
+    found = hashlib.sha256()
+    for piece in pieces(handle, 0, os.fstat(handle).st_size):
+        found.update(piece)
+    return found.hexdigest()

@@ -23,7 +23,7 @@ from dfssm.base.threads import default_threads
 from dfssm.base.tokens import token_ids, token_rows
 from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
 from dfssm.targets import get_target
-from dfssm.targets.bundle import TOKENIZER, Manifest, open_bundle
+from dfssm.targets.bundle import TOKENIZER, Manifest, loading
 from dfssm.targets.chat import ChatTemplate, Message, Tool
 from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
@@ -82,7 +82,7 @@ class Engine:
         Raises DfssmError when the folder is no bundle, is incomplete or altered, or cannot run here.
         """
         threads, start = threads or default_threads(), time.perf_counter()
-        with open_bundle(path, hashes=verify_hashes) as bundle:
+        with loading(path, hashes=verify_hashes) as bundle:
             backend = open_backend(bundle, threads, trust, mmap)
             engine = cls(bundle.folder.absolute(), bundle.manifest, backend, threads, trust)
         target = get_target(engine.manifest.target)

@@ -7,6 +7,9 @@ needs, so it imports neither torch nor onnx.
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,32 +88,65 @@ class Bundle(Files):
         super().__init__(paths.bundle(folder))
         self.manifest = _read(self.folder / MANIFEST, self.read(MANIFEST))
 
-    def check(self, hashes: bool = True) -> None:
-        """Compare every file with its size and, unless `hashes` is False, its hash in the manifest.
-
-        Raises DfssmError naming the first file that is missing or differs.
+    def check(self, hashes: bool = True, later: str = "") -> None:
+        """Compare every file with its size and, unless `hashes` is False, its hash in the manifest; of the file `later`
+        the hash is left to the caller. Raises DfssmError naming the first file that is missing or differs.
         """
         for name, entry in self.manifest.files.items():
-            path, size = self.folder / name, self.size(name)
+            size = self.size(name)
             if size != entry["bytes"]:
                 found = f"has {size} bytes, its manifest says {entry['bytes']}"
-                raise DfssmError(f"{path} {found}: copy or compile it again")
-            # Of a file of version 1 there is only the sha256 of the whole, which takes one core.
-            kind = "chunks_sha256" if "chunks_sha256" in entry else "sha256"
-            if hashes and self.use(name, getattr(hashing, kind)) != entry[kind]:
-                raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
+                raise DfssmError(f"{self.folder / name} {found}: copy or compile it again")
+            if hashes and name != later:
+                self.check_hash(name)
+
+    def check_hash(self, name: str) -> None:
+        """Compare the hash of a file with the manifest's. Raises DfssmError when they differ."""
+        entry = self.manifest.files[name]
+        # Of a file of version 1 there is only the sha256 of the whole, which takes one core.
+        kind = "chunks_sha256" if "chunks_sha256" in entry else "sha256"
+        if self.use(name, getattr(hashing, kind)) != entry[kind]:
+            path = self.folder / name
+            raise DfssmError(f"{path} does not match the sha256 in its manifest: copy or compile it again")
 
 
 def open_bundle(folder: str | Path, hashes: bool = True) -> Bundle:
-    """A bundle that may run on this machine, its files checked (`Bundle.check`). Whatever runs a bundle begins here.
+    """A bundle that may run on this machine, its files checked (`Bundle.check`). Whatever runs a bundle begins here, or
+    with `loading`.
 
     Raises DfssmError as `read_manifest` and `check_files`, and for a bundle that is for another machine.
     """
+    bundle = _for_this_machine(folder)
+    bundle.check(hashes)
+    return bundle
+
+
+@contextmanager
+def loading(folder: str | Path, hashes: bool = True) -> Iterator[Bundle]:
+    """As `open_bundle`, but the hash of the weights, which are the time of it, is compared beside what the block does.
+
+    The end of the block waits for that; damage is raised there, whatever the block raised. Weights are numbers of any
+    values, so nothing is lost if a session is opened over damaged ones; what is code, an engine, is checked before.
+    """
+    with _for_this_machine(folder) as bundle:
+        if not (hashes and DATA in bundle.manifest.files):
+            bundle.check(hashes)
+            yield bundle
+            return
+        bundle.check(hashes, later=DATA)
+        with ThreadPoolExecutor(1) as beside:
+            compared = beside.submit(bundle.check_hash, DATA)
+            try:
+                yield bundle
+            finally:
+                compared.result()
+
+
+def _for_this_machine(folder: str | Path) -> Bundle:
     bundle = Bundle(folder)
     made_for, here = bundle.manifest.machine, platform.machine()
     if made_for not in (None, here):
         raise DfssmError(f"{folder} is for {made_for}, this machine is {here}: compile the model again here")
-    bundle.check(hashes)
     return bundle
 
 

@@ -9,7 +9,7 @@ import platform
 import pytest
 
 from dfssm.base import DfssmError
-from dfssm.targets.bundle import Manifest, check_files, file_entry, open_bundle, read_manifest, sealed
+from dfssm.targets.bundle import Manifest, check_files, file_entry, loading, open_bundle, read_manifest, sealed
 
 
 @pytest.fixture
@@ -148,6 +148,24 @@ def test_one_other_bit_is_found(bundle, at):
         open_bundle(bundle)
 
 
+def test_damaged_weights_are_named_whatever_the_block_does_with_them(bundle):
+    (bundle / "model.onnx.data").write_bytes(b"weightz" * 1_000_000)
+    entered = False
+    with pytest.raises(DfssmError, match="model.onnx.data does not match the sha256"), loading(bundle) as opened:
+        entered = opened.size("model.onnx.data") == 7_000_000
+        raise ValueError("of weights that make no sense")
+    assert entered
+    with loading(bundle, hashes=False) as opened:
+        assert opened.read("model.onnx") == b"graph"
+
+
+@pytest.mark.parametrize("name, content", [("model.onnx", b"grapf"), ("model.onnx.data", b"short")])
+def test_a_graph_that_changed_or_another_size_is_found_before_the_block(bundle, name, content):
+    (bundle / name).write_bytes(content)
+    with pytest.raises(DfssmError, match=f"{name} (does not match|has 5 bytes)"), loading(bundle):
+        pytest.fail("its graph would be opened")
+
+
 def test_no_byte_of_a_manifest_may_change(bundle):
     path = bundle / "manifest.json"
     whole = path.read_bytes()
@@ -171,6 +189,8 @@ def test_version_1_is_read_and_checked(bundle_1):
     with open_bundle(bundle_1) as bundle:
         assert bundle.manifest.machine is None and bundle.manifest.model_sha256 == ""
         assert set(bundle.manifest.files["model.onnx"]) == {"sha256", "bytes"}
+    with loading(bundle_1) as bundle:
+        assert bundle.read("model.onnx.data") == b"weights" * 1_000_000  # read while it is hashed
     (bundle_1 / "model.onnx.data").write_bytes(b"weightz" * 1_000_000)
     with pytest.raises(DfssmError, match="model.onnx.data does not match the sha256"):
         open_bundle(bundle_1)
