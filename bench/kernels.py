@@ -23,9 +23,9 @@ import numpy as np
 import dfssm._native as _native
 from dfssm.opset import OPS
 from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.packing import from_layout, up_from_layout
 from dfssm.opset.reference import binary_scaffold_matmul_ref, int8_matmul_ref
-from dfssm.opset.tolerances import op_tolerance
 from dfssm.targets import ort_cpu
 
 from .bandwidth import Bandwidth, Probes
@@ -79,7 +79,7 @@ def scaffold(rng, isa, threads, name, rows, columns, tokens, layers) -> Kernel:
             sample["bits"] = from_layout(weights["bits"][part], block, LAYOUTS[layout])
             sample["up"] = up_from_layout(weights["up"][part], block, LAYOUTS[layout])
             expected = binary_scaffold_matmul_ref(x, **sample)
-            op_tolerance("BinaryScaffoldMatMul", dict(R=RANK)).check(out[..., part], expected, name)
+            ALL_OPS["BinaryScaffoldMatMul"].tolerance(dict(R=RANK), "y").check(out[..., part], expected, name)
 
     moved = rows * (columns // 8 + RANK + 8) + RANK * columns + tokens * (columns + rows) * 4
     return Kernel(name, moved, 2 * tokens * rows * (columns + RANK), run, check)
@@ -98,7 +98,7 @@ def head(rng, isa, threads, name, tokens) -> Kernel:
         run()
         rows = rng.integers(VOCABULARY, size=256)
         expected = int8_matmul_ref(x, w[rows], w_scale[rows])
-        op_tolerance("Int8MatMul", {}).check(out[..., rows], expected, name)
+        ALL_OPS["Int8MatMul"].tolerance({}, "y").check(out[..., rows], expected, name)
 
     moved = w.nbytes + w_scale.nbytes + x.nbytes + out.nbytes
     return Kernel(name, moved, 2 * tokens * w.size, run, check)
@@ -117,7 +117,7 @@ def whole(rng, isa, threads, name, op, operations, **sizes) -> Kernel:
         found = (function(isa, **inputs, threads=threads), spec.reference(**inputs))
         actual, expected = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in found)
         for output, a, e in zip(spec.outputs, actual, expected, strict=False):
-            op_tolerance(op, sizes, output.name).check(a, e, f"{name} {output.name}")
+            ALL_OPS[op].tolerance(sizes, output.name).check(a, e, f"{name} {output.name}")
 
     written = [out, *(inputs[output.over] for output in spec.outputs[1:] if output.over in inputs)]
     moved = sum(array.nbytes for array in (*inputs.values(), *written))

@@ -2,8 +2,9 @@
 traceback.
 """
 
-import os
 import signal
+
+from .signals import exit_at_once
 
 
 def dfssm() -> None:
@@ -20,11 +21,6 @@ def dfcompile() -> None:
     from .main import dfcompile
 
     dfcompile()
-
-
-def exit_at_once(number: int, frame: object) -> None:
-    """Handler of a signal where nothing is to be removed: while modules are imported, and when the interpreter ends."""
-    os._exit(128 + number)
 
 
 def _take_signals() -> None:

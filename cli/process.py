@@ -21,7 +21,7 @@ import click
 
 from dfssm.base.errors import DfssmError, reason
 
-from .entry import exit_at_once
+from .signals import exit_at_once
 
 # What the loader of libraries and torch say, who have no MemoryError.
 _NO_MEMORY = re.compile("failed to map segment|cannot allocate memory|can't allocate memory", re.IGNORECASE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,7 @@ from dfssm.model.quant import gradient_dtype, product
 from dfssm.model.student import DFSSMLM
 from dfssm.model.teacher import Mamba2LM, Mamba2State, TokenTable
 
-if TYPE_CHECKING:
-    from .topk import TopK
-
-CHUNK = 512  # tokens whose logits exist at a time: 100 MB of fp32 at 50 k entries
+from .topk import CHUNK, TopK
 
 
 class _ChunkedLoss(torch.autograd.Function):

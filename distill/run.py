@@ -35,13 +35,14 @@ from dfssm.targets.text import encode, end_tokens
 from . import PREFIX
 from .checkpoint import Checkpoints
 from .data import Source, Windows, open_files, open_tokenizer
-from .distributed import Ranks, shard
+from .distributed import Ranks
 from .held_out import Measured, cut_windows, figures
 from .log import Sink, open_sinks
 from .objective import Distillation
 from .recipe import Recipe
 from .report import write_report
 from .samples import samples
+from .sharding import shard
 from .stream import StreamedWindows
 from .student import Flips, begin, blank, data_free, finish, first_signs, move_to, other_forms, rate_factors, trainable
 from .topk import TopK, precompute

@@ -27,9 +27,10 @@ from dfssm.model.tensors import FLOAT, ROWS, SCAFFOLD, weights
 
 from .data import Source
 from .density import DensityLinear, densify, levels, projections, set_attributes, zero_low_rank
-from .distributed import Ranks, gathered
+from .distributed import Ranks
 from .objective import Distillation
 from .recipe import Recipe
+from .sharding import gathered
 
 SMALL = 1e-3  # root mean square of a tensor up to which a relative learning rate becomes no smaller
 CALIBRATION = 16  # windows over which the sizes of activations are measured

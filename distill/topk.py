@@ -26,7 +26,9 @@ from dfssm.model.teacher import Mamba2LM
 
 from .data import Windows
 from .distributed import Ranks
-from .objective import CHUNK
+
+CHUNK = 512
+"""Tokens whose logits exist at a time: 100 MB of fp32 at 50 k entries."""
 
 _RECORD = "topk.json"
 _SHARD = 1 << 24  # bytes; what an interruption loses at most

@@ -4,9 +4,7 @@ Two backends add the same fp32 numbers in different orders. The error of a sum o
 n * eps * sum|terms|, and grows like sqrt(n) * eps * sqrt(sum terms^2) in practice; we allow `SLACK` times the latter.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,13 +54,6 @@ def fp16_pairs(terms: int, depth: int = 1) -> Tolerance:
     """
     product = 3 * 2.0**-22
     return Tolerance(depth * product + reduction(terms).relative, f"fp32 sum of {terms} products of fp16 pairs")
-
-
-def op_tolerance(op: str, sizes: Mapping[str, Any], output: str = "y") -> Tolerance:
-    """Tolerance of one op on equal inputs. `sizes` are the symbols of the schema (T, K, R, N, C, ... as bound)."""
-    from .ops import ALL_OPS  # which are made with the classes of this module
-
-    return ALL_OPS[op].tolerance(sizes, output)
 
 
 SPREAD = 4.0

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfssm.opset.schema import BLOCK
 
-if TYPE_CHECKING:
-    from .ort import Batch
+from .batch import Batch
 
 PENDING_COUNT = "pending_count."
 """Of the states of a layer, where they are deferred: how many tokens of a row are pending, u8[rows]."""

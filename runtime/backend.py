@@ -7,11 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from dfssm.targets import get_target, has_engine
-from dfssm.targets.bundle import Bundle
-from dfssm.targets.trust import own_library
-
-from .config import require_config
 from .sampler import Sampler
 from .sampling import Sampling, choose_each
 from .state import Layout, State
@@ -166,28 +161,3 @@ def _choose_on_device(pool: Pool, row: int, sampling: Sampling, position: int) -
     logits = pool.logits_of(row)
     token = sampling.choose_by(logits, bits)
     return token, float(logits[token])
-
-
-def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool = True) -> Backend:
-    """The backend of the bundle's target. DfssmError when it cannot run here, holds code that is not trusted, or is not
-    what its manifest says.
-    """
-    target = get_target(bundle.manifest.target)
-    own = own_library(bundle, target.LIBRARY, trust)
-    backend: Backend
-    if has_engine(target):
-        from .cuda import Cuda
-        from .tensorrt import TensorRTBackend
-
-        target.check(bundle.folder, bundle.manifest, own)
-        cuda = Cuda(target.plugin_library(bundle.manifest.engine, own))
-        with cuda.device():
-            opened = target.open_engine(bundle, bundle.manifest, own, trust)
-        backend = TensorRTBackend(opened, cuda, in_place=bundle.manifest.engine["lowering"] == "plugin")
-    else:
-        from .ort import OrtBackend
-
-        session = target.open_session(bundle, threads=threads, own=own, mmap=mmap)
-        backend = OrtBackend(session, in_place=target.IN_PLACE)
-    require_config(bundle.folder, bundle.manifest, backend)
-    return backend

@@ -28,9 +28,10 @@ from dfssm.targets.chat import ChatTemplate, Message, Tool
 from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
-from .backend import Ahead, Backend, Pool, choose, open_backend
+from .backend import Ahead, Backend, Pool, choose
 from .generation import Completion, Generation, GenerationConfig
 from .hidden import Taps
+from .opening import open_backend
 from .rows import Rows
 from .sampler import Sampler
 from .sampling import Sampling

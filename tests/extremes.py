@@ -5,11 +5,11 @@ where the reference has NaN, the same infinities, and else the reference's numbe
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from nodes import ALL_OPS
 
 from dfssm.opset.cases import Case
 from dfssm.opset.cases import cases as table
-from dfssm.opset.tolerances import Tolerance, op_tolerance
+from dfssm.opset.ops import ALL_OPS
+from dfssm.opset.tolerances import Tolerance
 
 HUGE, HUGE_SCALE = 3e38, 1e30
 """A scale is multiplied with whole numbers and other scales, in any order; none of these may overflow alone."""
@@ -106,7 +106,7 @@ def check(case: Case, run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray
             try:
                 for spec, got, wanted in zip(ALL_OPS[case.op].outputs, run(given), expected, strict=False):
                     assert got.dtype == wanted.dtype
-                    bound = max(op_tolerance(case.op, sizes, spec.name).relative, CANCELLED)
+                    bound = max(ALL_OPS[case.op].tolerance(sizes, spec.name).relative, CANCELLED)
                     _same(got, wanted, Tolerance(bound, "fp32 sums in which one term dwarfs the others"), spec.name)
             except AssertionError as error:
                 failures.append(f"{where}: {error}")

@@ -10,7 +10,6 @@ from dfssm.opset.cases import Case
 from dfssm.opset.functions import IR_VERSION, ONNX_OPSET, function_proto, make_node
 from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.reference import REFERENCES
-from dfssm.opset.tolerances import op_tolerance
 
 STATES = {"state", "state_scale", "window", "pending_x", "pending_B", "pending_decay", "pending_count"}
 ACTIVATIONS = {"x", "y", "z", "dt", "B", "C"} | STATES
@@ -41,7 +40,7 @@ def check_outputs(case: Case, actual: list[np.ndarray], inputs: dict | None = No
     assert len(actual) == len(expected)
     for spec, got, wanted in zip(ALL_OPS[case.op].outputs, actual, expected, strict=False):
         assert got.dtype == wanted.dtype
-        op_tolerance(case.op, sizes, spec.name).check(got, wanted, spec.name)
+        ALL_OPS[case.op].tolerance(sizes, spec.name).check(got, wanted, spec.name)
 
 
 def node_model(case: Case, constants=False, body=False, types=True, attributes=None) -> onnx.ModelProto:

@@ -13,8 +13,9 @@ import numpy as np
 from dfssm.base import DfssmError
 from dfssm.base.files import temporary_folder, writing
 from dfssm.model.student import DFSSMLM, load_student
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.schema import DEFERRED, STATE_FORMS
-from dfssm.opset.tolerances import Tolerance, model_tolerance, op_tolerance, reduction
+from dfssm.opset.tolerances import Tolerance, model_tolerance, reduction
 from dfssm.targets import Target, get_target
 from dfssm.targets.bundle import MODEL, TAPS, open_bundle
 from dfssm.targets.trust import own_library
@@ -218,7 +219,7 @@ def _layer_tolerances(name: str, student: DFSSMLM, state_dtype: str) -> tuple[To
     if "_out." not in name:
         return worst, noise
     if name.startswith("ssm_state_out."):
-        rounding = op_tolerance("SelectiveScanStep", {"T": 1, "state": STATE_FORMS[state_dtype]}, "new_state")
+        rounding = ALL_OPS["SelectiveScanStep"].tolerance({"T": 1, "state": STATE_FORMS[state_dtype]}, "new_state")
         worst = Tolerance(worst.relative + rounding.relative, f"{worst.reason}; {rounding.reason}")
     return worst, None
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dfssm.model.config import DFSSMConfig
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.schema import STATE_FORMS
-from dfssm.opset.tolerances import Tolerance, op_tolerance, reduction
+from dfssm.opset.tolerances import Tolerance, reduction
 
 MANY = 16
 """Tokens of a run whose median over the tokens means something."""
@@ -62,8 +63,8 @@ def tolerance_of_op(op: str, output: str, config: DFSSMConfig, state_dtype: str,
     if op in ("Embedding", "Residual"):
         return reduction(1)
     if op == "logits":
-        return op_tolerance("Int8MatMul", {})
+        return ALL_OPS["Int8MatMul"].tolerance({}, "y")
     rank, planes = (max(values) for values in zip(*c.scaffolds, strict=True))  # one bound for all layers
     sizes: dict[str, Any] = {"R": rank, "planes": planes, "W": c.d_conv, "N": c.d_state, "T": tokens}
     sizes |= {"state": STATE_FORMS[state_dtype], "C": c.d_inner if op == "GatedRMSNorm" else c.d_model}
-    return op_tolerance(op, sizes, output)
+    return ALL_OPS[op].tolerance(sizes, output)

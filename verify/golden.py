@@ -27,8 +27,8 @@ from dfssm.base.files import writing
 from dfssm.base.paths import GOLDEN
 from dfssm.base.threads import default_threads
 from dfssm.opset.tolerances import Tolerance, drift_tolerance, half_tolerance, rms_error
-from dfssm.runtime.backend import open_backend
 from dfssm.runtime.engine import Engine
+from dfssm.runtime.opening import open_backend
 from dfssm.runtime.sampling import Sampling
 from dfssm.targets import Target, get_target, trust
 from dfssm.targets.bundle import MODEL, Bundle, Manifest, open_bundle

@@ -4,7 +4,7 @@ Comparing only the logits of two free runs proves little in a deep quantised mod
 last-bit difference moves one of them across a tie, and that moves others downstream. A random 1.3B student whose
 embedding is disturbed by 1e-7 has logits 15 % (rms) off its own after 48 layers, as far as any backend is off another.
 With every module on the bundle's values nothing adds up: equal inputs give equal codes, sums of integers are exact, and
-what remains are float sums in another order (`op_tolerance`, about 1e-6).
+what remains are float sums in another order (an op's tolerance, about 1e-6).
 """
 
 from __future__ import annotations

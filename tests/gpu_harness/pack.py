@@ -33,8 +33,9 @@ from dfssm.export.writer import write_model
 from dfssm.model.config import DFSSMConfig, preset
 from dfssm.opset import DOMAIN, OPS
 from dfssm.opset.cases import Case
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.schema import STATE_DTYPES
-from dfssm.opset.tolerances import model_tolerance, op_tolerance
+from dfssm.opset.tolerances import model_tolerance
 from dfssm.runtime.cuda import MOST_LARGEST
 from dfssm.runtime.sampling import divisor, largest, total_weight
 from dfssm.targets import get_target
@@ -81,7 +82,7 @@ def export_case(case: Case | FusedCase) -> dict[str, Any]:
         exact = isinstance(case, type(whole(case)))
         names = nodes.output_names(case)
         expected = {
-            name: (output, None if exact else op_tolerance(case.op, sizes, name))
+            name: (output, None if exact else ALL_OPS[case.op].tolerance(sizes, name))
             for name, output in zip(names, nodes.expected_outputs(case, inputs), strict=True)
         }
     return {

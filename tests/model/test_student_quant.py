@@ -8,7 +8,7 @@ from dfssm.model import quant
 from dfssm.model.student import Int8Embedding
 from dfssm.opset import packing, reference
 from dfssm.opset.cases import cases
-from dfssm.opset.tolerances import op_tolerance
+from dfssm.opset.ops import ALL_OPS
 
 
 def canonical(op: str):
@@ -31,7 +31,7 @@ def test_binary_scaffold_matmul_is_the_reference(case):
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     signs = quant.unpack_bits(tensors.pop("bits"))
     y = quant.binary_scaffold_matmul(signs=signs, **tensors).numpy()
-    op_tolerance(case.op, case.sizes | case.attributes).check(y, expected)
+    ALL_OPS[case.op].tolerance(case.sizes | case.attributes, "y").check(y, expected)
     if not case.sizes["R"]:  # then nothing is left that could be added in another order
         np.testing.assert_array_equal(y, expected)
 

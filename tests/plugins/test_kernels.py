@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from each import check_each
 from kernel_calls import F32, each_isa, native, run
-from nodes import ALL_OPS, output_names
+from nodes import output_names
 
 from dfssm.opset.cases import cases
 from dfssm.opset.layouts import LAYOUTS
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.packing import pack_bits, to_layout, up_to_layout
 from dfssm.opset.reference import REFERENCES
-from dfssm.opset.tolerances import EPS16, EPS32, op_tolerance, reduction
+from dfssm.opset.tolerances import EPS16, EPS32, reduction
 
 
 @each_isa
@@ -26,7 +27,7 @@ def test_case_table(isa, op):
         assert len(actual) == len(expected)
         for name, a, e in zip(output_names(case), actual, expected, strict=True):
             assert a.dtype == e.dtype
-            op_tolerance(op, {**case.sizes, **case.attributes}, name).check(a, e, name)
+            ALL_OPS[op].tolerance({**case.sizes, **case.attributes}, name).check(a, e, name)
 
     check_each(cases(op), check)
 

@@ -8,8 +8,9 @@ import pytest
 from each import check_each
 
 from dfssm.opset.cases import CASES, Case
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.reference import quantize_state_ref, selective_scan_step_ref
-from dfssm.opset.tolerances import Tolerance, fp16_pairs, op_tolerance
+from dfssm.opset.tolerances import Tolerance, fp16_pairs
 
 OP = "SelectiveScanStep"
 F32 = np.float32
@@ -73,7 +74,7 @@ def test_case_table(kernels):
         check(case, actual, inputs)
         expected = selective_scan_step_ref(**inputs, **case.attributes)
         for name, a, e in zip(("y", "new_state", "new_state_scale"), actual, expected, strict=False):
-            op_tolerance(OP, case.sizes, name).check(a, e, name)
+            ALL_OPS[OP].tolerance(case.sizes, name).check(a, e, name)
 
     check_each(cases, check_one)
 

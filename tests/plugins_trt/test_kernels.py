@@ -12,8 +12,9 @@ from each import check_each
 from plugins_trt.emulated import EmulationError, narrow, widen
 
 from dfssm.opset.cases import CASES, Case
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.reference import REFERENCES
-from dfssm.opset.tolerances import Tolerance, op_tolerance
+from dfssm.opset.tolerances import Tolerance
 
 F32 = np.float32
 OUTPUTS = ("y", "new_state", "new_state_scale")
@@ -41,7 +42,7 @@ def check(case: Case, actual, expected, type: str = "float32") -> None:
     sizes = {**case.sizes, **case.attributes}
     for name, a, e in zip(OUTPUTS, actual, expected, strict=False):
         assert a.dtype == e.dtype
-        bound = op_tolerance(case.op, sizes, name)
+        bound = ALL_OPS[case.op].tolerance(sizes, name)
         if name == "y" and UNIT[type] and not (case.op == "Int8MatMul"):  # logits are fp32
             bound = Tolerance(bound.relative + UNIT[type], f"{bound.reason}, and one rounding to {type}")
         bound.check(a, e, name)

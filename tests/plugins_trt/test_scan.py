@@ -11,8 +11,9 @@ import pytest
 from each import check_each
 
 from dfssm.opset.cases import Case
+from dfssm.opset.ops import ALL_OPS
 from dfssm.opset.reference import quantize_state_ref, selective_scan_step_ref
-from dfssm.opset.tolerances import EPS16, Tolerance, op_tolerance, reduction
+from dfssm.opset.tolerances import EPS16, Tolerance, reduction
 
 OP = "SelectiveScanStep"
 F32 = np.float32
@@ -46,7 +47,7 @@ def _case(shape, state="float32", T=1, **attributes) -> Case:
 
 def _check(case, actual, expected, extra=0.0):
     for name, a, e in zip(NAMES, actual, expected, strict=False):
-        bound = op_tolerance(OP, case.sizes, name)
+        bound = ALL_OPS[OP].tolerance(case.sizes, name)
         Tolerance(bound.relative + extra, bound.reason).check(a, e, name)
 
 

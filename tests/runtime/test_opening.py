@@ -16,7 +16,7 @@ from fake_device import FakeCuda, FakeEngine
 
 from dfssm.base import DfssmError
 from dfssm.runtime import Engine
-from dfssm.runtime.config import require_config
+from dfssm.runtime.opening import require_config
 from dfssm.runtime.ort import OrtBackend
 from dfssm.runtime.state import State
 from dfssm.runtime.tensorrt import TensorRTBackend

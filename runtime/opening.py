@@ -1,22 +1,47 @@
-"""Whether a bundle's step is that of the config in its manifest."""
+"""Opening what runs a bundle, and whether that is the step of the config in its manifest."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dfssm.base.endings import end_ids
 from dfssm.base.errors import DfssmError
 from dfssm.opset.sizes import Sizes
-from dfssm.targets.bundle import Manifest
+from dfssm.targets import get_target, has_engine
+from dfssm.targets.bundle import Bundle, Manifest
+from dfssm.targets.trust import own_library
 
+from .backend import Backend
 from .state import describe
 
-if TYPE_CHECKING:
-    from .backend import Backend
+
+def open_backend(bundle: Bundle, threads: int, trust: bool = False, mmap: bool = True) -> Backend:
+    """The backend of the bundle's target. DfssmError when it cannot run here, holds code that is not trusted, or is not
+    what its manifest says.
+    """
+    target = get_target(bundle.manifest.target)
+    own = own_library(bundle, target.LIBRARY, trust)
+    backend: Backend
+    if has_engine(target):
+        from .cuda import Cuda
+        from .tensorrt import TensorRTBackend
+
+        target.check(bundle.folder, bundle.manifest, own)
+        cuda = Cuda(target.plugin_library(bundle.manifest.engine, own))
+        with cuda.device():
+            opened = target.open_engine(bundle, bundle.manifest, own, trust)
+        backend = TensorRTBackend(opened, cuda, in_place=bundle.manifest.engine["lowering"] == "plugin")
+    else:
+        from .ort import OrtBackend
+
+        session = target.open_session(bundle, threads=threads, own=own, mmap=mmap)
+        backend = OrtBackend(session, in_place=target.IN_PLACE)
+    require_config(bundle.folder, bundle.manifest, backend)
+    return backend
 
 
 def require_config(folder: Path, manifest: Manifest, backend: Backend) -> None:
