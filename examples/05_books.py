@@ -3,8 +3,8 @@
     git clone https://github.com/standardebooks/herman-melville_moby-dick books/herman-melville_moby-dick
     python examples/05_books.py books/* -o build/books
 
-A file has the book's main part, a paragraph a line and an empty line between them. Editions change: docs/results.md
-names the commits that its figures are of.
+A file has the book's main part, a paragraph a line and an empty line between them. Editions change: books.txt has the
+commits that docs/results.md has figures of, and the sha256 of the file that each gives.
 """
 
 from __future__ import annotations
