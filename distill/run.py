@@ -24,6 +24,7 @@ from dfssm.base.errors import DfssmError
 from dfssm.base.files import alone, write_file
 from dfssm.base.paths import STUDENT
 from dfssm.base.reading import read_file
+from dfssm.model import fused_scan
 from dfssm.model.hf_import import load_teacher
 from dfssm.model.student import DFSSMLM, load_student
 from dfssm.model.teacher import Mamba2LM
@@ -298,7 +299,8 @@ def train(prepared: Prepared, say: Callable[[str], None] = lambda line: None) ->
         found = ", ".join(f"{name} {value:.2f}" for name, value in measured.perplexity.items()) or "none"
         trained = sum(p.numel() for parameters in trainer.groups.values() for p in parameters)
         say(f"{trained:,} trainable parameters, {windows[:, 1:].size:,} held-out tokens; perplexity: {found}")
-    trainer.train()
+    with fused_scan.lent(trainer.model, ranks.device):
+        trainer.train()
 
     file, step, model = job.output / STUDENT, trainer.take_best(), trainer.model
     assert isinstance(model, Distillation)

@@ -61,6 +61,8 @@ def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
 
     `largest` bounds |w|: 1 for signs.
     """
+    if q.is_cuda and suits_int8_units(math.prod(q.shape[:-1]), *w.shape):
+        return int8_units_matmul(q, w)
     columns = _EXACT // (LARGEST * largest)
     # bf16 holds every int8 code and TF32 too, and their products are summed in fp32: rounding to them is exact.
     pieces = zip(q.split(columns, -1), w.split(columns, -1), strict=True)
@@ -68,6 +70,18 @@ def integer_matmul(q: Tensor, w: Tensor, largest: int = LARGEST) -> Tensor:
         parts = [_product(a.float(), b.float().T, True) for a, b in pieces]
     # Each part is exact in fp32. Their sum may pass 2^24: it is rounded once, as the reference's int32.
     return parts[0] if len(parts) == 1 else sum(part.int() for part in parts).float()
+
+
+def suits_int8_units(rows: int, outputs: int, columns: int) -> bool:
+    """Whether torch._int_mm takes these sizes on a GPU, and its sums fit int32."""
+    return rows > 16 and outputs % 8 == columns % 8 == 0 and 0 < columns * LARGEST**2 < 2**31
+
+
+def int8_units_matmul(q: Tensor, w: Tensor) -> Tensor:
+    """integer_matmul by the int8 units, twice as fast as TF32's on paper; the int32 sums are rounded once."""
+    with torch.no_grad():
+        rows = q.to(torch.int8).flatten(0, -2)
+        return torch._int_mm(rows, w.to(torch.int8).T).float().view(*q.shape[:-1], len(w))
 
 
 @torch.library.custom_op("dfssm::product", mutates_args=())

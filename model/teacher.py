@@ -123,6 +123,7 @@ class SelectiveScan(nn.Module):
     """The SSM of one layer: the recurrence for a single token, the chunked form for more."""
 
     round_state: Callable[[Tensor], Tensor] | None = None  # of ssd_chunked, for training
+    fused: Callable[..., tuple[Tensor, Tensor]] | None = None  # in its place, for training: fused_scan.Scan
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -138,6 +139,8 @@ class SelectiveScan(nn.Module):
             if x.shape[1] == 1:
                 return selective_scan_step(*inputs, ngroups=groups, dt_limit=limit)
             size, round_state = self.chunk_size, self.round_state
+            if self.fused and round_state is None:
+                return self.fused(*inputs, ngroups=groups, dt_limit=limit, chunk_size=size)
             return ssd_chunked(*inputs, ngroups=groups, dt_limit=limit, chunk_size=size, round_state=round_state)
 
 

@@ -53,6 +53,22 @@ def test_integer_sums_above_the_mantissa_of_fp32_are_exact():
     np.testing.assert_array_equal(quant.integer_matmul(q, w).numpy(), expected)
 
 
+@pytest.mark.parametrize("shape, outputs", [((17, 64), 8), ((2, 3, 5, 2104), 40), ((33, 8), 8)])
+def test_the_int8_units_give_the_same_integers(shape, outputs):
+    """As on a GPU; also past 2^24, where fp32 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    q, w = (torch.randint(100, 128, size, generator=generator) for size in (shape, (outputs, shape[-1])))
+    found = quant.int8_units_matmul(q.float(), w.to(torch.int8))
+    assert torch.equal(found, (q.double() @ w.double().T).float())
+    assert torch.equal(found, quant.integer_matmul(q.float(), w.float()))
+
+
+def test_sizes_that_the_int8_units_do_not_take():
+    assert quant.suits_int8_units(17, 8, 16)
+    for sizes in ((16, 8, 16), (17, 9, 16), (17, 8, 12), (17, 8, 0), (17, 8, 1 << 18)):
+        assert not quant.suits_int8_units(*sizes)
+
+
 def test_autocast_does_not_touch_the_forward():
     x, w = torch.randn(3, 5, 64), torch.randint(-127, 128, (33, 64), dtype=torch.int8)
     arguments = (
