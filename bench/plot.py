@@ -118,10 +118,12 @@ def plots(figures: Figures, file: Path) -> None:
 def _bars(axis: Any, title: str, points: Mapping[str, Mapping[str, Any]]) -> None:
     """tok/s of each point, its share of the limit, and the limit behind."""
     rates, limits = ([p[key] for p in points.values()] for key in ("tok_s", "floor_tok_s"))
-    axis.bar(list(points), limits, color=_LIMIT, label="limit of the memory")
-    drawn = axis.bar(list(points), rates, width=0.5, label="dfssm")
+    names = [name.replace("-", "\n") for name in points]
+    axis.bar(names, limits, color=_LIMIT, label="limit of the memory")
+    drawn = axis.bar(names, rates, width=0.5, label="dfssm")
     axis.bar_label(drawn, [f"{p['tok_s']:.0f}\n{100 * p['floor_share']:.0f} %" for p in points.values()])
     axis.set(title=title, ylabel="tok/s, share of the limit")
+    axis.margins(y=0.15)
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -34,7 +34,7 @@ BUNDLES |= {"avx2": ("1.3b", ["--isa", "avx2"])}
 
 QUICK = ["--rounds", "3", "--tokens", "24", "--prompt", "64"]
 PEERS = ["--rounds", "3", "--tokens", "24", "--prompt", "512", "--peer", "llama.cpp", "--peer", "stock-ort"]
-FULL = ["--rounds", "5", "--prompt", "512", "--batch", "8", "--ops"]
+FULL = ["--rounds", "5", "--prompt", "512", "--ops"]
 
 Points = dict[str, tuple[str, list[str]]]
 """Name -> bundle, options of `dfssm bench`."""
@@ -46,11 +46,11 @@ def points(isas: list[str]) -> Points:
     """
     kernels = ("1.3b", "avx2") if "avx2" in isas[:-1] else ("1.3b",)
     threads = {1: ["--threads", "1"], 2: ["--threads", "2"]}
-    batches = ["--batch", "2", "--batch", "4"]
+    batches = ["--batch", "2", "--batch", "4", "--batch", "8"]
     return {
         "peers": ("1.3b", PEERS),
         **{f"{name}, 2 threads": (name, [*FULL, *batches, *threads[2]]) for name in kernels},
-        **{f"{name}, 1 threads": (name, [*FULL, *threads[1]]) for name in kernels},
+        **{f"{name}, 1 threads": (name, [*FULL, "--batch", "8", *threads[1]]) for name in kernels},
         **{f"state {state}, 2 threads": (of, [*QUICK, "--batch", "8", *threads[2]]) for state, of in OF_STATE.items()},
         **{f"state {state}, 1 threads": (of, [*QUICK, *threads[1]]) for state, of in OF_STATE.items()},
         **{f"busy {n}": ("1.3b", [*QUICK, "--busy", "2", *given]) for n, given in threads.items()},
