@@ -90,8 +90,10 @@ def test_the_cuda_plugins_are_a_wheel_or_a_line(built):
     wheels = list(folder.glob("dfssm_trt-*.whl"))
     if shutil.which(os.environ.get("CUDACXX", "nvcc")):
         (wheel,) = wheels
-        names = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name and name[-1] != "/"}
-        assert names == {"dfssm/libdfssm_trt.so"}
+        files = {name for name in zipfile.ZipFile(wheel).namelist() if name[-1] != "/"}
+        assert {name for name in files if "dist-info" not in name} == {"dfssm/libdfssm_trt.so"}
+        licences = {name.rpartition("/")[2] for name in files if ".dist-info/licenses/" in name}
+        assert licences == {"LICENSE", "THIRD_PARTY.md"}, "it bundles the CUDA runtime"
         assert "dfssm_trt-0.1.0-py3-none-linux" in printed and "left out" not in printed
     else:
         assert not wheels
