@@ -153,5 +153,6 @@ def test_the_source_distribution_holds_each_part_once(tmp_path):
     python = sorted(name for name in names if name.endswith(".py") and name.startswith("dfssm/"))
     tree = {f"dfssm/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
     assert python == sorted(tree | {"dfssm/__init__.py"})
+    assert not [name for name in names if name.endswith(".pyc")], "they name the folder of the checkout"
     assert not [name for name in names if name.partition("/")[0] in {*PARTS, "tests", "examples", "build", ".venv"}]
     assert {"pyproject.toml", "CMakeLists.txt", "scripts/build_wheels.sh", "plugins/trt/pyproject.toml"} <= set(names)
