@@ -21,6 +21,8 @@ NAME = "dfssm"
 """Of the application and of its one deployment, to Ray."""
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's processes then listen on this machine alone, on Linux too."""
+_PATIENCE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+"""Three times so long may its HTTP server take to come up: here the 60 s that `serve.start` waits, by itself 15."""
 
 
 def run(served: Served, host: str, port: int, least: int, most: int, grace: float, as_json: bool) -> None:
@@ -32,6 +34,7 @@ def run(served: Served, host: str, port: int, least: int, most: int, grace: floa
         port = free.getsockname()[1]
     log.log_to(as_json)
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0"} | ({} if CLUSTER in os.environ else _LOOPBACK))
+    os.environ.setdefault(_PATIENCE, "20")
     import ray
     from ray import serve
 

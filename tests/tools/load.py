@@ -2,6 +2,7 @@
 
 python tests/tools/load.py clients BUNDLE [--clients 8] [--requests 500] [--tokens 32]
 python tests/tools/load.py killed BUNDLE [--replicas 2]           and after a third of the requests a replica is killed
+python tests/tools/load.py scaled BUNDLE --replicas 1 --max-replicas 2    until there are as many replicas as may be
 python tests/tools/load.py overload BUNDLE [--seconds 600]        twice as many clients as there is room for
 python tests/tools/load.py idle BUNDLE [--connections 2000]       while a few clients ask
 python tests/tools/load.py batching BUNDLE [--tokens 64]          many texts at a time against one at a time, no HTTP
@@ -42,7 +43,8 @@ SLOTS, QUEUE = 8, 16
 def server(bundle: str, given: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """(port, process id) of a server."""
     limits = ["--max-sequences", str(SLOTS), "--max-queue", str(QUEUE), "--threads", str(given.threads)]
-    by = ["--ray", "--replicas", str(given.replicas)] if given.replicas else []
+    most = max(given.replicas, given.max_replicas)
+    by = ["--ray", "--replicas", str(given.replicas), "--max-replicas", str(most)] if given.replicas else []
     command = [sys.executable, "-m", "dfssm.cli.main", "serve", bundle, "--port", "0", "--json", *limits, *by]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -195,6 +197,28 @@ def run_killed(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[s
     }  # fmt: skip
 
 
+def run_scaled(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Three times as many clients as a replica makes texts for ask until others have been started, and 10 s longer."""
+    asked, there, end = [0], [0], [time.monotonic() + given.seconds]
+    lock = threading.Lock()
+
+    def more(client: int) -> int | None:
+        if client == 0 and there[-1] < given.max_replicas:  # one look at all processes at a time
+            there.append(len(replicas(pid)))
+            if there[-1] == given.max_replicas:
+                end[0] = min(end[0], time.monotonic() + 10)
+        with lock:
+            asked[0] += 1
+        return asked[0] % 500 if time.monotonic() < end[0] else None
+
+    with server(bundle, given) as (port, pid):
+        begun = len(replicas(pid))
+        run = clients(port, pid, 3 * SLOTS, more, given.tokens)
+    found = checked(engine, run, given.tokens, len(run["found"]))
+    scaled = begun == given.replicas and there[-1] == given.max_replicas
+    return found | {"passed": found["passed"] and scaled, "replicas_begun": begun, "replicas_then": there[-1]}
+
+
 def run_overload(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[str, Any]:
     asked, end = [0], time.monotonic() + given.seconds
     lock = threading.Lock()
@@ -305,6 +329,7 @@ def main() -> None:
     runs = {
         "clients": run_clients,
         "killed": run_killed,
+        "scaled": run_scaled,
         "overload": run_overload,
         "idle": run_idle,
         "batching": run_batching,
@@ -314,7 +339,7 @@ def main() -> None:
     parser.add_argument("bundle")
     for name, value in (
         ("clients", 8), ("requests", 500), ("tokens", 32), ("seconds", 600), ("connections", 2000), ("threads", 1),
-        ("rounds", 7), ("replicas", 0),
+        ("rounds", 7), ("replicas", 0), ("max-replicas", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--temperature", type=float, default=0.0)
