@@ -53,7 +53,7 @@ test-ray: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray -rs tests/serve
 
 test-cuda-archs: build
-	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py
+	DFSSM_CUDA_ARCHS=75,80,86,87,89,90,100,110,120 $(BIN)/python -m pytest -n 2 -rs tests/plugins_trt/test_nvcc.py
 
 test-gpu: build
 	scripts/gpu_check.sh

@@ -54,9 +54,7 @@ struct Node {
 };
 
 size_t bytes_of(const host::PluginTensorDesc& tensor) {
-  size_t bytes = tensor.type == host::DataType::kINT8                                           ? 1
-                 : tensor.type == host::DataType::kHALF || tensor.type == host::DataType::kBF16 ? 2
-                                                                                                : 4;
+  size_t bytes = tensor.type == host::DataType::kINT8 ? 1 : tensor.type == host::DataType::kHALF ? 2 : 4;
   for (int32_t axis = 0; axis < tensor.dims.nbDims; ++axis) bytes *= static_cast<size_t>(tensor.dims.d[axis]);
   return bytes;
 }

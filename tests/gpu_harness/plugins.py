@@ -14,7 +14,7 @@ MAX_RANK, MAX_OUTPUTS = 8, 4
 ALIGNMENT = 256
 
 # nvinfer1::DataType
-TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.int32: 3, torch.bfloat16: 7}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.int32: 3}
 _DTYPES = {number: dtype for dtype, number in TYPES.items()}
 
 

@@ -93,7 +93,7 @@ class Emulation:
 
     def put(self, name: str, array: np.ndarray, contents: int = CONSTANT, offset: int = 0) -> np.ndarray:
         """A copy of `array` for the next call, `offset` bytes past an aligned address, in the midst of 0xff bytes: NaN
-        to who reads them as fp32, fp16 or bf16."""
+        to who reads them as fp32 or fp16."""
         memory = np.full(array.nbytes + 2 * PADDING, 255, np.uint8)
         start = PADDING - (memory.ctypes.data + PADDING) % 256 + offset
         inside = memory[start : start + array.nbytes]
@@ -149,25 +149,12 @@ def _argument(value):
 # Activations: fp32 on the outside; what the kernel reads and writes may be narrower.
 
 
-def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """fp32 to the bits of bfloat16, to nearest even, NaN to 0x7fff."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def narrow(x: np.ndarray, type: str) -> np.ndarray:
-    return bfloat16_bits(x) if type == "bfloat16" else x.astype(type)
-
-
 def widen(x: np.ndarray) -> np.ndarray:
-    """Exact: fp32 of fp32, fp16 or the bits of bfloat16."""
-    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32)
+    return x.astype(np.float32)
 
 
-TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+TYPES = {"float32": 0, "float16": 1}
 STATES = {"float32": 0, "float16": 1, "int8": 2}
-STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 class Kernels(Emulation):
@@ -204,13 +191,13 @@ class Kernels(Emulation):
             self.forget()
 
     def activation(self, name: str, x: np.ndarray, contents: int = CONSTANT) -> np.ndarray:
-        return self.put(name, narrow(x, self.type), WRITTEN if self.dependent else contents, self.offset)
+        return self.put(name, x.astype(self.type), WRITTEN if self.dependent else contents, self.offset)
 
     def columns(self, name: str, x: np.ndarray, start: int, width: int) -> tuple[np.ndarray, ctypes.c_int64]:
         """The columns [start, start + width) of x (all for start = -1), and the stride from token to token. The buffer
         ends with the last column of the last token.
         """
-        x, start = narrow(x, self.type), max(start, 0)
+        x, start = x.astype(self.type), max(start, 0)
         assert start + width <= x.shape[-1]
         used = x.reshape(-1)[start : x.size - (x.shape[-1] - start - width)]
         contents = WRITTEN if self.dependent else CONSTANT
@@ -225,7 +212,7 @@ class Kernels(Emulation):
         return old, self.new(f"new_{name}", state.shape, state.dtype)
 
     def output(self, name: str, shape) -> np.ndarray:
-        return self.new(name, shape, STORED[self.type], self.offset)
+        return self.new(name, shape, self.type, self.offset)
 
     def workspace(self, bytes: int) -> np.ndarray:
         return self.new("workspace", bytes, np.uint8)
@@ -285,7 +272,7 @@ def _gated_norm_scaffold_add(
 
 def _int8(k: Kernels, x, w, w_scale, y_type="float32"):
     n, K, M = x.size // x.shape[-1], x.shape[-1], w.shape[0]
-    y = k.new("y", (*x.shape[:-1], M), STORED[y_type], 2 * k.offset)  # fp32 may be beside x of 2 bytes
+    y = k.new("y", (*x.shape[:-1], M), y_type, 2 * k.offset)  # fp32 may be beside x of 2 bytes
     tensors = k.activation("x", x), k.put("w", w), k.put("w_scale", w_scale), y
     workspace = k.workspace(k.sized("dfssm_trt_int8_workspace", n, K))
     k.call("dfssm_trt_int8_matmul", *tensors, n, K, M, TYPES[k.type], TYPES[y_type], workspace)

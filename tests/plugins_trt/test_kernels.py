@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 from each import check_each
-from plugins_trt.emulated import EmulationError, narrow, widen
+from plugins_trt.emulated import EmulationError, widen
 
 from dfssm.opset.cases import CASES, Case
 from dfssm.opset.ops import ALL_OPS
@@ -27,8 +27,8 @@ ACTIVATIONS = {
     "GatedRMSNorm": ("y", "z"),
     "RMSNorm": ("x",),
 }
-UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-"""Largest relative error of rounding to the type: half a step of its 11 (8) significant bits."""
+UNIT = {"float32": 0.0, "float16": 2.0**-11}
+"""Largest relative error of rounding to the type: half a step of its 11 significant bits."""
 
 
 def reference(case: Case, inputs: dict) -> tuple[np.ndarray, ...]:
@@ -49,7 +49,7 @@ def check(case: Case, actual, expected, type: str = "float32") -> None:
 
 
 def rounded(case: Case, inputs: dict, type: str) -> dict:
-    return {k: widen(narrow(v, type)) if k in ACTIVATIONS[case.op] else v for k, v in inputs.items()}
+    return {k: widen(v.astype(type)) if k in ACTIVATIONS[case.op] else v for k, v in inputs.items()}
 
 
 def draw(op: str, kind: str = "normal", attributes: dict | None = None, **sizes) -> tuple[Case, dict]:
@@ -66,15 +66,14 @@ def test_case_table(kernels, op):
     check_each([case for case in TABLE if case.op == op], check_case)
 
 
-@pytest.mark.parametrize("type", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", ACTIVATIONS)
-def test_narrow_activations(kernels, op, type):
+def test_narrow_activations(kernels, op):
     """The whole table but what fp16 cannot hold."""
     for case in TABLE:
-        if case.op != op or (case.kind == "huge" and type == "float16"):
+        if case.op != op or case.kind == "huge":
             continue
-        inputs = rounded(case, case.inputs(), type)
-        check(case, kernels.run(op, inputs, type=type, **case.attributes), reference(case, inputs), type)
+        inputs = rounded(case, case.inputs(), "float16")
+        check(case, kernels.run(op, inputs, type="float16", **case.attributes), reference(case, inputs), "float16")
 
 
 @pytest.mark.parametrize("op", ACTIVATIONS)

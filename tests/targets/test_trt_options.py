@@ -35,7 +35,7 @@ def machine(monkeypatch):
     return has
 
 
-def write_library(path: Path, version: str = "0123456789abcdef", sm: str = "75,80,86,87,89,90,100,120") -> Path:
+def write_library(path: Path, version: str = "0123456789abcdef", sm: str = "75,80,86,87,89,90,100,110,120") -> Path:
     """What there is to see of a plugin library without loading it."""
     path.write_bytes(b"\x7fELF...\0dfssm_trt version=%b sm=%b\0..." % (version.encode(), sm.encode()))
     return path
@@ -236,7 +236,7 @@ def test_engine_for_another_gpu(machine, tmp_path):
     "has, runs, fails",
     [
         ((86, 89), [86, 89, 90, 100, 120], [75, 80, 87]),  # PTX of 89 for what is newer
-        ((75, 80, 86, 87, 89, 90, 100, 120), [75, 80, 86, 87, 89, 90, 100, 103, 120, 121], [110]),
+        ((75, 80, 86, 87, 89, 90, 100, 110, 120), [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121], [70, 72]),
         ((80, 120), [80, 86, 89, 120, 121], [75, 87, 90, 100, 110]),  # a card's code runs on its generation
         ((87, 120), [87], [80, 86, 89]),  # Orin's does not
     ],
@@ -314,7 +314,7 @@ def test_the_wheel_has_code_for_all_that_engines_are_built_for():
     project = Path(trt.__file__).resolve().parents[1] / "plugins" / "trt" / "pyproject.toml"
     archs = tomllib.loads(project.read_text())["tool"]["scikit-build"]["cmake"]["define"]["DFSSM_CUDA_ARCHS"]
     build = Build("", tuple(map(int, archs.split(";"))))
-    assert [sm for sm in (*KNOWN, 87, 90, 100) if not build.runs_on(sm)] == []
+    assert [sm for sm in (*KNOWN, 87, 90, 100, 110) if not build.runs_on(sm)] == []
     assert set(KNOWN) - {121} <= set(build.sm), "machine code, not PTX"
 
 

@@ -2,7 +2,6 @@
 // emulation (tests/tools/cuda_emulation/emulation.h): shared memory, tensor cores, asynchronous copies.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstddef>
@@ -41,7 +40,6 @@ __device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_u
 // Activations: fp32 arithmetic on whatever they are stored as.
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <class T>
 __device__ __forceinline__ T from_float(float value);
@@ -52,10 +50,6 @@ __device__ __forceinline__ float from_float<float>(float value) {
 template <>
 __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
 }
 
 // kCount values side by side, loaded and stored as one access of up to 16 bytes.
@@ -92,8 +86,6 @@ cudaError_t dispatch(Float type, F&& f) {
       return f(float{});
     case Float::f16:
       return f(__half{});
-    case Float::bf16:
-      return f(__nv_bfloat16{});
   }
   return cudaErrorInvalidValue;
 }

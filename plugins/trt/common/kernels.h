@@ -3,11 +3,11 @@
 // into a CUDA graph.
 //
 // Semantics are those of opset/ (docs/ops.md), integer sums exact; the scaffold is in its canonical layout,
-// rows of K/32 words of 32 bits, column k at bit k % 32 of word k / 32. Activations are f32, f16 or bf16
-// (`type`), all arithmetic on them is fp32. A stride is the distance from one token to the next in elements:
-// an input may be a range of columns of a wider tensor. Pointers of weights and states are 16-byte aligned,
-// those of activations as their type asks. Each function returns the error of its launches. A workspace for
-// some shapes does for smaller ones: plugins ask once, for the largest of a profile.
+// rows of K/32 words of 32 bits, column k at bit k % 32 of word k / 32. Activations are f32 or f16 (`type`),
+// all arithmetic on them is fp32. A stride is the distance from one token to the next in elements: an input
+// may be a range of columns of a wider tensor. Pointers of weights and states are 16-byte aligned, those of
+// activations as their type asks. Each function returns the error of its launches. A workspace for some
+// shapes does for smaller ones: plugins ask once, for the largest of a profile.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ namespace dfssm::trt {
 // opset's TINY, below which a row counts as zero, and HALF_MAX, where fp16 states saturate.
 constexpr float kTiny = 1e-30f, kHalfMax = 65504.0f;
 
-enum class Float : int32_t { f32, f16, bf16 };
+enum class Float : int32_t { f32, f16 };
 enum class State : int32_t { f32, f16, i8 };
 
 struct ScaffoldArgs {

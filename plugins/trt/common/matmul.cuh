@@ -31,16 +31,13 @@ struct Product {
 
 __device__ __forceinline__ float load_float(Float type, const void* from, size_t at) {
   if (type == Float::f32) return static_cast<const float*>(from)[at];
-  if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[at]);
+  return __half2float(static_cast<const __half*>(from)[at]);
 }
 __device__ __forceinline__ void store_float(Float type, void* to, size_t at, float value) {
   if (type == Float::f32) {
     static_cast<float*>(to)[at] = value;
-  } else if (type == Float::f16) {
-    static_cast<__half*>(to)[at] = __float2half_rn(value);
   } else {
-    static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value);
+    static_cast<__half*>(to)[at] = __float2half_rn(value);
   }
 }
 
@@ -299,8 +296,8 @@ __global__ void __launch_bounds__(256, kTiles* kGroups <= 2 ? 2 : 1)
 // ---- many tokens: the time is the tensor cores' ----
 
 // Blocks of 256 threads an SM. Two leave 128 registers a thread, a few less than ptxas wants for sm_75, where
-// copies pass through registers, and for sm_100.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 1000)
+// copies pass through registers, for sm_100 and sm_110.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 1000 || __CUDA_ARCH__ == 1100)
 constexpr int kLargeBlocks = 1;
 #else
 constexpr int kLargeBlocks = 2;

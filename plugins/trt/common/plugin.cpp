@@ -41,7 +41,6 @@ const char* type_name(DataType type) {
 bool allowed(Type type, DataType actual) {
   switch (type) {
     case Type::activation:
-      return actual == DataType::kFLOAT || actual == DataType::kHALF || actual == DataType::kBF16;
     case Type::state:
       return actual == DataType::kFLOAT || actual == DataType::kHALF;
     case Type::f32:
@@ -56,7 +55,7 @@ bool allowed(Type type, DataType actual) {
 const char* allowed_names(Type type) {
   switch (type) {
     case Type::activation:
-      return "float32, float16 or bfloat16";
+      return "float32 or float16";
     case Type::state:
       return "float32 or float16 (int8 with attribute int8_state = 1)";
     case Type::f32:
@@ -154,9 +153,7 @@ class Lister : public FieldVisitor {
 
 }  // namespace
 
-Float float_type(DataType type) {
-  return type == DataType::kFLOAT ? Float::f32 : type == DataType::kHALF ? Float::f16 : Float::bf16;
-}
+Float float_type(DataType type) { return type == DataType::kFLOAT ? Float::f32 : Float::f16; }
 
 size_t element_size(DataType type) { return type == DataType::kFLOAT ? 4 : type == DataType::kINT8 ? 1 : 2; }
 

@@ -53,8 +53,8 @@ inline constexpr char kPluginVersion[] = DFSSM_TRT_VERSION, kPluginNamespace[] =
 
 // ---- What an op declares ----
 
-// What the tensors [B, T, ...] of float32 are here, `activation`: float32, float16 or bfloat16, all of a node
-// the same. `state`: float32 or float16. Bytes of uint8 are words of 32 bits, i32.
+// What the tensors [B, T, ...] of float32 are here, `activation`: float32 or float16, all of a node the
+// same. `state`: float32 or float16. Bytes of uint8 are words of 32 bits, i32.
 enum class Type : uint8_t { activation, state, f32, i8, i32 };
 
 Type type_of(const TensorSpec& spec);

@@ -36,7 +36,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime_api.h"
 
