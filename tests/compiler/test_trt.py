@@ -1,12 +1,17 @@
 """dfcompile --target trt: whole bundles on a machine without a GPU, what their manifest says, and how they open."""
 
 import json
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
 import student_ref
 import tiny
 import torch
+from documents import ROOT
+from trt_graphs import DEMO
 
 from dfssm.base import DfssmError
 from dfssm.cli.main import dfcompile
@@ -15,7 +20,7 @@ from dfssm.model.checkpoint import save_student
 from dfssm.model.config import preset
 from dfssm.model.convert import init_student
 from dfssm.runtime import Engine
-from dfssm.targets import cuda, trt
+from dfssm.targets import cuda, trt, trt_options
 from dfssm.targets.bundle import check_files, read_manifest
 
 pytestmark = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
@@ -85,6 +90,21 @@ def test_size_and_memory(tmp_path):
     assert added < 2e6 + 50e3 * config.n_layer
     build = next(record for record in report.passes if record.name == "build")
     assert build.peak_rss_bytes < 2e9
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_documents_are_the_builders():
+    """Of the demo model. Those of another TensorRT may differ."""
+    try:
+        trt.find_library()
+    except DfssmError as error:
+        pytest.skip(str(error))
+    if (version := trt_options.installed()["tensorrt-rtx"].rpartition(".")[0]) != "1.7.1":
+        pytest.skip(f"the documents have those of TensorRT-RTX 1.7.1, here is {version}")
+    command = [sys.executable, ROOT / "tests/tools/builder_figures.py", DEMO, "--sm", "86"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    told = re.findall(r"^\| demo, (.*)$", (ROOT / "docs/trt.md").read_text(), re.MULTILINE)
+    assert made.splitlines()[1:] == [f"| {row}" for row in told]
 
 
 def test_native_bundle(model, tmp_path, capsys):
