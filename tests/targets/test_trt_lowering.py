@@ -11,7 +11,7 @@ from trt_graphs import write_step
 from dfssm.base import DfssmError
 from dfssm.opset import DOMAIN, OPS
 from dfssm.opset.packing import unpack_bits
-from dfssm.targets.trt_lowering import LOWERINGS, lower, passes
+from dfssm.targets.trt_lowering import LOWERINGS, dtypes, lower, passes
 from dfssm.targets.trt_lowering.check import check_in_place, check_lowered
 from dfssm.targets.trt_lowering.graph import load, node_named, ours, raw_bytes, read, save
 
@@ -305,3 +305,11 @@ def test_a_state_that_cannot_be_updated_in_place_is_refused(harm, words, demo):
         check_in_place(graph)
     assert str(caught.value).startswith("conv_state.0 cannot be updated in place: ") and words in str(caught.value)
     assert "\n" not in str(caught.value) and str(caught.value).endswith("compile with --lowering native")
+
+
+def test_lowering_looks_whether_states_can_be_updated_in_place(demo, monkeypatch):
+    states = dtypes.run
+    monkeypatch.setattr(dtypes, "run", lambda graph: make_a_state_elsewhere(graph) or states(graph))
+    monkeypatch.setattr("dfssm.targets.trt_lowering.check_lowered", lambda *graphs: None)  # it would tell it, too
+    with pytest.raises(DfssmError, match=r"^conv_state\.0 cannot be updated in place: "):
+        lower(demo / "model.onnx", demo / "harmed.onnx")
