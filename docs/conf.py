@@ -40,7 +40,8 @@ CONTENTS = {
     "Specification": ["docs/ops", "docs/export", "docs/format", "docs/json", "docs/api"],
     "Speed": ["docs/performance", "docs/bench", "docs/gpu"],
     "Trust": ["docs/reliability", "SECURITY"],
-    "Project": ["CONTRIBUTING", "CHANGELOG", "THIRD_PARTY", "examples/demo/README", "examples/demo/teacher/README"],
+    "Models": ["examples/demo/README", "examples/demo/teacher/README", "examples/books/README"],
+    "Project": ["CONTRIBUTING", "CHANGELOG", "THIRD_PARTY"],
 }
 
 
