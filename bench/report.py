@@ -24,11 +24,11 @@ from .plot import plots
 from .report_text import STATES, isa_of, tables
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
-OF_STATE = {state: state for state in STATES if state != "fp16"}
-"""Form of the state -> the bundle with it; the others have fp16, the default."""
+OTHER_STATES = tuple(state for state in STATES if state != "fp16")
+"""Forms of the state with a bundle of their own, of the same name; fp16 is the default."""
 
 BUNDLES: dict[str, tuple[str, list[str]]] = {size: (size, []) for size in SIZES}
-BUNDLES |= {of: ("1.3b", ["--state-dtype", state]) for state, of in OF_STATE.items()}
+BUNDLES |= {state: ("1.3b", ["--state-dtype", state]) for state in OTHER_STATES}
 BUNDLES |= {"avx2": ("1.3b", ["--isa", "avx2"])}
 """Name -> size of the model, options of dfcompile."""
 
@@ -51,8 +51,8 @@ def points(isas: list[str]) -> Points:
         "peers": ("1.3b", PEERS),
         **{f"{name}, 2 threads": (name, [*FULL, *batches, *threads[2]]) for name in kernels},
         **{f"{name}, 1 threads": (name, [*FULL, "--batch", "8", *threads[1]]) for name in kernels},
-        **{f"state {state}, 2 threads": (of, [*QUICK, "--batch", "8", *threads[2]]) for state, of in OF_STATE.items()},
-        **{f"state {state}, 1 threads": (of, [*QUICK, *threads[1]]) for state, of in OF_STATE.items()},
+        **{f"state {state}, 2 threads": (state, [*QUICK, "--batch", "8", *threads[2]]) for state in OTHER_STATES},
+        **{f"state {state}, 1 threads": (state, [*QUICK, *threads[1]]) for state in OTHER_STATES},
         **{f"busy {n}": ("1.3b", [*QUICK, "--busy", "2", *given]) for n, given in threads.items()},
         **{f"prompt {n}": ("1.3b", ["--rounds", "3", "--tokens", "4", "--prompt", str(n)]) for n in (8, 32, 128)},
         **{f"size {size}": (size, QUICK) for size in SIZES if size != "1.3b"},

@@ -19,7 +19,7 @@ from .functional import ssd_chunked
 from .teacher import SelectiveScan
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
-"""Called as ssd_chunked, without `round_state`."""
+"""Called as ssd_chunked, with all of its arguments but `round_state`."""
 
 # TF32 keeps 11 bits of a number; a sum of products over a chunk and its gradients stay below a part in a hundred. A
 # wrong argument, a sign or an order of axes is off by far more.
@@ -59,20 +59,8 @@ def lent(model: nn.Module, device: torch.device) -> Iterator[None]:
 def adapted(kernel: Callable[..., Any]) -> Scan:
     """mamba_chunk_scan_combined as `Scan`: there tensors have an axis of heads or groups, and a state is [B,H,P,N]."""
 
-    def scan(
-        x: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        dt_bias: Tensor,
-        state: Tensor,
-        *,
-        ngroups: int = 1,
-        dt_limit: tuple[float, float] = (0.0, math.inf),
-        chunk_size: int = 64,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(*inputs: Tensor, ngroups: int, dt_limit: tuple[float, float], chunk_size: int) -> tuple[Tensor, Tensor]:
+        x, dt, B, C, A_log, D, dt_bias, state = inputs
         y, last = kernel(
             x.unflatten(-1, (len(A_log), -1)),
             dt,
