@@ -51,7 +51,8 @@ class FakeCuda:
         self.memory, self.recording, self.launches = {}, False, 0
         self.recorded = []
         self.addresses = count(1 << 20, 1 << 32)
-        self.most_largest, self.host, self.syncs = most_largest, [], 0
+        self.most_largest, self.syncs = most_largest, 0
+        self.host: dict[int, np.ndarray] = {}  # pinned memory, by address: threads add and remove their own
         self.copied = dict.fromkeys(("to device", "to host", "within"), 0)
         self.current, self.of_thread = current, threading.local()
 
@@ -83,11 +84,12 @@ class FakeCuda:
         return self.memory[start][address - start :][:size]
 
     def pinned(self, size):
-        self.host.append(np.full(size, 99, np.uint8))
-        return self.host[-1]
+        array = np.full(size, 99, np.uint8)
+        self.host[array.ctypes.data] = array
+        return array
 
     def unpin(self, array):
-        self.host = [other for other in self.host if other is not array]
+        del self.host[array.ctypes.data]
 
     def zero(self, address, size):
         self._immediate()
@@ -163,7 +165,7 @@ class FakeCuda:
         if not self.recording:
             work()
         else:
-            assert array is None or any(np.shares_memory(array, pinned) for pinned in self.host)
+            assert array is None or any(np.shares_memory(array, pinned) for pinned in tuple(self.host.values()))
             self.recorded.append(work)
 
     def _immediate(self):
