@@ -116,23 +116,38 @@ def choose(
     """The token that each of `samplers` takes after so many tokens that its row has read, and its logit, or what it
     raised.
     """
+    together = [at for at, sampler in enumerate(samplers) if not sampler.needs_logits] if pool.on_host else []
+    if together and len(together) == len(rows):  # no more steps than it takes: this is Python between two runs
+        return _choose_together(pool, rows, samplers, positions)
     found: dict[int, tuple[int, float] | Exception] = {}
-    together = [at for at, sampler in enumerate(samplers) if pool.on_host and not sampler.needs_logits]
     if together:
-        some = [rows[at] for at in together]
-        beside = some == list(range(some[0], some[0] + len(some)))
-        logits = pool.logits[some[0] : some[0] + len(some)] if beside else pool.logits[some]
-        tokens = choose_each([samplers[at].sampling for at in together], logits, [positions[at] for at in together])
-        for at, token, row in zip(together, tokens, logits, strict=True):
-            samplers[at].add(token)
-            found[at] = token, float(row[token])
-    for at, (row, sampler, position) in enumerate(zip(rows, samplers, positions, strict=True)):
-        if at not in found:
-            try:
-                found[at] = _choose(pool, row, sampler, position)
-            except Exception as error:  # of a processor, say
-                found[at] = error
-    return [found[at] for at in range(len(rows))]
+        of_rows, of_texts = [rows[at] for at in together], [samplers[at] for at in together]
+        chosen = _choose_together(pool, of_rows, of_texts, [positions[at] for at in together])
+        found |= zip(together, chosen, strict=True)
+    return [
+        found[at] if at in found else _choose_alone(pool, row, sampler, position)
+        for at, (row, sampler, position) in enumerate(zip(rows, samplers, positions, strict=True))
+    ]
+
+
+def _choose_together(
+    pool: Pool, rows: Sequence[int], samplers: Sequence[Sampler], positions: Sequence[int]
+) -> list[tuple[int, float] | Exception]:
+    """By the logits of several rows, on the host."""
+    first, count = rows[0], len(rows)
+    beside = all(row == first + at for at, row in enumerate(rows))
+    logits = pool.logits[first : first + count] if beside else pool.logits[list(rows)]
+    tokens = choose_each([sampler.sampling for sampler in samplers], logits, positions)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.add(token)
+    return list(zip(tokens, logits[range(count), tokens].tolist(), strict=True))
+
+
+def _choose_alone(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int, float] | Exception:
+    try:
+        return _choose(pool, row, sampler, position)
+    except Exception as error:  # of a processor, say
+        return error
 
 
 def _choose(pool: Pool, row: int, sampler: Sampler, position: int) -> tuple[int, float]:

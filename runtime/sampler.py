@@ -36,9 +36,10 @@ class Sampler:
         self.prompt, self.generated = [*map(int, prompt)], [*map(int, generated)]
         self.logprobs: list[TokenLogprobs] = []
         # Whether a choice takes all logits of a row, on the host.
-        self.needs_logits = sampling.needs_text or bool(sampling.logit_bias) or sampling.logprobs is not None
+        self._counts = sampling.needs_text
+        self.needs_logits = self._counts or bool(sampling.logit_bias) or sampling.logprobs is not None
         # Token of the text, prompt included -> how often it was generated; for what asks for that.
-        self._times = dict.fromkeys(self.prompt, 0) if sampling.needs_text else {}
+        self._times = dict.fromkeys(self.prompt, 0) if self._counts else {}
         for token in self.generated:
             self._count(token)
 
@@ -72,7 +73,7 @@ class Sampler:
         self._count(token)
 
     def _count(self, token: int) -> None:
-        if self.sampling.needs_text:
+        if self._counts:
             self._times[token] = self._times.get(token, 0) + 1
 
     def changed(self, logits: np.ndarray) -> np.ndarray:

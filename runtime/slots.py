@@ -142,16 +142,22 @@ class Slots:
         self.rows.require_sound(rows)
         positions = self.rows.tokens[rows].tolist()
         chosen = choose(self.pool, rows, [Sampler.of(sampling) for sampling in samplings], positions)
-        pairs = zip(rows, chosen, strict=True)
-        return [one if isinstance(one, Exception) else self._finite(row, *one) for row, one in pairs]
+        found: list[int | Exception] = []
+        for row, one in zip(rows, chosen, strict=True):
+            if isinstance(one, Exception):
+                found.append(one)
+            else:
+                token, logit = one
+                found.append(token if math.isfinite(logit) else self._error(row) or token)
+        return found
 
-    def _finite(self, row: int, token: int, logit: float) -> int | Exception:
-        if not math.isfinite(logit):
-            try:
-                self.engine.check(self.pool, self.rows, range(row, row + 1), self.pool.logits[row : row + 1])
-            except DfssmError as error:
-                return error
-        return token
+    def _error(self, row: int) -> DfssmError | None:
+        """What is to be said of the numbers of `row`, if anything."""
+        try:
+            self.engine.check(self.pool, self.rows, range(row, row + 1), self.pool.logits[row : row + 1])
+        except DfssmError as error:
+            return error
+        return None
 
     def choose(
         self,

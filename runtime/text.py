@@ -112,6 +112,8 @@ class StopFilter:
 
     def push(self, piece: str) -> str:
         """The part of the text so far that can be no part of a stop string; sets `stopped` at a full one."""
+        if not self._stop:
+            return piece
         text = self._held + piece
         found = min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
         if found >= 0:

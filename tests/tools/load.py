@@ -5,7 +5,7 @@ python tests/tools/load.py killed BUNDLE [--replicas 2]           and after a th
 python tests/tools/load.py scaled BUNDLE --replicas 1 --max-replicas 2    until there are as many replicas as may be
 python tests/tools/load.py overload BUNDLE [--seconds 600]        twice as many clients as there is room for
 python tests/tools/load.py idle BUNDLE [--connections 2000]       while a few clients ask
-python tests/tools/load.py batching BUNDLE [--tokens 64]          many texts at a time against one at a time, no HTTP
+python tests/tools/load.py batching BUNDLE [--slots 8]            many texts at a time against one at a time, no HTTP
 
 Each starts a server of its own on loopback, by Ray with so many --replicas, prints one JSON object, and ends with 1
 where a text is wrong or missing.
@@ -36,13 +36,13 @@ import numpy as np
 
 from dfssm.runtime import Engine, Scheduler
 
-SLOTS, QUEUE = 8, 16
+QUEUE = 16
 
 
 @contextmanager
 def server(bundle: str, given: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """(port, process id) of a server."""
-    limits = ["--max-sequences", str(SLOTS), "--max-queue", str(QUEUE), "--threads", str(given.threads)]
+    limits = ["--max-sequences", str(given.slots), "--max-queue", str(QUEUE), "--threads", str(given.threads)]
     most = max(given.replicas, given.max_replicas)
     by = ["--ray", "--replicas", str(given.replicas), "--max-replicas", str(most)] if given.replicas else []
     command = [sys.executable, "-m", "dfssm.cli.main", "serve", bundle, "--port", "0", "--json", *limits, *by]
@@ -213,7 +213,7 @@ def run_scaled(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[s
 
     with server(bundle, given) as (port, pid):
         begun = len(replicas(pid))
-        run = clients(port, pid, 3 * SLOTS, more, given.tokens)
+        run = clients(port, pid, 3 * given.slots, more, given.tokens)
     found = checked(engine, run, given.tokens, len(run["found"]))
     scaled = begun == given.replicas and there[-1] == given.max_replicas
     return found | {"passed": found["passed"] and scaled, "replicas_begun": begun, "replicas_then": there[-1]}
@@ -229,7 +229,7 @@ def run_overload(engine: Engine, bundle: str, given: argparse.Namespace) -> dict
         return asked[0] % 500 if time.monotonic() < end else None
 
     with server(bundle, given) as (port, pid):
-        run = clients(port, pid, 2 * (SLOTS + QUEUE), more, given.tokens)
+        run = clients(port, pid, 2 * (given.slots + QUEUE), more, given.tokens)
     return checked(engine, run, given.tokens, len(run["found"]))
 
 
@@ -247,24 +247,24 @@ def run_idle(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[str
 
 
 def run_batching(engine: Engine, bundle: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Texts, 2 one at a time, then 2 * SLOTS together, and steps of the engine alone, of one row and of SLOTS, by turns
+    """By turns texts, 2 one at a time, then 2 * `slots` together, and steps of the engine alone, of 1 and `slots` rows.
     Tokens a second are medians. `engine_ratio` is what the engine allows: without choosing and text.
     """
     options = {"max_tokens": given.tokens, "ignore_eos": True, "temperature": given.temperature, "seed": 1}
-    slots = engine.slots(SLOTS)
-    places = [slots.join() for _ in range(SLOTS)]
+    slots = engine.slots(given.slots)
+    places = [slots.join() for _ in range(given.slots)]
     rates: dict[str, list[float]] = {name: [] for name in ("alone", "together", "engine_alone", "engine_together")}
     for _ in range(given.rounds):
         begin = time.perf_counter()
         for _ in range(2):
             text = "".join(engine.generate("Once upon a time", **options))
         rates["alone"].append(2 * given.tokens / (time.perf_counter() - begin))
-        with Scheduler(engine, SLOTS) as scheduler:
+        with Scheduler(engine, given.slots) as scheduler:
             begin = time.perf_counter()
-            requests = [scheduler.submit("Once upon a time", **options) for _ in range(2 * SLOTS)]
+            requests = [scheduler.submit("Once upon a time", **options) for _ in range(2 * given.slots)]
             passed = all("".join(request) == text for request in requests)
-            rates["together"].append(2 * SLOTS * given.tokens / (time.perf_counter() - begin))
-        for name, rows in (("engine_alone", 1), ("engine_together", SLOTS)):
+            rates["together"].append(2 * given.slots * given.tokens / (time.perf_counter() - begin))
+        for name, rows in (("engine_alone", 1), ("engine_together", given.slots)):
             begin = time.perf_counter()
             for _ in range(given.tokens):
                 slots.read(places[:rows], [[1]] * rows)
@@ -273,7 +273,7 @@ def run_batching(engine: Engine, bundle: str, given: argparse.Namespace) -> dict
     limits = [both / one for both, one in zip(rates["engine_together"], rates["engine_alone"], strict=True)]
     found = {f"{name}_tok_s": statistics.median(values) for name, values in rates.items()}
     found |= {"ratio": statistics.median(ratios), "engine_ratio": statistics.median(limits)}
-    return {"passed": passed, "slots": SLOTS, **found, "ratios": ratios}
+    return {"passed": passed, "slots": given.slots, **found, "ratios": ratios}
 
 
 def anonymous(pid: int) -> int:
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("bundle")
     for name, value in (
         ("clients", 8), ("requests", 500), ("tokens", 32), ("seconds", 600), ("connections", 2000), ("threads", 1),
-        ("rounds", 7), ("replicas", 0), ("max-replicas", 0),
+        ("rounds", 7), ("replicas", 0), ("max-replicas", 0), ("slots", 8),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--temperature", type=float, default=0.0)
