@@ -16,7 +16,7 @@ STATES = ("fp32", "fp16", "int8", "fp16-deferred", "int8-deferred")
 
 BASE = 65e6  # what Python, NumPy and ONNX Runtime may take beside the file and the state
 
-TITLES = {"avx2": "AVX2", "avxvnni": "AVX-VNNI", "avx512vnni": "AVX-512 VNNI"}
+TITLES = {"avx2": "AVX2", "avxvnni": "AVX-VNNI", "avx512vnni": "AVX-512 VNNI", "avx512vbmi": "AVX-512 VBMI"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Goals:
 
 
 _PROMPT = "3 x"
+_AVX512 = Goals((85, 85), 260, 400, {"llama.cpp": ("2.5 x", _PROMPT), "stock-ort": ("2.5 x", _PROMPT)})
 GOALS = {
     "avx2": Goals((80, 72), 165, 200, {"llama.cpp": ("2.8 x", _PROMPT), "stock-ort": ("2.7 x", _PROMPT)}),
-    "avx512vnni": Goals((85, 85), 260, 400, {"llama.cpp": ("2.5 x", _PROMPT), "stock-ort": ("2.5 x", _PROMPT)}),
+    "avx512vnni": _AVX512,
+    "avx512vbmi": _AVX512,
 }
 
 

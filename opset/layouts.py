@@ -31,7 +31,7 @@ class Layout:
 LAYOUTS = {
     # The one in model.pt: bit k of a row is byte k/8, position k%8.
     LAYOUT_CANONICAL: Layout("canonical", rows=1, columns=8, split=(8,), order=(0, 2, 1, 3)),
-    # For AVX-512 VNNI. In the tile (blk, c), 64 bytes, byte 4*lane + b, bit j is row 16*blk + lane,
+    # For AVX-512. In the tile (blk, c), 64 bytes, byte 4*lane + b, bit j is row 16*blk + lane,
     # column 32*c + 4*j + b. So `tile & (1 << j)` holds, in the dword of each lane, four neighbouring columns of that
     # lane's row, which is what VPDPBUSD multiplies with a broadcast dword of four neighbouring activations: no
     # expansion and no shuffle. Tiles of one block of 16 rows are consecutive, so a block is one sequential stream; one

@@ -36,7 +36,13 @@ NAME = "ort-cpu"
 SUMMARY = "ONNX Runtime with our CPU kernels"
 
 _LAYOUT_OF = {
-    "x86_64": {"avx512vnni": LAYOUT_ROW16, "avxvnni": LAYOUT_ROW64, "avx2": LAYOUT_ROW64, "scalar": LAYOUT_ROW16},
+    "x86_64": {
+        "avx512vbmi": LAYOUT_ROW16,
+        "avx512vnni": LAYOUT_ROW16,
+        "avxvnni": LAYOUT_ROW64,
+        "avx2": LAYOUT_ROW64,
+        "scalar": LAYOUT_ROW16,
+    },
     "aarch64": {"i8mm": LAYOUT_ROW64, "dotprod": LAYOUT_ROW64, "scalar": LAYOUT_ROW16},
 }
 """Of machines, as `platform.machine` names them, the instruction sets that there are kernels for, the best first."""

@@ -1,7 +1,7 @@
 """Calling the kernels of dfssm._native by op name, and arrays in awkward places.
 
-Where the CPU lacks AVX-512 VNNI or AVX-VNNI those kernels are simulated (simulated_avx512.py). Those for Arm run in an
-emulator (arm.py) where the machine is none.
+Where the CPU lacks AVX-512 VNNI, AVX-512 VBMI or AVX-VNNI those kernels are simulated (simulated_avx512.py). Those for
+Arm run in an emulator (arm.py) where the machine is none.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
-"""The AVX-512 VNNI and AVX-VNNI kernels for a CPU without: tools/simulated_avx512, built into build/ and kept there.
+"""The kernels of AVX-512 VNNI and VBMI and of AVX-VNNI for a CPU without: tools/simulated_avx512, built into build/ and
+kept there.
 
-The kernel tests run over it where the CPU lacks one, as isa "avx512vnni-simulated" or "avxvnni-simulated"; with its
-name in DFSSM_SIMULATE in the environment also where the CPU has it, beside the real kernels.
+The kernel tests run over it where the CPU lacks one, as isa "avx512vnni-simulated", "avxvnni-simulated" and so on; with
+its name in DFSSM_SIMULATE in the environment also where the CPU has it, beside the real kernels.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ from types import ModuleType
 
 import pytest
 
-NAMES = {isa: f"{isa}-simulated" for isa in ("avxvnni", "avx512vnni")}
+NAMES = {isa: f"{isa}-simulated" for isa in ("avxvnni", "avx512vnni", "avx512vbmi")}
 """What can be simulated, and what it is called then."""
 
 ROOT = Path(__file__).parents[1]

@@ -41,7 +41,7 @@ def clang() -> str:
 
 
 def build(simulated: bool = False) -> list[Path]:
-    """The programs, up to date; `simulated`: with the kernels of AVX-VNNI and AVX-512 VNNI for a CPU without.
+    """The programs, up to date; `simulated`: with the kernels of AVX-VNNI, AVX-512 VNNI and VBMI for a CPU without.
 
     Raises Unavailable where they cannot be built, AssertionError where they do not build.
     """

@@ -1,4 +1,4 @@
-"""The simulated AVX-512 and AVX-VNNI kernels: no instruction that needs AVX-512, and the results of the real ones."""
+"""The simulated kernels of AVX-512 and AVX-VNNI: no instruction that needs AVX, and the results of the real ones."""
 
 import shutil
 import subprocess
@@ -37,7 +37,12 @@ def test_no_instruction_needs_avx():
     ("op", "isa"),
     [
         *(pytest.param(op, REAL, marks=where_real(REAL)) for op in ALL_OPS),
-        *(pytest.param(op, "avxvnni", marks=where_real("avxvnni")) for op in ALL_OPS if "MatMul" in op),
+        *(
+            pytest.param(op, isa, marks=where_real(isa))
+            for isa in ("avxvnni", "avx512vbmi")
+            for op in ALL_OPS
+            if "MatMul" in op
+        ),
     ],
 )
 def test_simulated_is_real(op, isa):
@@ -64,8 +69,8 @@ def test_the_simulation_takes_the_place_of_what_the_cpu_lacks():
     assert isas_to_test(others, simulate="") == [*others, SIMULATED]
     assert isas_to_test(KNOWN, simulate="") == KNOWN
     assert isas_to_test(KNOWN, simulate=REAL) == [*KNOWN, SIMULATED]
-    neither = [isa for isa in others if isa != "avxvnni"]
-    assert isas_to_test(neither, simulate="") == [*neither, *simulated_avx512.NAMES.values()]
+    none = [isa for isa in KNOWN if isa not in simulated_avx512.NAMES]
+    assert isas_to_test(none, simulate="") == [*none, *simulated_avx512.NAMES.values()]
 
 
 @pytest.mark.parametrize("value", ["", *simulated_avx512.NAMES])
@@ -76,7 +81,9 @@ def test_the_environment_asks_for_the_simulation(monkeypatch, value):
 
 def test_what_cannot_be_simulated_is_named(monkeypatch):
     monkeypatch.setenv("DFSSM_SIMULATE", "amx")
-    with pytest.raises(ValueError, match="^DFSSM_SIMULATE is 'amx'; what can be simulated is avxvnni, avx512vnni$"):
+    with pytest.raises(
+        ValueError, match="^DFSSM_SIMULATE is 'amx'; what can be simulated is avxvnni, avx512vnni, avx512vbmi$"
+    ):
         simulated_avx512.forced()
 
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "finish__avx512vnni.h"
 #include "matmul-inl.h"
 
 namespace dfssm::avx512vnni {
@@ -26,41 +27,6 @@ inline void dot_broadcast(__m512i& acc, __m512i u8, const int8_t* s8) {
 #endif
 
 // ---- scaffold ----
-
-// Lanes of the 16-row block `block` that exist.
-inline __mmask16 rows_of(const ScaffoldArgs& a, int64_t block) {
-  const int64_t rows = min(a.M - block * kTileRows, kTileRows);
-  return static_cast<__mmask16>((1u << rows) - 1);
-}
-
-// up_scale * (up . h) of one block and token.
-inline __m512 correction(const ScaffoldArgs& a, int64_t block, __mmask16 rows, int64_t t) {
-  const int8_t* up = a.up + block * a.R * kTileRows;
-  const float* h = a.h + t * a.R;
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t r = 0; r < a.R; ++r, up += kTileRows) {
-    const __m512i row = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(up)));
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(row), _mm512_set1_ps(h[r]), sum);
-  }
-  return _mm512_mul_ps(_mm512_maskz_loadu_ps(rows, a.up_scale + block * kTileRows), sum);
-}
-
-// (scale * s) * (2 * positive - sum) of one plane, block and token; the first plane brings the correction and
-// the others add to it.
-inline void finish(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t, __m512i positive) {
-  const __mmask16 rows = rows_of(a, block);
-  const __m512 scale = _mm512_maskz_loadu_ps(rows, a.scale + plane * a.M + block * kTileRows);
-  const __m512i signed_sum =
-      _mm512_sub_epi32(_mm512_add_epi32(positive, positive), _mm512_set1_epi32(a.sum[t]));
-  __m512 y = _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(a.s[t])), _mm512_cvtepi32_ps(signed_sum));
-  float* out = a.y + t * a.ldy + block * kTileRows;
-  if (plane > 0) {
-    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(rows, out));
-  } else if (a.R > 0) {
-    y = _mm512_add_ps(y, correction(a, block, rows, t));
-  }
-  _mm512_mask_storeu_ps(out, rows, y);
-}
 
 // Few tokens: a tile ANDed with 1 << j holds 2^j times bit j of every byte, ready to be multiplied; eight
 // accumulators a token keep the powers apart until exact right shifts fold them. No shift, no expansion: 8
@@ -89,13 +55,15 @@ void few_tokens(const ScaffoldArgs& a, int64_t plane, int64_t block0, int64_t bl
         for (int t = 0; t < NT; ++t) dot_broadcast(acc[t][j], u8, q + t * a.K + 4 * j);
       }
     }
+    __m512i positive[NT];
 #pragma GCC unroll 2
     for (int t = 0; t < NT; ++t) {
-      __m512i positive = acc[t][7];
+      positive[t] = acc[t][7];
 #pragma GCC unroll 8
-      for (int j = 6; j >= 0; --j) positive = _mm512_add_epi32(acc[t][j], _mm512_srai_epi32(positive, 1));
-      finish(a, plane, block, t, positive);
+      for (int j = 6; j >= 0; --j)
+        positive[t] = _mm512_add_epi32(acc[t][j], _mm512_srai_epi32(positive[t], 1));
     }
+    finish<NT>(a, plane, block, 0, positive);
   }
 }
 
@@ -140,7 +108,7 @@ void token_tile(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0,
     }
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < NB * NT; ++i) finish(a, plane, block + i / NT, t0 + i % NT, acc[i / NT][i % NT]);
+  for (int i = 0; i < NB * NT; ++i) finish<1>(a, plane, block + i / NT, t0 + i % NT, &acc[i / NT][i % NT]);
 }
 
 using TokenTile = void (*)(const ScaffoldArgs& a, int64_t plane, int64_t block, int64_t t0,

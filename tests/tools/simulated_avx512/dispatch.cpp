@@ -6,8 +6,8 @@ namespace dfssm {
 namespace {
 
 struct Simulated {
-  KernelTable avxvnni = avx512vnni::kTable, avx512vnni = avx512vnni::kTable;
-  const KernelTable* tables[2] = {&avxvnni, &avx512vnni};
+  KernelTable avxvnni = avx512vnni::kTable, avx512vnni = avx512vnni::kTable, avx512vbmi = avx512vbmi::kTable;
+  const KernelTable* tables[3] = {&avxvnni, &avx512vnni, &avx512vbmi};
 
   Simulated() {
     avxvnni.scaffold_pack_bytes = avxvnni::scaffold_pack_bytes;
@@ -16,6 +16,7 @@ struct Simulated {
     avxvnni.int8_matmul = avxvnni::int8_matmul;
     avxvnni.name = "avxvnni-simulated";
     avx512vnni.name = "avx512vnni-simulated";
+    avx512vbmi.name = "avx512vbmi-simulated";
   }
 };
 
@@ -26,9 +27,9 @@ const Simulated& simulated() {
 
 }  // namespace
 
-KernelTables usable_kernels() { return {simulated().tables, 2}; }
+KernelTables usable_kernels() { return {simulated().tables, 3}; }
 
-const char* usable_names() { return "avxvnni-simulated avx512vnni-simulated"; }
+const char* usable_names() { return "avxvnni-simulated avx512vnni-simulated avx512vbmi-simulated"; }
 
 const KernelTable& kernels() { return simulated().avx512vnni; }
 
