@@ -38,6 +38,16 @@ from dfssm.runtime import Engine, Scheduler
 
 QUEUE = 16
 
+DEFAULTS = {
+    "clients": 8, "requests": 500, "tokens": 32, "seconds": 600, "connections": 2000, "threads": 1, "rounds": 7,
+    "replicas": 0, "max_replicas": 0, "slots": 8,
+}  # fmt: skip
+
+
+def options(**others: float) -> argparse.Namespace:
+    """What is not given is as on the command line."""
+    return argparse.Namespace(**DEFAULTS | {"temperature": 0.0} | others)
+
 
 @contextmanager
 def server(bundle: str, given: argparse.Namespace) -> Iterator[tuple[int, int]]:
@@ -337,11 +347,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=runs)
     parser.add_argument("bundle")
-    for name, value in (
-        ("clients", 8), ("requests", 500), ("tokens", 32), ("seconds", 600), ("connections", 2000), ("threads", 1),
-        ("rounds", 7), ("replicas", 0), ("max-replicas", 0), ("slots", 8),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in DEFAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--temperature", type=float, default=0.0)
     given = parser.parse_args()
     run = runs[given.what](Engine.load(given.bundle, threads=given.threads), given.bundle, given)
