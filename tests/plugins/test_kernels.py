@@ -63,8 +63,9 @@ def test_scaffold_is_exact_in_integers(isa, layout, K):
 
 @each_isa
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_long_prompt_has_the_bits_of_its_parts(isa, layout):
-    """97 tokens are three tiles, 1030 rows two ranges of them."""
+@pytest.mark.parametrize("tokens", [97, 500])
+def test_a_long_prompt_has_the_bits_of_its_parts(isa, layout, tokens):
+    """97 tokens are three tiles, 500 eleven, more than are packed at once; 1030 rows are two ranges of them."""
     K, M, R = 32, 1030, 5
     rng = np.random.default_rng(0)
     bits, up = rng.integers(0, 256, (M, K // 8), np.uint8), rng.integers(-127, 128, (M, R), np.int8)
@@ -77,8 +78,8 @@ def test_a_long_prompt_has_the_bits_of_its_parts(isa, layout):
     def product(x):
         return native(isa).BinaryScaffoldMatMul(isa, x, *weights, layout=layout)
 
-    x = rng.standard_normal((1, 97, K)).astype(F32)
-    parts = [product(x[:, t : t + 7]) for t in range(0, 97, 7)]
+    x = rng.standard_normal((1, tokens, K)).astype(F32)
+    parts = [product(x[:, t : t + 7]) for t in range(0, tokens, 7)]
     np.testing.assert_array_equal(product(x), np.concatenate(parts, 1))
 
 

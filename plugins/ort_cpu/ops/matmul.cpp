@@ -50,6 +50,8 @@ Int8Args int8_args(const Tokens& tokens, const Tensor& w, const Tensor& w_scale,
 // Tokens go through a scaffold in tiles: what is packed of one stays in L2 while all rows pass by. A multiple of the tokens
 // that kernels take at once, 16 and 12.
 constexpr int64_t kTile = 48;
+// So many tiles are packed at once, of 4,096 columns 12.6 MB for look-ups: what is packed does not grow with the batch.
+constexpr int64_t kTilesAtOnce = 8;
 // Rows of `down` that are one piece of work.
 constexpr int64_t kRanks = 4;
 
@@ -79,22 +81,11 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
   const auto first_of = [=](int64_t tile) { return n * tile / tiles; };
   const size_t packed_bytes = kernels.scaffold_pack_bytes(layout, (n + tiles - 1) / tiles, K);
   const size_t tile_room = (packed_bytes + 63) / 64 * 64,
-               packed_room = tile_room * static_cast<size_t>(tiles);
+               packed_room = tile_room * static_cast<size_t>(std::min(tiles, kTilesAtOnce));
   const Tokens tokens =
       quantize_tokens(call, call[S::k_x], packed_room + static_cast<size_t>(n * R) * sizeof(float));
   float* h = reinterpret_cast<float*>(tokens.extra + packed_room);
   const Int8Args down = int8_args(tokens, call[S::k_down], call[S::k_down_scale], R, h);
-  // Of each tile: h = (down_scale * s) * (down . q), some ranks a piece, and what the kernels want packed.
-  Prologue prologue(tiles * (1 + (R + kRanks - 1) / kRanks));
-  const auto prepare = [&](int64_t piece) {
-    const int64_t tile = piece % tiles, r = (piece / tiles - 1) * kRanks, t0 = first_of(tile),
-                  t1 = first_of(tile + 1);
-    if (r >= 0) {
-      kernels.int8_matmul(of_tokens(down, t0, t1), r, std::min(r + kRanks, R));
-    } else if (packed_bytes) {
-      kernels.scaffold_pack(layout, tokens.q + t0 * K, t1 - t0, K, tokens.extra + tile * tile_room);
-    }
-  };
 
   ScaffoldArgs args{};
   args.q = tokens.q;
@@ -110,24 +101,40 @@ void run<opset::BinaryScaffoldMatMul>(Call& call, const opset::BinaryScaffoldMat
   args.n = n, args.K = K, args.M = M, args.R = R;
   args.planes = static_cast<int>(a.planes);
   args.layout = layout;
-  // Two tiles of layout 1 share each broadcast of activations. Where there are several tiles of tokens, one goes through
-  // many rows before the next.
-  const int64_t rows = tiles > 1 ? 1024 : layout == opset::kRow64 ? opset::kTileRows[opset::kRow64] : 32;
+  // Two tiles of layout 1 share each broadcast of activations, three each table of several tokens. Where there are several
+  // tiles of tokens, one goes through many rows before the next.
+  const int64_t block = layout == opset::kRow64 ? opset::kTileRows[opset::kRow64] : n > 2 ? 96 : 32;
+  const int64_t rows = tiles > 1 ? 1024 : block;
   const int64_t parts = (M + rows - 1) / rows;
   const double bytes = static_cast<double>(std::min(rows, M) * (a.planes * K / 8 + R));
   const double unit_ns = matmul_ns(bytes, n / tiles, layout == opset::kCanonical ? 0.5 : 0.03);
-  call.parallel(tiles * parts, unit_ns, [&, tiles, rows, parts](int64_t begin, int64_t end) {
-    prologue.complete(prepare);
-    for (int64_t tile, stop; begin < end; begin = stop) {
-      tile = begin / parts;
-      stop = std::min(end, (tile + 1) * parts);
-      ScaffoldArgs of_tile = of_tokens(args, first_of(tile), first_of(tile + 1));
-      of_tile.packed = packed_bytes ? tokens.extra + tile * tile_room : nullptr;
-      of_tile.h += first_of(tile) * R;
-      kernels.scaffold_matmul(of_tile, (begin - tile * parts) * rows,
-                              std::min((stop - tile * parts) * rows, M));
-    }
-  });
+  for (int64_t first = 0; first < tiles; first += kTilesAtOnce) {
+    const int64_t count = std::min(tiles - first, kTilesAtOnce);
+    // Of each tile: h = (down_scale * s) * (down . q), some ranks a piece, and what the kernels want packed.
+    Prologue prologue(count * (1 + (R + kRanks - 1) / kRanks));
+    const auto prepare = [&](int64_t piece) {
+      const int64_t tile = piece % count, r = (piece / count - 1) * kRanks;
+      const int64_t t0 = first_of(first + tile), t1 = first_of(first + tile + 1);
+      if (r >= 0) {
+        kernels.int8_matmul(of_tokens(down, t0, t1), r, std::min(r + kRanks, R));
+      } else if (packed_bytes) {
+        kernels.scaffold_pack(layout, tokens.q + t0 * K, t1 - t0, K, tokens.extra + tile * tile_room);
+      }
+    };
+    call.parallel(count * parts, unit_ns, [&, first, rows, parts](int64_t begin, int64_t end) {
+      prologue.complete(prepare);
+      for (int64_t tile, stop; begin < end; begin = stop) {
+        tile = begin / parts;
+        stop = std::min(end, (tile + 1) * parts);
+        const int64_t t0 = first_of(first + tile), t1 = first_of(first + tile + 1);
+        ScaffoldArgs of_tile = of_tokens(args, t0, t1);
+        of_tile.packed = packed_bytes ? tokens.extra + tile * tile_room : nullptr;
+        of_tile.h += t0 * R;
+        kernels.scaffold_matmul(of_tile, (begin - tile * parts) * rows,
+                                std::min((stop - tile * parts) * rows, M));
+      }
+    });
+  }
 }
 
 template <>
