@@ -107,13 +107,15 @@ def check(case: Case, run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray
                 for spec, got, wanted in zip(ALL_OPS[case.op].outputs, run(given), expected, strict=False):
                     assert got.dtype == wanted.dtype
                     bound = max(ALL_OPS[case.op].tolerance(sizes, spec.name).relative, CANCELLED)
-                    _same(got, wanted, Tolerance(bound, "fp32 sums in which one term dwarfs the others"), spec.name)
+                    same(got, wanted, Tolerance(bound, "fp32 sums in which one term dwarfs the others"), spec.name)
             except AssertionError as error:
                 failures.append(f"{where}: {error}")
     assert not failures, f"{len(failures)} of {case.id}:\n" + "\n".join(failures[:20])
 
 
-def _same(got: np.ndarray, wanted: np.ndarray, tolerance: Tolerance, name: str) -> None:
+def same(got: np.ndarray, wanted: np.ndarray, tolerance: Tolerance, name: str) -> None:
+    """AssertionError where one is NaN or infinite and the other not so, or numbers are too far apart."""
+    assert got.shape == wanted.shape, f"{name}: shape {got.shape}, expected {wanted.shape}"
     for kind in (np.isnan, np.isposinf, np.isneginf):
         ours, theirs = kind(got), kind(wanted)
         assert (ours == theirs).all(), f"{kind.__name__} of {name} at {np.flatnonzero(ours != theirs)[:8]}"

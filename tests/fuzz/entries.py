@@ -348,5 +348,10 @@ ENTRIES: dict[str, Entry] = {
     "teacher_pickle": Entry(
         "pytorch_model.bin", lambda: [_teacher()["pytorch_model.bin"]], _teacher_folder, mutate.torch_zip, 100, True
     ),
-    "ort_ops": Entry("seed", lambda: [bytes([number]) for number in range(64)], _op, mutate.any_bytes),
+    "ort_ops": Entry(
+        "seed",
+        lambda: [*(bytes([number]) for number in range(64)), bytes.fromhex("0b3396df")],  # the last: 0 / 0 by a norm
+        _op,
+        mutate.any_bytes,
+    ),
 }

@@ -31,9 +31,9 @@ def run(case: Case, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         case "CausalConv1dStep":
             outputs = functional.causal_conv1d(**t, activation=a.get("activation", "silu"))
         case "RMSNorm":
-            outputs = [functional.rms_norm(**t, eps=1e-5)]
+            outputs = [functional.rms_norm(**t, eps=a.get("eps", 1e-5))]
         case "GatedRMSNorm":
-            outputs = [functional.gated_rms_norm(**t, eps=1e-5, groups=a.get("groups", 1))]
+            outputs = [functional.gated_rms_norm(**t, eps=a.get("eps", 1e-5), groups=a.get("groups", 1))]
         case "SelectiveScanStep":
             scale = t.pop("state_scale", None)
             t["state"] = DFSSMState([], [t["state"]], None if scale is None else [scale]).widen().ssm[0]

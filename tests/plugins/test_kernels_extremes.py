@@ -7,6 +7,8 @@ from each import check_each
 from kernel_calls import F32, each_isa, run
 from nodes import ALL_OPS
 
+from dfssm.opset.cases import Case
+
 
 @each_isa
 @pytest.mark.parametrize("op", ALL_OPS)
@@ -15,6 +17,18 @@ def test_kernels(op, isa):
         extremes.check(case, lambda inputs: run(op, isa, inputs, **case.attributes))
 
     check_each(extremes.cases(op), check)
+
+
+@each_isa
+@pytest.mark.parametrize("op", ["RMSNorm", "GatedRMSNorm"])
+def test_zeros_without_eps_are_no_numbers(isa, op):
+    """0 / 0, as the reference has it."""
+    case = Case(op, dict(B=1, T=2, C=20), {"eps": 0.0}, "zero")
+    (out,) = run(op, isa, case.inputs(), **case.attributes)
+    with np.errstate(invalid="ignore"):
+        expected = ALL_OPS[op].reference(**case.inputs(), **case.attributes)
+    assert np.isnan(out).any()
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
 
 
 @each_isa
