@@ -33,14 +33,17 @@ def feeds(inputs: dict) -> dict:
     return {name: value for name, value in inputs.items() if name in ACTIVATIONS}
 
 
-def check_outputs(case: Case, actual: list[np.ndarray], inputs: dict | None = None) -> None:
-    """AssertionError unless `actual` is the reference's result within the op's tolerance."""
+def check_outputs(case: Case, actual: list[np.ndarray], inputs: dict | None = None, finite: bool = True) -> None:
+    """AssertionError unless `actual` is the reference's result within the op's tolerance. `finite`: all of that must be
+    finite, too.
+    """
     inputs = inputs or case.inputs()
     expected = expected_outputs(case, inputs)
     sizes = ALL_OPS[case.op].check(inputs, case.attributes) | {"state": case.state_dtype}
     assert len(actual) == len(expected)
     for spec, got, wanted in zip(ALL_OPS[case.op].outputs, actual, expected, strict=False):
         assert got.dtype == wanted.dtype
+        assert np.isfinite(wanted).all() or not finite, f"the reference's {spec.name} is not finite"
         same(got, wanted, ALL_OPS[case.op].tolerance(sizes, spec.name), spec.name)
 
 

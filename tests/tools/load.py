@@ -40,13 +40,13 @@ QUEUE = 16
 
 DEFAULTS = {
     "clients": 8, "requests": 500, "tokens": 32, "seconds": 600, "connections": 2000, "threads": 1, "rounds": 7,
-    "replicas": 0, "max_replicas": 0, "slots": 8,
+    "replicas": 0, "max_replicas": 0, "slots": 8, "temperature": 0.0,
 }  # fmt: skip
 
 
 def options(**others: float) -> argparse.Namespace:
     """What is not given is as on the command line."""
-    return argparse.Namespace(**DEFAULTS | {"temperature": 0.0} | others)
+    return argparse.Namespace(**DEFAULTS | others)
 
 
 @contextmanager
@@ -348,8 +348,7 @@ def main() -> None:
     parser.add_argument("what", choices=runs)
     parser.add_argument("bundle")
     for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--temperature", type=float, default=0.0)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args()
     run = runs[given.what](Engine.load(given.bundle, threads=given.threads), given.bundle, given)
     print(json.dumps(run))

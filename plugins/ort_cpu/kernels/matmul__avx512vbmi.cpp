@@ -159,6 +159,7 @@ size_t scaffold_pack_bytes(int layout, int64_t n, int64_t K) {
   if (!looks_up(layout, n)) return avx512vnni::scaffold_pack_bytes(layout, n, K);
   return tables_bytes(n, K) + n * sizeof(int32_t);
 }
+
 void scaffold_pack(int layout, const int8_t* q, int64_t n, int64_t K, void* packed) {
   if (!looks_up(layout, n)) return avx512vnni::scaffold_pack(layout, q, n, K, packed);
   uint8_t* out = static_cast<uint8_t*>(packed);
