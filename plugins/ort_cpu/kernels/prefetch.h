@@ -38,20 +38,34 @@ class Ahead {
   uintptr_t line_;  // an integer, as windows may lie past the end of the array
 };
 
-// The line so far ahead, past L2 into L1: what is read once needs no room there. As Ahead, call next() for each line.
+// The line so many bytes ahead. As Ahead, call next() for each line.
+template <uintptr_t kDistance, _mm_hint kHint>
 class InOrder {
  public:
   explicit InOrder(const void* position) : ahead_(reinterpret_cast<uintptr_t>(position) + kDistance) {}
 
   inline void next() {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead_), _MM_HINT_NTA);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead_), kHint);
     ahead_ += 64;
   }
 
  private:
-  static constexpr uintptr_t kDistance = 12 << 10;
   uintptr_t ahead_;
 };
+using PastL2 = InOrder<12 << 10, _MM_HINT_NTA>;  // into L1: what is read once needs no room in L2
+using IntoL2 = InOrder<24 << 10, _MM_HINT_T1>;
+
+// Nothing: of streams far from each other, which the hardware follows by itself.
+class NoPrefetch {
+ public:
+  void next() {}
+};
+
+// Whether this CPU reads weights best over eight pages (Ahead).
+inline bool reads_over_pages() {
+  static const bool over_pages = __builtin_cpu_is("intel");
+  return over_pages;
+}
 
 // f(prefetch) with the pattern in which this CPU reads weights best. Zen 5 reads all bits of the 1.3B, one core, in
 // order 12 KB ahead in 4.2 ms (AVX-512 VNNI) and 5.5 ms (AVX2), over eight pages in 6.0 and 7.9; into L2 in 4.5 and
@@ -59,8 +73,7 @@ class InOrder {
 // only eight pages against none was measured.
 template <class F>
 inline void with_prefetch(const void* position, const F& f) {
-  static const bool over_pages = __builtin_cpu_is("intel");
-  over_pages ? f(Ahead(position)) : f(InOrder(position));
+  reads_over_pages() ? f(Ahead(position)) : f(PastL2(position));
 }
 
 #else
