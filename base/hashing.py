@@ -12,7 +12,7 @@ from .threads import default_threads
 CHUNK = 1 << 20
 """Bytes of a file that are hashed by themselves; part of the format of bundles."""
 
-_PIECE = 1 << 18  # of a read: still in the core's cache when it is hashed
+_PIECE = CHUNK  # of a read: a thread that hashes asks for the interpreter once a piece, and may wait 5 ms for it
 _FEW = 4  # threads would take as long to start: 2 MB are hashed in 1 ms
 _MOST_THREADS = 8  # which hash as fast as memory gives
 
