@@ -8,9 +8,15 @@ else lies in its folder: some libraries write through files of their own.
 
 A folder is replaced by exchange (renameat2), so that there is a complete one at every moment. Where the file system has
 no exchange, it is two renames: a writer killed between them leaves the old folder beside the target, under a name that
-ends in .dfssm-old, and the next writer puts it back. Where a folder cannot be renamed at all (on an overlay file system
-one that came with the image), its files are replaced one by one: a writer that is killed on the way, or meets a full
-disk, leaves a mixture, which the hashes in a bundle's manifest refuse, until the next writer completes it.
+ends in .dfssm-old, and the next writer puts it back.
+
+Where a folder cannot be renamed at all (on an overlay file system one that came with the image), its files still can,
+and manifest.json is the switch. The others are first put into a folder in it, whose name has the sha256 of the new
+manifest (`part_of`); then the manifest is replaced, by one rename; then the files go to their places. A reader looks
+for a file in the part of the manifest that it has read, and then in its place (targets/files.py, native/src/files.cpp):
+so it finds the old files or the new ones at every moment. Writers of such a folder wait for each other. What a killed
+one has begun is ended by the next: a file of the manifest that is there goes to its place, one of another is removed.
+A folder without manifest.json, which is no bundle, has no switch: its files are replaced one by one.
 
 What is no regular file, a device or a pipe, is written through, and a link is followed: what it names is replaced.
 """
@@ -19,6 +25,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -29,14 +36,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import DfssmError, reason
+from .paths import MANIFEST
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
 
-# Names of drafts, and of folders on their way out: nobody else's files look like these.
-_NEW, _OLD = ".dfssm-new", ".dfssm-old"
+# Names of drafts, of folders on their way out, and of parts: nobody else's files look like these.
+_NEW, _OLD, _PART = ".dfssm-new", ".dfssm-old", ".dfssm-part"
 _LONGEST = 200  # bytes of the target's name in it: a name may have 255
 _DRAFT = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}({_NEW}|{_OLD})")
+_PARTS = re.compile(rf"\.[0-9a-f]{{16}}{_PART}")
 
 # Answers of a file system that has no exchange, or none for this folder. EXDEV: overlayfs, a folder of a lower layer.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM)
@@ -326,15 +335,76 @@ def _rename_twice(draft: Path, target: Path) -> None:
         os.close(lock)
 
 
+def part_of(manifest: bytes) -> str:
+    """The name, in a folder whose manifest.json holds these bytes, of the folder with files not yet in their places."""
+    return f".{hashlib.sha256(manifest).hexdigest()[:16]}{_PART}"
+
+
+def is_part(name: str) -> bool:
+    """Whether `part_of` gives such names."""
+    return _PARTS.fullmatch(name) is not None
+
+
 def _replace_files(draft: Path, target: Path) -> None:
-    """The files of `draft` one by one into `target`, manifest.json last: the old one refuses what is new until then."""
-    names = sorted((path.name for path in draft.iterdir()), key=lambda name: name == "manifest.json")
-    for name in names:
-        (draft / name).replace(target / name)
-    for path in target.iterdir():
-        if path.name not in names:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    sync(target)
+    """The files of `draft` become those of `target`, a folder that cannot be renamed."""
+    names = {path.name for path in draft.iterdir()}
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        # Another writer's files would take the places of ours while ours take theirs.
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _end(target)
+        if MANIFEST in names:
+            _switch(draft, target, names - {MANIFEST})
+        else:
+            for name in sorted(names):
+                (draft / name).replace(target / name)
+        for path in target.iterdir():
+            if path.name not in names:
+                _remove(path)
+        sync(target)
+    finally:
+        os.close(lock)
+
+
+def _switch(draft: Path, target: Path, names: set[str]) -> None:
+    """`target` gets the manifest of `draft`, and with it the files of these names."""
+    part = target / part_of((draft / MANIFEST).read_bytes())
+    try:
+        part.mkdir()
+        for name in sorted(names):
+            (draft / name).rename(part / name)
+        # Not all file systems keep the order of renames over a power cut: before the switch all it leads to is on the
+        # disk, and the switch itself before the places of the old files are taken.
+        sync(part)
+        sync(target)
+        (draft / MANIFEST).replace(target / MANIFEST)
+        sync(target)
+        _end(target)
+    except BaseException:  # before the switch or after it: `_end` looks which manifest is there
+        with contextlib.suppress(OSError):
+            _end(target)
+        raise
+
+
+def _end(target: Path) -> None:
+    """What a writer has begun in `target` is ended: nothing is in a part any more."""
+    try:
+        current = part_of((target / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        current = ""
+    for part in target.iterdir():
+        if part.name == current and not part.is_symlink():  # no writer's: what it leads to would be moved
+            for path in sorted(part.iterdir()):
+                path.replace(target / path.name)
+            sync(target)  # the places before the part is removed
+            part.rmdir()
+        elif is_part(part.name):
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _mode(path: Path) -> int | None:

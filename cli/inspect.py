@@ -14,7 +14,7 @@ from dfssm.base.hashing import sha256
 from dfssm.base.reading import open_file
 from dfssm.model import PACKAGES
 from dfssm.opset.layouts import LAYOUTS
-from dfssm.targets.bundle import MODEL, Bundle
+from dfssm.targets.bundle import MODEL, Bundle, of_one_moment
 
 from .compare import TOKENS
 from .options import json_option, megabytes, print_result, progress_bars, spread, table, trust_option
@@ -82,7 +82,7 @@ def _bundle(folder: Path) -> dict:
     from dfssm.model.config import DFSSMConfig
     from dfssm.model.ledger import bundle_bytes, operations_of_step
 
-    with Bundle(folder) as bundle:
+    with of_one_moment(folder) as bundle:
         bundle.check()
         manifest = bundle.manifest
     sizes = bundle_bytes(folder, manifest)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dfssm.base import DfssmError, paths
 from dfssm.base.extras import require
-from dfssm.base.files import new_folder, writing
+from dfssm.base.files import is_part, new_folder, writing
 from dfssm.base.hashing import sha256
 from dfssm.base.paths import GOLDEN, MANIFEST
 from dfssm.base.reading import open_file, read_file
@@ -312,7 +312,9 @@ def _check_output(folder: Path, force: bool, place: str) -> None:
     ours |= {folder / place / name for name in (MANIFEST, GOLDEN, TAPS, TOKENIZER, *CHAT_FILES, triton.GRAPH)}
     ours |= {(folder / place).parent / triton.CONFIG} if place else set()
     for path in sorted(folder.rglob("*")):
-        if path not in ours and (path.is_symlink() or not path.is_dir()):
+        # What a killed writer has left in a part (base/files.py) is as much of a bundle.
+        at = path.parent.parent / path.name if is_part(path.parent.name) else path
+        if at not in ours and (path.is_symlink() or not path.is_dir()):
             found = f"{folder} also holds {path.relative_to(folder)}"
             raise DfssmError(f"{found}, which --force would delete: move it away, or choose another -o")
 

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from dfssm.opset.hidden import Hidden, Patch, hidden_of_rows
 from dfssm.targets import get_target
 from dfssm.targets.bundle import TOKENIZER, Manifest, loading
 from dfssm.targets.chat import ChatTemplate, Message, Tool
+from dfssm.targets.files import Files
 from dfssm.targets.text import encode, end_tokens, load_tokenizer
 from dfssm.targets.trust import VERIFIED, recorded, run_of
 
@@ -107,7 +108,9 @@ class Engine:
         if TOKENIZER not in self.manifest.files:
             raise DfssmError(f"{self.folder} has no {TOKENIZER}: compile with --tokenizer to work with text")
         give = "the bundle as it was compiled, or load it again"
-        tokenizer = load_tokenizer(self.folder / TOKENIZER, give, sha256=self.manifest.files[TOKENIZER]["sha256"])
+        read = partial(load_tokenizer, give=give, sha256=self.manifest.files[TOKENIZER]["sha256"])
+        with Files(self.folder) as files:
+            tokenizer = files.by_path(TOKENIZER, read)
         trim()
         return tokenizer
 
@@ -119,7 +122,9 @@ class Engine:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The bundle's chat template, read at the first use; DfssmError when the bundle has none."""
-        return ChatTemplate(self.folder, {name: entry["sha256"] for name, entry in self.manifest.files.items()})
+        sha256 = {name: entry["sha256"] for name, entry in self.manifest.files.items()}
+        with Files(self.folder) as files:
+            return ChatTemplate(self.folder, files, sha256)
 
     def chat_prompt(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Tool] | None = None

@@ -9,7 +9,7 @@ import json
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ TOKENIZER = "tokenizer.json"
 
 ITSELF = "manifest_sha256"
 _BLANK = "0" * 64  # stands in its place while the manifest is hashed
+
+# Each but the first takes a writer that ends just then. Some network file systems number a file anew at each look.
+_TRIES = 10
 
 # Of a file: what its entry holds.
 _ENTRIES = {1: {"sha256": str, "bytes": int}, 2: {"sha256": str, "chunks_sha256": str, "bytes": int}}
@@ -142,8 +145,25 @@ def loading(folder: str | Path, hashes: bool = True) -> Iterator[Bundle]:
                 compared.result()
 
 
+def of_one_moment(folder: str | Path) -> Bundle:
+    """A bundle whose files are open, those that there are: all of its manifest, whatever writers do meanwhile.
+
+    A writer replaces the manifest before it touches a file of the old one, or replaces the folder that has both. So
+    they are of one moment if the manifest is the same when they are open; else this begins again, with the new one.
+    """
+    for left in reversed(range(_TRIES)):
+        bundle = Bundle(folder)
+        for name in bundle.manifest.files:
+            with suppress(DfssmError):  # `check` raises it
+                bundle.open(name)
+        if not left or not bundle.replaced():
+            break
+        bundle.close()
+    return bundle
+
+
 def _for_this_machine(folder: str | Path) -> Bundle:
-    bundle = Bundle(folder)
+    bundle = of_one_moment(folder)
     made_for, here = bundle.manifest.machine, platform.machine()
     if made_for not in (None, here):
         raise DfssmError(f"{folder} is for {made_for}, this machine is {here}: compile the model again here")
@@ -162,7 +182,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def check_files(folder: str | Path, hashes: bool = True) -> None:
     """`Bundle.check` of the bundle in a folder."""
-    with Bundle(folder) as bundle:
+    with of_one_moment(folder) as bundle:
         bundle.check(hashes)
 
 

@@ -16,6 +16,8 @@ from dfssm.base.extras import require
 from dfssm.base.jsonfile import parse_object
 from dfssm.base.reading import read_file
 
+from .files import Files
+
 PACKAGES = {"chat": ["jinja2"]}
 """What rendering takes; see `dfssm.base.extras`."""
 
@@ -36,12 +38,12 @@ Tool = Mapping[str, Any]
 class ChatTemplate:
     """The chat template in `folder`: chat_template.jinja, else that of tokenizer_config.json. Threads may share it.
 
-    Args: `sha256`: of each of these files that may be read; None: any.
+    Args: `files`: those of `folder`, open. `sha256`: of each of these files that may be read; None: any.
     Raises DfssmError where there is none, or it is no template.
     """
 
-    def __init__(self, folder: Path, sha256: Mapping[str, str] | None = None):
-        text, config = _find(folder, sha256)
+    def __init__(self, folder: Path, files: Files | None = None, sha256: Mapping[str, str] | None = None):
+        text, config = _find(folder, files, sha256)
         if text is None:
             where = "beside the model's tokenizer.json, and compile a bundle again"
             raise DfssmError(f"{folder}: has no chat template; put {FILE} {where}")
@@ -83,13 +85,16 @@ class ChatTemplate:
 def beside(tokenizer: Path) -> list[Path]:
     """The files of the chat template beside a tokenizer.json, which go where it goes; none without a template."""
     folder = tokenizer.parent
-    found = _find(folder, None)[0] is not None
+    found = _find(folder)[0] is not None
     return [path for name in FILES if found and (path := folder / name).is_file()]
 
 
-def _find(folder: Path, sha256: Mapping[str, str] | None) -> tuple[str | None, dict[str, Any]]:
+def _find(
+    folder: Path, files: Files | None = None, sha256: Mapping[str, str] | None = None
+) -> tuple[str | None, dict[str, Any]]:
     """The template's text, None where there is none, and what tokenizer_config.json has."""
-    content, config = _read(folder / FILE, sha256), parse_object(_read(folder / CONFIG, sha256) or b"")
+    content, other = (_read(folder / name, files, sha256) for name in FILES)
+    config = parse_object(other or b"")
     if content is not None:
         try:
             return content.decode(), config
@@ -102,12 +107,12 @@ def _find(folder: Path, sha256: Mapping[str, str] | None) -> tuple[str | None, d
     return text if isinstance(text, str) else None, config
 
 
-def _read(file: Path, sha256: Mapping[str, str] | None) -> bytes | None:
+def _read(file: Path, files: Files | None, sha256: Mapping[str, str] | None) -> bytes | None:
     """What is in the file; None where it is missing or may not be read."""
-    if not file.is_file() or (sha256 is not None and file.name not in sha256):
+    if not (files or file.is_file()) or (sha256 is not None and file.name not in sha256):
         return None
     try:
-        content = read_file(file)
+        content = files.read(file.name) if files else read_file(file)
     except OSError as error:
         raise DfssmError(f"{file}: cannot be read ({reason(error)}); put a right one there") from None
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256[file.name]:

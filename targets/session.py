@@ -97,12 +97,12 @@ def run_error(session: onnxruntime.InferenceSession, error: Exception) -> DfssmE
 @contextmanager
 def _place_of_weights(files: Files) -> Iterator[str]:
     """A folder where ONNX Runtime finds a file of weights: it does not read it, but wants it to be there, and to be no
-    link to another folder.
+    link to another folder. One of ours where the bundle's is a link, or being moved.
     """
     try:
         place = str(files.folder.absolute())
         place.encode()
-        if not (files.folder / DATA).is_symlink():
+        if files.in_place and not (files.folder / DATA).is_symlink():
             yield place
             return
     except UnicodeEncodeError:  # a path whose bytes are not UTF-8

@@ -39,7 +39,9 @@ def trusted(asked: bool) -> bool:
 
 def own_library(bundle: Bundle, library: str, asked: bool) -> Path | None:
     """The bundle's own copy of `library` if it is trusted and the manifest lists it; None: the installed one."""
-    return bundle.folder / library if library in bundle.manifest.files and trusted(asked) else None
+    if library not in bundle.manifest.files or not trusted(asked):
+        return None
+    return bundle.by_path(library, lambda path: path)
 
 
 def require_engine(engine: Path, sha256: str, asked: bool) -> None:

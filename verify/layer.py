@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dfssm.base import DfssmError
@@ -59,13 +60,17 @@ def layer_nodes(bundle: Bundle, layer: int) -> list[Node]:
 
     Raises DfssmError where its model.onnx is no graph, or has no such layer.
     """
-    path, sha256 = bundle.folder / MODEL, bundle.manifest.files[MODEL]["sha256"]
-    with Child(__name__, "read_layer") as child:
-        try:
-            found = child.ask([str(path), sha256, layer])
-        except ChildError as error:
-            raise DfssmError(f"{path} cannot be shown ({error}): compile the model again") from None
-    return [_node(node) for node in found]
+    sha256 = bundle.manifest.files[MODEL]["sha256"]
+
+    def ask(path: Path) -> list[dict[str, Any]]:
+        with Child(__name__, "read_layer") as child:
+            try:
+                found: list[dict[str, Any]] = child.ask([str(path), sha256, layer])
+            except ChildError as error:
+                raise DfssmError(f"{path} cannot be shown ({error}): compile the model again") from None
+        return found
+
+    return [_node(node) for node in bundle.by_path(MODEL, ask)]
 
 
 def _node(found: dict[str, Any]) -> Node:

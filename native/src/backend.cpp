@@ -124,7 +124,7 @@ std::unique_ptr<Backend> open_tensorrt(Bundle& bundle, const dfssm_options&) {
 std::string find_library(const Bundle& bundle, const char* chosen, const char* variable_name, bool trust) {
   const std::string name = bundle.manifest.target->library;
   std::string path = chosen ? chosen : variable(variable_name);
-  if (path.empty() && trusted(trust) && bundle.manifest.files.count(name)) path = bundle.files.path(name);
+  if (path.empty() && trusted(trust) && bundle.manifest.files.count(name)) path = bundle.files.place(name);
   if (path.empty()) {
     Dl_info here;
     if (dladdr(reinterpret_cast<void*>(&find_library), &here) && here.dli_fname) {

@@ -118,12 +118,15 @@ Owned<OrtSessionOptions> session_options(const Bundle& bundle, const dfssm_optio
   return options;
 }
 
-// A folder where ONNX Runtime finds a file of weights: it does not read it, but it must be there, and be no link.
+// A folder where ONNX Runtime finds a file of weights: it does not read it, but it must be there, and be no link. One of
+// ours where the bundle's is a link, or being moved.
 class Place {
  public:
   explicit Place(const Bundle& bundle) : folder_(bundle.files.folder()) {
     struct stat found;
-    if (lstat(bundle.files.path(kData).c_str(), &found) == 0 && !S_ISLNK(found.st_mode)) return;
+    if (bundle.files.in_place() && lstat(bundle.files.path(kData).c_str(), &found) == 0 &&
+        !S_ISLNK(found.st_mode))
+      return;
     const std::string base = variable("TMPDIR");
     folder_ = (base.empty() ? "/tmp" : base) + "/dfssm.XXXXXX";
     temporary_ = mkdtemp(folder_.data()) != nullptr;

@@ -17,9 +17,8 @@ namespace {
 
 using nlohmann::json;
 
-constexpr char kManifest[] = "manifest.json", kItself[] = "manifest_sha256";
-constexpr int64_t kMostBytes = 1 << 26;  // of a manifest; a real one has 10 KB
-constexpr int64_t kMostSize = 1 << 24;   // of each number of the config: products of two fit int64
+constexpr char kItself[] = "manifest_sha256";
+constexpr int64_t kMostSize = 1 << 24;  // of each number of the config: products of two fit int64
 
 const std::vector<Target>& targets() {
   using namespace dfssm::opset;
@@ -154,13 +153,27 @@ Manifest manifest_of(const Reader& read, std::string text) {
   return found;
 }
 
+// Its files are open, those that there are: all of one moment, as targets/bundle.py has it.
+Bundle of_one_moment(const std::string& folder) {
+  for (int left = 10;; --left) {
+    Bundle bundle{Files(folder), {}};
+    Files& files = bundle.files;
+    bundle.manifest = manifest_of(Reader(files.path(kManifest)), files.read(kManifest, kMostOfManifest));
+    for (const auto& [name, entry] : bundle.manifest.files) {
+      try {
+        files.open(name);
+      } catch (const Failure&) {  // the check throws it
+      }
+    }
+    if (left == 1 || !files.replaced()) return bundle;
+  }
+}
+
 }  // namespace
 
 Bundle open_bundle(const std::string& folder, bool sizes_only) {
-  Bundle bundle{Files(folder), {}};
+  Bundle bundle = of_one_moment(folder);
   Files& files = bundle.files;
-  const std::string path = files.path(kManifest);
-  bundle.manifest = manifest_of(Reader(path), files.read(kManifest, kMostBytes));
   for (const auto& [name, entry] : bundle.manifest.files) {
     require(files.size(name) == entry.bytes, DFSSM_BAD_BUNDLE,
             files.path(name) + " has " + std::to_string(files.size(name)) + " bytes, its manifest says " +

@@ -117,12 +117,34 @@ Files::Files(const std::string& folder)
     : folder_(folder), handle_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
   require(handle_ >= 0, DFSSM_BAD_BUNDLE,
           folder + " cannot be read (" + reason() + "): give a bundle, a folder that dfcompile made");
+  try {
+    // base/files.py, part_of
+    part_name_ = "." + sha256_hex(read(kManifest, kMostOfManifest)).substr(0, 16) + ".dfssm-part";
+  } catch (const Failure&) {  // whoever reads the manifest is told
+    return;
+  }
+  const int part = openat(handle_, part_name_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (part >= 0) part_.emplace(part);
+}
+
+std::string Files::place(const std::string& name) const {
+  struct stat found;
+  return part_ && fstatat(*part_, name.c_str(), &found, 0) == 0 ? path(part_name_ + "/" + name) : path(name);
+}
+
+bool Files::replaced() {
+  struct stat now, then;
+  return stat(path(kManifest).c_str(), &now) == 0 && fstat(open(kManifest), &then) == 0 &&
+         (now.st_dev != then.st_dev || now.st_ino != then.st_ino);
 }
 
 int Files::open(const std::string& name) {
   const auto found = opened_.find(name);
   if (found != opened_.end()) return found->second;
-  Handle handle(open_regular(handle_, name.c_str()));
+  // A writer takes a file from the part to its place, never back.
+  int number = part_ ? open_regular(*part_, name.c_str()) : -1;
+  if (!part_ || (number < 0 && errno == ENOENT)) number = open_regular(handle_, name.c_str());
+  Handle handle(number);
   require(handle >= 0, DFSSM_BAD_BUNDLE,
           errno == ENOENT ? path(name) + " is missing: give a complete bundle, copy or compile it again"
                           : path(name) + " cannot be read (" + reason() + "): copy or compile it again");

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace dfssm::native {
@@ -38,13 +39,24 @@ class Mapping {
   size_t size_;
 };
 
+constexpr char kManifest[] = "manifest.json";
+constexpr int64_t kMostOfManifest = 1 << 26;  // bytes; a real one has 10 KB
+
 // Files of `folder` by name. A name is looked up below the folder that was opened; a file may be a link. All throw
 // Failure for what is missing, no regular file, or cannot be read.
+//
+// A file is looked for in the part of the manifest that is there, and then in its place: targets/files.py.
 class Files {
  public:
   explicit Files(const std::string& folder);
   const std::string& folder() const { return folder_; }
   std::string path(const std::string& name) const { return folder_ + "/" + name; }
+  // Where it lies now, for what opens a file by its path.
+  std::string place(const std::string& name) const;
+  // Whether all files were in their places when the folder was opened.
+  bool in_place() const { return !part_; }
+  // Whether the folder has another manifest by now, or the same one written anew.
+  bool replaced();
   int open(const std::string& name);
   int64_t size(const std::string& name);
   std::string read(const std::string& name, int64_t most);
@@ -55,6 +67,8 @@ class Files {
  private:
   std::string folder_;
   Handle handle_;
+  std::string part_name_;
+  std::optional<Handle> part_;
   std::map<std::string, Handle> opened_;
 };
 

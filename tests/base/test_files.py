@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all: what is left when a writer is refused, killed, or not alone."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -10,10 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from lower_layer import lower_layer, moments, replace
 
 from dfssm.base import files
 from dfssm.base.errors import DfssmError
-from dfssm.base.files import new_folder, write_file
+from dfssm.base.files import new_folder, part_of, write_file
+from dfssm.targets import bundle as bundles
+from dfssm.targets.bundle import Manifest, check_files, file_entry, open_bundle
+from dfssm.targets.files import Files
 
 
 def names(folder: Path) -> list[str]:
@@ -164,6 +169,174 @@ def test_a_folder_that_cannot_be_renamed_gets_new_files(tmp_path, monkeypatch):
     make(tmp_path / "b", "two")
     assert contents(tmp_path / "b") == {"manifest.json": "two", "model": "two"} and names(tmp_path) == ["b"]
     assert (tmp_path / "b").stat().st_ino == inode
+
+
+def make_bundle(folder: Path, text: str, *more: str) -> Path:
+    """A bundle whose files, the two of a graph and `more`, say `text`."""
+    folder.mkdir(parents=True)
+    names = ["model.onnx", "model.onnx.data", *more]
+    for name in names:
+        (folder / name).write_text(text)
+    entries = {name: file_entry(folder / name) for name in names}
+    (folder / "manifest.json").write_text(Manifest("onnx", {}, "fp32", 0, entries, {"made": text}).to_json())
+    return folder
+
+
+def said(folder: Path, hashes: bool = True) -> str:
+    """What the files of a bundle say, all the same; DfssmError where it is refused."""
+    with open_bundle(folder, hashes) as bundle:
+        (text,) = {bundle.read(name).decode() for name in bundle.manifest.files}
+        assert bundle.manifest.tools["made"] == text
+        return text
+
+
+@pytest.fixture
+def two(tmp_path) -> tuple[Path, Path]:
+    """Two bundles; each has a file that the other has not."""
+    return make_bundle(tmp_path / "b", "one", "golden"), make_bundle(tmp_path / "new", "two", "tokenizer.json")
+
+
+def test_a_bundle_that_cannot_be_renamed_is_the_old_or_the_new_at_every_event(two, tmp_path):
+    """A manifest that is replaced last leaves a mixture, which is refused, until then."""
+    target, new = two
+    found = moments(target, new, tmp_path)
+    kinds = [said(place) for place in found]
+    assert kinds == sorted(kinds) and kinds.count("one") >= 6 <= kinds.count("two")
+    assert contents(target) == contents(new) and names(tmp_path)[-2:] == ["b", "new"]
+    for place in found:
+        for other in (new, make_bundle(place.parent / "third", "three")):  # the same again, or another
+            again = place.parent / "again" / "b"
+            shutil.copytree(place, again)
+            with lower_layer():
+                replace(again, other)
+            assert contents(again) == contents(other)
+            shutil.rmtree(again.parent)
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_bundle_that_cannot_be_renamed_is_the_old_or_the_new_after_an_error_at_every_event(two, tmp_path, lasts):
+    """A full disk, say: what comes after the error may succeed, or not."""
+    target, new = two
+    old, whole = tmp_path / "old", {"one": contents(target), "two": contents(new)}
+    target.rename(old)
+    kinds: list[str] = []
+    for count in range(100):
+        shutil.copytree(old, target)
+        events = itertools.count()
+
+        def event(events=events, at=count):
+            now = next(events)
+            if now == at or (lasts and now > at):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        try:
+            with lower_layer(event):
+                replace(target, new)
+            break
+        except DfssmError as error:
+            assert "b: No space left on device" in str(error)
+        kinds.append(said(target))
+        if not lasts:  # the parts are gone; of the old one what the new one lacks may not be
+            assert contents(target).items() >= whole[kinds[-1]].items()
+            assert set(names(target)) <= {*whole[kinds[-1]], "golden"}
+        with lower_layer():
+            replace(target, new)
+        assert contents(target) == whole["two"] and names(tmp_path) == ["b", "new", "old"]
+        shutil.rmtree(target)
+    assert kinds == sorted(kinds) and kinds.count("one") >= 6 <= kinds.count("two")
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_reader_that_has_read_the_old_manifest_gets_the_new_bundle_whole(two, monkeypatch, hashes, renamed):
+    """The files that it opens next are those of the new one: of another size or hash, or, of the same size, mixed."""
+    target, new = two
+    read, done = bundles._read, []
+
+    def slow(path, content):
+        found = read(path, content)
+        if not done:
+            done.append(True)
+            if renamed:  # the whole folder, whose old files are removed
+                replace(target, new)
+            else:
+                with lower_layer():
+                    replace(target, new)
+        return found
+
+    monkeypatch.setattr(bundles, "_read", slow)
+    assert said(target, hashes) == "two" and done
+    check_files(target)
+
+
+def test_a_file_that_goes_to_its_place_is_found(two, tmp_path):
+    target, new = two
+    place = next(place for place in moments(target, new, tmp_path) if said(place) == "two" and "golden" in names(place))
+    part = part_of((place / "manifest.json").read_bytes())
+    assert names(place / part) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+
+    def moved(path: Path) -> str:
+        before = path.exists()
+        files._end(place)
+        if not path.exists():
+            raise DfssmError(f"{path} is missing")
+        return f"{path.name}, {before}"
+
+    with Files(place) as opened:
+        assert not opened.in_place and opened.read("model.onnx") == b"two"
+        assert opened.by_path("model.onnx.data", lambda path: path.parent.name) == part
+        assert opened.by_path("model.onnx.data", moved) == "model.onnx.data, True"
+        assert opened.read("model.onnx.data") == b"two" and not (place / part).exists()
+        assert opened.by_path("model.onnx.data", lambda path: path) == place / "model.onnx.data"
+        with pytest.raises(DfssmError, match="b/none is missing"):
+            opened.read("none")
+    with Files(place) as opened:
+        assert opened.in_place
+
+
+def test_a_part_that_is_a_link_leads_nowhere(two, tmp_path):
+    """Whoever made the bundle: a writer would move, or remove, what the link names."""
+    target, new = two
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "model.onnx").write_text("mine")
+    for manifest in (b"", (target / "manifest.json").read_bytes()):
+        (target / part_of(manifest)).symlink_to(tmp_path / "private")
+    assert said(target) == "one"
+    with lower_layer():
+        replace(target, new)
+    assert contents(target) == contents(new) and contents(tmp_path / "private") == {"model.onnx": "mine"}
+
+
+def test_threads_on_one_bundle_that_cannot_be_renamed_tear_nothing(two, tmp_path):
+    target, new = two
+    sources, errors, stop = [new, make_bundle(tmp_path / "third", "one", "taps.onnx")], [], threading.Event()
+
+    def write(source):
+        try:
+            for _ in range(30):
+                replace(target, source)
+        except Exception as error:
+            errors.append(error)
+
+    def read():
+        while not stop.is_set():
+            try:
+                said(target, hashes=False)
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(source,)) for source in sources]
+    reader = threading.Thread(target=read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_exchange", refuse(errno.EXDEV))
+        patch.setattr(files, "_rename_twice", refuse(errno.EXDEV))
+        for thread in (reader, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stop.set()
+        reader.join()
+    assert errors == [] and contents(target) in [contents(source) for source in sources]
 
 
 def test_another_refusal_is_an_error_and_changes_nothing(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from compiles import fails, save
 
+from dfssm.base.files import part_of
 from dfssm.cli.main import dfcompile
 from dfssm.compiler import pipeline
 from dfssm.targets import ort_cpu
@@ -44,6 +45,15 @@ def test_force_deletes_nothing_but_a_bundle(model, command, tmp_path):
     (bundle / ".git").mkdir()
     (bundle / ".git" / "HEAD").touch()
     fails(command(model, *arguments), "b also holds .git/HEAD, which", ["b"])
+
+    shutil.rmtree(bundle / ".git")
+    part = bundle / part_of(b"another")  # of a writer that was killed
+    part.mkdir()
+    (part / "model.onnx").touch()
+    assert command(model, *arguments)[0] == 0 and not part.exists()
+    part.mkdir()
+    (part / "notes.txt").touch()
+    fails(command(model, *arguments), f"b also holds {part.name}/notes.txt, which", ["b"])
 
     repository = ("--emit", "triton-repository", *arguments[:-1], "r")
     assert command(model, *repository)[0] == 0 and command(model, *repository)[0] == 0

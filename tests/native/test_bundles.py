@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from lower_layer import moments
 from native.runtime_library import CXX, drive, reseal, run
 
-from dfssm.targets.bundle import file_entry
+from dfssm.base.files import part_of
+from dfssm.targets.bundle import file_entry, read_manifest
+from dfssm.targets.ort_cpu import LIBRARY
 
 pytestmark = pytest.mark.xdist_group("native")
 
@@ -43,6 +46,26 @@ def test_a_flipped_bit_is_found(name, bundle):
     assert opened(bundle).startswith(f"error 2 {bundle / name} is missing")
     os.mkfifo(bundle / name)
     assert opened(bundle).startswith(f"error 2 {bundle / name} cannot be read")
+
+
+def test_a_bundle_is_the_old_or_the_new_while_its_files_are_replaced(bundle, tmp_path):
+    """In the lower layer of an overlay mount, as Python's reader."""
+    new = tiny.write_bundle(tmp_path / "new", target=read_manifest(bundle).target, state_dtype="int8", seed=1)
+    (bundle / "old").write_text("which the new one has not")
+    places = moments(bundle, new, tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    assert drive(*(f"open {place}" for place in places), TMPDIR=str(temporary)) == [""] * len(places)
+    if (new / LIBRARY).exists():  # the bundle's own, wherever it lies
+        loaded = drive(*(f"open {place} 1" for place in places), TMPDIR=str(temporary), DFSSM_ORT_LIBRARY="")
+        assert loaded == [""] * len(places)
+    assert not list(temporary.iterdir())
+    models = {read_manifest(folder).files["model.onnx.data"]["sha256"] for folder in places}
+    assert len(models) == 2
+    parts = [place / part_of((place / "manifest.json").read_bytes()) for place in places]
+    graph = next(part / "model.onnx" for part in parts if (part / "model.onnx").exists())
+    flip(graph, 100)
+    assert "model.onnx does not match the sha256 in its manifest: copy or compile it again" in opened(graph.parents[1])
 
 
 def test_all_of_a_manifest_counts(bundle):

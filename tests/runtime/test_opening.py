@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from chats import add_template
 from fake_device import FakeCuda, FakeEngine
+from lower_layer import moments
 
 from dfssm.base import DfssmError
 from dfssm.runtime import Engine
@@ -22,6 +24,7 @@ from dfssm.runtime.state import State
 from dfssm.runtime.tensorrt import TensorRTBackend
 from dfssm.targets import get_target
 from dfssm.targets.bundle import MANIFEST, file_entry, open_bundle, read_manifest
+from dfssm.verify.layer import layer_nodes
 
 IDS = [[1, 2, 3, 250, 7]]
 
@@ -111,6 +114,39 @@ def test_a_folder_that_is_exchanged_while_it_is_opened_does_not_mix(bundle, tmp_
     state = State.zeros("", backend.layout, backend.vocab_size, 1)
     backend.bind(state).run(np.array(IDS), 0, lambda: None)
     assert np.array_equal(state.logits, expected[0]) and not np.array_equal(logits(bundle)[0], expected[0])
+
+
+@pytest.fixture
+def replaced(bundle, tmp_path) -> tuple[list[Path], Path]:
+    """What `bundle` is while another takes its place in the lower layer of an overlay mount, and that other one."""
+    other = tiny.write_bundle(tmp_path / "other", target=read_manifest(bundle).target, state_dtype="fp16", seed=1)
+    with (other / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    manifest = read_manifest(other)
+    files = manifest.files | {"tokenizer.json": file_entry(other / "tokenizer.json")}
+    (other / MANIFEST).write_text(dataclasses.replace(manifest, files=files).to_json())
+    add_template(other)
+    return moments(bundle, other, tmp_path), other
+
+
+def test_an_engine_is_the_old_or_the_new_while_files_are_replaced(bundle, replaced):
+    places, other = replaced
+    old, new = logits(places[0]), logits(other)
+    found = ["old" if read_manifest(place).state_dtype == "int8" else "new" for place in places]
+    assert found == sorted(found, reverse=True) and {*found} == {"old", "new"}
+    for place, kind in zip(places, found, strict=True):
+        assert np.array_equal(logits(place), old if kind == "old" else new)
+
+
+def test_what_is_read_by_its_path_is_of_the_manifest_while_files_are_replaced(replaced, tmp_path, monkeypatch):
+    places, _ = replaced
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # a tokenizer that is new is read in another process
+    switched = next(place for place in places if read_manifest(place).state_dtype == "fp16")
+    engine = Engine.load(switched, threads=1)
+    assert engine.tokenizer.encode("hello").ids and not (switched / "chat_template.jinja").exists()
+    assert engine.chat_template([{"role": "user", "content": "a"}]) == "<user>a<|end|><assistant>"
+    with open_bundle(switched) as opened:
+        assert layer_nodes(opened, 0)[0].name.startswith("/layers.0/")
 
 
 def renamed(old: str, new: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import run_commands
+from lower_layer import moments
 
 from dfssm.base import DfssmError
 from dfssm.runtime import Engine
@@ -93,6 +94,19 @@ def test_a_library_may_be_named_from_the_working_directory(bundle, monkeypatch):
     monkeypatch.chdir(bundle)
     monkeypatch.setenv("DFSSM_ORT_LIBRARY", LIBRARY)
     assert Engine.load(bundle).generate("a", max_tokens=1).prompt_tokens == 1
+
+
+def test_a_trusted_library_is_that_of_the_manifest_while_files_are_replaced(bundle, hostile, tmp_path):
+    """In the lower layer of an overlay mount: it may not be in its place yet."""
+    new, found = shutil.copytree(bundle, tmp_path / "new"), set()
+    put(new, hostile, listed=True)
+    for place in moments(bundle, new, tmp_path):
+        with open_bundle(place) as opened:
+            library = trust.own_library(opened, LIBRARY, asked=True)
+            assert library is not None and file_entry(library) == opened.manifest.files[LIBRARY]
+            assert trust.own_library(opened, LIBRARY, asked=False) is None
+            found.add(library.parent.name[0])
+    assert found == {"b", "."}
 
 
 @pytest.mark.parametrize("way", ["--trust", "DFSSM_TRUST"])

@@ -115,8 +115,7 @@ def disturb(command: Command, folder: Path, mode: int, sample: int, lower: Path 
             elif done.status == 0 and left != "new":
                 found.append(f"status 0, but the target is {left}")
             seen[left] += 1
-            # A folder of a lower layer cannot be exchanged (base/files.py): there a mixture is refused by its hashes.
-            if left not in ("old", "new") and not (lower and left == "refused"):
+            if left not in ("old", "new"):
                 found.append(f"the target is {left}")
             after = run(command, place, NEVER, mode, command.again)
             if after.status == 1 and "leave out --resume" in after.err:
