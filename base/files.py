@@ -16,7 +16,8 @@ manifest (`part_of`); then the manifest is replaced, by one rename; then the fil
 for a file in the part of the manifest that it has read, and then in its place (targets/files.py, native/src/files.cpp):
 so it finds the old files or the new ones at every moment. Writers of such a folder wait for each other. What a killed
 one has begun is ended by the next: a file of the manifest that is there goes to its place, one of another is removed.
-A folder without manifest.json, which is no bundle, has no switch: its files are replaced one by one.
+A folder without manifest.json, which is no bundle, has no switch: its files are replaced one by one, and those of the
+folders in it as theirs.
 
 What is no regular file, a device or a pipe, is written through, and a link is followed: what it names is replaced.
 """
@@ -358,7 +359,10 @@ def _replace_files(draft: Path, target: Path) -> None:
             _switch(draft, target, names - {MANIFEST})
         else:
             for name in sorted(names):
-                (draft / name).replace(target / name)
+                if (draft / name).is_dir() and (target / name).is_dir():  # of a repository, a bundle: it has a switch
+                    _replace_files(draft / name, target / name)
+                else:
+                    (draft / name).replace(target / name)
         for path in target.iterdir():
             if path.name not in names:
                 _remove(path)

@@ -307,6 +307,18 @@ def test_a_part_that_is_a_link_leads_nowhere(two, tmp_path):
     assert contents(target) == contents(new) and contents(tmp_path / "private") == {"model.onnx": "mine"}
 
 
+def test_a_repository_that_cannot_be_renamed_is_replaced_and_the_bundle_in_it_is_whole_at_every_event(two, tmp_path):
+    repositories = [tmp_path / "old" / "repository", tmp_path / "next"]
+    for repository, bundle in zip(repositories, two, strict=True):
+        repository.mkdir(parents=True)
+        bundle.rename(repository / "1")
+        (repository / "config.pbtxt").write_text(bundle.name)
+    target, new = repositories
+    kinds = [said(place / "1") for place in moments(target, new, tmp_path)]
+    assert kinds == sorted(kinds) and set(kinds) == {"one", "two"}
+    assert (target / "config.pbtxt").read_text() == "new" and contents(target / "1") == contents(new / "1")
+
+
 def test_threads_on_one_bundle_that_cannot_be_renamed_tear_nothing(two, tmp_path):
     target, new = two
     sources, errors, stop = [new, make_bundle(tmp_path / "third", "one", "taps.onnx")], [], threading.Event()
