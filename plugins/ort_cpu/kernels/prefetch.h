@@ -39,7 +39,7 @@ class Ahead {
 };
 
 // The line so many bytes ahead. As Ahead, call next() for each line.
-template <uintptr_t kDistance, _mm_hint kHint>
+template <uintptr_t kDistance, auto kHint>  // of gcc an enumeration, of clang an int
 class InOrder {
  public:
   explicit InOrder(const void* position) : ahead_(reinterpret_cast<uintptr_t>(position) + kDistance) {}
