@@ -32,6 +32,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ from pathlib import Path
 from .errors import DfssmError, reason
 from .paths import MANIFEST
 
+_PATIENCE = 30  # seconds: a writer takes milliseconds
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
 
@@ -88,7 +90,7 @@ def new_folder(path: str | Path, replace: bool = False, parents: bool = False) -
 
     With `replace` it takes the place of a folder that is there; otherwise only an empty one may be there. `parents`:
     make its folder if that is missing. Raises DfssmError when it may not, or when the operating system refuses; `path`
-    is then as it was.
+    is then as it was, or, where only its files can be replaced, what it was or is to be.
     """
     target = Path(path)
     with ExitStack() as stack:
@@ -351,9 +353,7 @@ def _replace_files(draft: Path, target: Path) -> None:
     names = {path.name for path in draft.iterdir()}
     lock = os.open(target, os.O_RDONLY)
     try:
-        # Another writer's files would take the places of ours while ours take theirs.
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, target)  # another writer's files would take the places of ours while ours take theirs
         _end(target)
         if MANIFEST in names:
             _switch(draft, target, names - {MANIFEST})
@@ -369,6 +369,21 @@ def _replace_files(draft: Path, target: Path) -> None:
         sync(target)
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int, target: Path) -> None:
+    """The lock on the folder `target`, which any reader may have. DfssmError where one does not give it back."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                why = f"another process has had it locked for {_PATIENCE} s"
+                raise DfssmError(f"{target} cannot be replaced: {why}; wait for it, or choose another output") from None
+            time.sleep(0.01)
+        except OSError:  # a file system without locks
+            return None
 
 
 def _switch(draft: Path, target: Path, names: set[str]) -> None:
@@ -400,7 +415,11 @@ def _end(target: Path) -> None:
     for part in target.iterdir():
         if part.name == current and not part.is_symlink():  # no writer's: what it leads to would be moved
             for path in sorted(part.iterdir()):
-                path.replace(target / path.name)
+                for folder in (path, target / path.name):  # neither is of a bundle, and no file takes its place
+                    if folder.is_dir() and not folder.is_symlink():
+                        shutil.rmtree(folder)
+                if os.path.lexists(path):
+                    path.replace(target / path.name)
             sync(target)  # the places before the part is removed
             part.rmdir()
         elif is_part(part.name):

@@ -1,5 +1,6 @@
 """The files of a folder, opened once: what was checked is what is used. Standard library only."""
 
+import errno
 import os
 import weakref
 from collections.abc import Callable
@@ -38,12 +39,19 @@ class Files:
         except OSError as error:
             raise DfssmError(f"{self.folder} cannot be read ({error.strerror}): give a bundle") from None
         self._close.callback(os.close, self._handle)
-        # Without a manifest it is no bundle, or not yet; without a part, as nearly always, each file is in its place.
-        with suppress(DfssmError, OSError):
+        try:
             name = part_of(self.read(MANIFEST))
+        except DfssmError:  # no bundle, or not yet
+            return
+        try:
             part = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle)
-            self._close.callback(os.close, part)
-            self._part = self.folder / name, part
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # nearly always: each file is in its place
+                return
+            why = f"{self.folder / name} cannot be read ({reason(error)})"
+            raise DfssmError(f"{why}: copy or compile it again") from None
+        self._close.callback(os.close, part)
+        self._part = self.folder / name, part
 
     def __enter__(self) -> Self:
         return self

@@ -11,15 +11,19 @@ def locate(library: str, variable: str, own: Path | None, remedy: str) -> Path:
     """The file `library`: $`variable`, else `own`, the copy of a bundle that is trusted (`trust.own_library`), else the
     installed one.
 
-    Raises DfssmError when there is none (then `remedy` says what to do), or when the variable names no file.
+    Raises DfssmError when there is none (then `remedy` says what to do), when the variable names no file, or when `own`
+    is gone: no other library runs in place of the one that was chosen.
     """
     if chosen := os.environ.get(variable):
         if not Path(chosen).is_file():
             raise DfssmError(f"{variable} is {chosen}: there is no such file; unset it or name {library}")
         return Path(chosen).absolute()  # a bare name is looked for in the folders of the system
-    for candidate in (own, installed(library)):
-        if candidate and candidate.is_file():
-            return candidate.absolute()
+    if own:
+        if not own.is_file():
+            raise DfssmError(f"{own} is gone, the bundle was replaced: load it again")
+        return own.absolute()
+    if found := installed(library):
+        return found.absolute()
     raise DfssmError(f"{library} is not installed: {remedy}")
 
 

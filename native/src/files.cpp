@@ -124,7 +124,12 @@ Files::Files(const std::string& folder)
     return;
   }
   const int part = openat(handle_, part_name_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-  if (part >= 0) part_.emplace(part);
+  if (part >= 0) {
+    part_.emplace(part);
+  } else {  // nearly always: each file is in its place
+    require(errno == ENOENT || errno == ENOTDIR || errno == ELOOP, DFSSM_BAD_BUNDLE,
+            path(part_name_) + " cannot be read (" + reason() + "): copy or compile it again");
+  }
 }
 
 std::string Files::place(const std::string& name) const {

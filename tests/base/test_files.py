@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all: what is left when a writer is refused, killed, or not alone."""
 
 import errno
+import fcntl
 import itertools
 import os
 import shutil
@@ -317,6 +318,32 @@ def test_a_repository_that_cannot_be_renamed_is_replaced_and_the_bundle_in_it_is
     kinds = [said(place / "1") for place in moments(target, new, tmp_path)]
     assert kinds == sorted(kinds) and set(kinds) == {"one", "two"}
     assert (target / "config.pbtxt").read_text() == "new" and contents(target / "1") == contents(new / "1")
+
+
+@pytest.mark.parametrize("where", ["place", "part"])
+def test_a_folder_with_the_name_of_a_file_keeps_no_bundle_from_being_replaced(two, tmp_path, where):
+    target, new = two
+    if where == "place":
+        (target / "tokenizer.json").unlink(missing_ok=True)
+        (target / "tokenizer.json").mkdir()
+    else:
+        (target / part_of((target / "manifest.json").read_bytes()) / "model.onnx").mkdir(parents=True)
+    with lower_layer():
+        replace(target, new)
+    assert contents(target) == contents(new)
+
+
+def test_a_lock_that_is_not_given_back_is_named(two, monkeypatch):
+    target, new = two
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    handle = os.open(target, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        with pytest.raises(DfssmError, match="b cannot be replaced: another process has had it locked"), lower_layer():
+            replace(target, new)
+        assert said(target) == "one"
+    finally:
+        os.close(handle)
 
 
 def test_threads_on_one_bundle_that_cannot_be_renamed_tear_nothing(two, tmp_path):
