@@ -376,14 +376,15 @@ def _wait_for(lock: int, target: Path) -> None:
     until = time.monotonic() + _PATIENCE
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if time.monotonic() > until:
                 why = f"another process has had it locked for {_PATIENCE} s"
                 raise DfssmError(f"{target} cannot be replaced: {why}; wait for it, or choose another output") from None
             time.sleep(0.01)
         except OSError:  # a file system without locks
-            return None
+            return
 
 
 def _switch(draft: Path, target: Path, names: set[str]) -> None:
@@ -415,19 +416,26 @@ def _end(target: Path) -> None:
     for part in target.iterdir():
         if part.name == current and not part.is_symlink():  # no writer's: what it leads to would be moved
             for path in sorted(part.iterdir()):
-                for folder in (path, target / path.name):  # neither is of a bundle, and no file takes its place
-                    if folder.is_dir() and not folder.is_symlink():
-                        shutil.rmtree(folder)
-                if os.path.lexists(path):
-                    path.replace(target / path.name)
+                place = target / path.name
+                if _is_folder(place):  # no file takes its place
+                    _remove(place)
+                if _is_folder(path):  # no writer's
+                    _remove(path)
+                else:
+                    path.replace(place)
             sync(target)  # the places before the part is removed
             part.rmdir()
         elif is_part(part.name):
             _remove(part)
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether it is one itself, no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(path) if _is_folder(path) else path.unlink()
 
 
 def _mode(path: Path) -> int | None:

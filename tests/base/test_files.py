@@ -37,6 +37,18 @@ def make(target: Path, text: str, replace: bool = True) -> None:
             (draft / name).write_text(text)
 
 
+def on_threads(write, given, read, stop: threading.Event) -> None:
+    """`write` of each that is given, and `read`, which ends at `stop`: this is set when all have written."""
+    writers = [threading.Thread(target=write, args=(one,)) for one in given]
+    reader = threading.Thread(target=read)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    reader.join()
+
+
 @pytest.mark.parametrize("content", [b"\xff\x00", "é\n", lambda draft: draft.write_text("made")])
 def test_a_file_holds_what_it_is_given(tmp_path, content):
     for _ in range(2):  # new, and replaced
@@ -364,17 +376,10 @@ def test_threads_on_one_bundle_that_cannot_be_renamed_tear_nothing(two, tmp_path
             except Exception as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=write, args=(source,)) for source in sources]
-    reader = threading.Thread(target=read)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_exchange", refuse(errno.EXDEV))
         patch.setattr(files, "_rename_twice", refuse(errno.EXDEV))
-        for thread in (reader, *threads):
-            thread.start()
-        for thread in threads:
-            thread.join()
-        stop.set()
-        reader.join()
+        on_threads(write, sources, read, stop)
     assert errors == [] and contents(target) in [contents(source) for source in sources]
 
 
@@ -455,14 +460,7 @@ def test_threads_on_one_file_tear_nothing(tmp_path):
                 if len(text) != 10_000 or len(set(text)) != 1:
                     errors.append(text[:10])
 
-    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
-    reader = threading.Thread(target=read)
-    for thread in (reader, *writers):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    reader.join()
+    on_threads(write, "abcd", read, stop)
     assert errors == [] and names(tmp_path) == ["a"]
 
 
